@@ -1,0 +1,78 @@
+"""Attention maps ↔ bytes (codec version 1), and maps over images.
+
+The codec: of a caption's ``T`` maps of ``G×G`` values, each map with largest value ``peak`` is stored
+as ``round(value / peak · levels)``, one byte a value, row-major, map after map; it is read back as
+``byte · peak / levels``. The result is off by at most ``peak / (2 · levels)`` (and float32 rounding).
+Parquet's zstd packs the bytes; fewer levels pack tighter.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["decode", "encode", "heatmap", "overlay"]
+
+
+def encode(maps_TGG: np.ndarray, levels: int = 127) -> tuple[bytes, list[float]]:
+    """Attention maps as bytes.
+
+    Args:
+        maps_TGG: non-negative floats ``(T, G, G)``.
+        levels: steps between 0 and a map's largest value, at most 255.
+
+    Returns:
+        ``T·G·G`` bytes, and the largest value of each map.
+
+    Raises:
+        ValueError: a value is negative or not finite.
+    """
+    maps_TGG = np.asarray(maps_TGG, dtype=np.float32)
+    if not (np.isfinite(maps_TGG).all() and (maps_TGG >= 0).all()):
+        raise ValueError("attention maps must be finite and not negative")
+    peaks_T = maps_TGG.max(axis=(1, 2), initial=0)
+    scale_T = levels / np.where(peaks_T > 0, peaks_T, np.inf).astype(np.float64)
+    quantised = np.rint(maps_TGG * scale_T[:, None, None]).astype(np.uint8)
+    return quantised.tobytes(), peaks_T.tolist()
+
+
+def decode(
+    data: bytes, peaks: Sequence[float], *, grid: int | None = None, levels: int = 127
+) -> np.ndarray:
+    """The maps that :func:`encode` stored, as float32 ``(T, G, G)``.
+
+    Args:
+        data: ``T·G·G`` bytes.
+        peaks: the ``T`` largest values.
+        grid: ``G``; found from the lengths where it is not given.
+        levels: as the file's schema metadata has it.
+
+    Raises:
+        ValueError: the lengths of ``data`` and ``peaks`` do not belong together.
+    """
+    count = len(peaks)
+    if grid is None:
+        grid = round((len(data) / count) ** 0.5) if count else 0
+    if len(data) != count * grid * grid:
+        raise ValueError(f"{len(data)} bytes are not {count} maps of {grid}×{grid}")
+    quantised = np.frombuffer(data, np.uint8).reshape(count, grid, grid)
+    return quantised * (np.asarray(peaks, np.float32) / np.float32(levels))[:, None, None]
+
+
+def heatmap(map_GG: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map enlarged bilinearly to ``size`` (width, height) and stretched to 0 … 1."""
+    enlarged = Image.fromarray(np.asarray(map_GG, np.float32)).resize(
+        size, Image.Resampling.BILINEAR
+    )
+    values = np.asarray(enlarged)
+    low, high = float(values.min()), float(values.max())
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+
+
+def overlay(image: Image.Image, map_GG: np.ndarray, alpha: float = 0.5) -> Image.Image:
+    """A map over its image, half and half in matplotlib's ``viridis``: the notebook's overlay."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"](heatmap(map_GG, image.size), bytes=True)
+    coloured = Image.fromarray(colours[..., :3])
+    return Image.blend(image.convert("RGB"), coloured, alpha)

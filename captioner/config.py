@@ -1,0 +1,232 @@
+"""Settings: frozen, keyword-only dataclasses, checked once, when they are made.
+
+A field carries its one line of help; the command line's options and ``config.json`` are both made
+from the fields, so that nothing is written twice. Torch and Ray are not needed to read settings.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from captioner.errors import InputError
+
+__all__ = [
+    "PRESETS",
+    "DecodeConfig",
+    "ModelConfig",
+    "Preset",
+    "RunConfig",
+    "TrainConfig",
+    "from_mapping",
+]
+
+Config = TypeVar("Config")
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def setting(default: Any, help: str, *, minimum: float | None = None) -> Any:  # noqa: A002
+    """A dataclass field with its default, its line of help and its least allowed value."""
+    return field(default=default, metadata={"help": help, "minimum": minimum})
+
+
+class _Checked:
+    """Checks every field against its annotation and minimum when the settings are made."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, minimum = getattr(self, each.name), each.metadata["minimum"]
+            if not _fits(value, hints[each.name]):
+                expected = _describe(hints[each.name])
+                raise InputError(f"{each.name} must be {expected}, not {value!r}")
+            if minimum is not None and value is not None and not value >= minimum:
+                raise InputError(f"{each.name} must be at least {minimum}, not {value!r}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(arguments)
+            and all(map(_fits, value, arguments))
+        )
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    if hint is type(None):
+        return "null"
+    if arguments := typing.get_args(hint):
+        separator = ", " if typing.get_origin(hint) is tuple else " or "
+        return separator.join(_describe(argument) for argument in arguments)
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
+
+
+def from_mapping(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """Makes settings out of parsed JSON.
+
+    Raises:
+        InputError: a key is unknown, or a value has the wrong type or is out of range.
+    """
+    known = {each.name for each in dataclasses.fields(config)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - known):
+        raise InputError(f"unknown setting {', '.join(unknown)}")
+    return config(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Checked):
+    """The encoder-decoder. The defaults are the notebook's model."""
+
+    backbone: str = setting("resnet50.tv_in1k", "name of the image encoder in timm")
+    image_size: int = setting(256, "height and width that images are resized to", minimum=32)
+    mean: tuple[float, float, float] = setting(
+        (0.485, 0.456, 0.406), "mean of the red, green and blue values, of 1"
+    )
+    std: tuple[float, float, float] = setting(
+        (0.229, 0.224, 0.225), "standard deviation of the red, green and blue values, of 1"
+    )
+    grid: int | None = setting(
+        14, "the feature map is average-pooled to grid×grid; null keeps its own grid", minimum=1
+    )
+    vocabulary_size: int = setting(4, "entries of the vocabulary", minimum=4)
+    max_length: int = setting(50, "positions the decoder knows", minimum=2)
+    width: int = setting(1024, "width of the decoder", minimum=1)
+    layers: int = setting(6, "blocks of the decoder", minimum=1)
+    heads: int = setting(8, "attention heads of a block", minimum=1)
+    embedding_dropout: float = setting(0.2, "dropout after the embeddings", minimum=0)
+    attention_dropout: float = setting(0.2, "dropout after both attentions", minimum=0)
+    residual_dropout: float = setting(0.2, "dropout in and after the feed-forward", minimum=0)
+    head_dropout: float = setting(0.2, "dropout before the language model head", minimum=0)
+    pre_norm: bool = setting(False, "normalise before each sublayer instead of after it")
+    tied_embeddings: bool = setting(False, "the head's weight is the embedding's")
+    shared_dropout: bool = setting(
+        False, "one dropout mask for all words of a caption (Gal and Ghahramani 2016)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.heads:
+            raise InputError(f"width {self.width} does not divide into {self.heads} heads")
+        if min(self.std) <= 0:
+            raise InputError("std must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Checked):
+    """How a model is trained. The defaults are the notebook's."""
+
+    epochs: int = setting(4, "passes over the training images", minimum=1)
+    batch_size: int = setting(64, "images a step", minimum=1)
+    captions: Literal["first", "all"] = setting("first", "which captions of an image to train on")
+    minimum_count: int = setting(5, "a word needs this many occurrences", minimum=1)
+    learning_rate: float = setting(1e-4, "AdamW's learning rate after the warm-up", minimum=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay of matrices", minimum=0)
+    warmup_steps: int = setting(0, "steps over which the learning rate rises", minimum=0)
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
+    label_smoothing: float = setting(0.0, "share of the target spread over all words", minimum=0)
+    clip_norm: float | None = setting(None, "largest norm of the gradient", minimum=0)
+    fine_tune_from: int | None = setting(
+        2, "first encoder stage to train, 0 is the stem; none freezes the encoder", minimum=0
+    )
+    precision: Precision = setting("auto", "bf16 computes matrix products in bfloat16")
+    seed: int = setting(0, "seed of the weights, the shuffling and dropout", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(_Checked):
+    """What decides a caption besides the model: part of a job's fingerprint."""
+
+    beam: int = setting(1, "beam width; 1 is greedy", minimum=1)
+    length_penalty: float = setting(
+        1.0, "beams are ranked by log-probability over length to this power", minimum=0
+    )
+    max_words: int | None = setting(
+        None, "longest caption, its end counted; none: what the model knows", minimum=1
+    )
+    allow_unknown: bool = setting(
+        False, "let <unk>, <pad> and <start> be chosen, as the notebook does"
+    )
+    attention: Literal["tokens", "mean", "none"] = setting(
+        "tokens", "maps to keep: one a word, their mean, or none"
+    )
+    attention_levels: Literal[15, 31, 63, 127, 255] = setting(
+        127, "steps between 0 and a map's largest value"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Checked):
+    """How a caption job runs. None of this changes a caption, so a resumed job may change it."""
+
+    engine: Literal["auto", "local", "ray"] = setting(
+        "auto", "local: in this process; ray: on the cluster"
+    )
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
+    precision: Precision = setting("auto", "auto: bf16 where the hardware computes in it")
+    batch_size: int = setting(32, "images a forward pass", minimum=1)
+    shard_size: int = setting(256, "images a shard, which is one part file", minimum=1)
+    decoders: int | None = setting(
+        None, "threads (local) that read and decode images; none: one a CPU", minimum=1
+    )
+    max_pixels: int = setting(
+        256_000_000, "an image with more pixels is rejected unread", minimum=1
+    )
+    max_bytes: int = setting(256_000_000, "a larger file is rejected unread", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model and how it is trained."""
+
+    model: ModelConfig
+    train: TrainConfig
+
+
+PRESETS = {
+    "notebook": Preset(model=ModelConfig(), train=TrainConfig()),
+    "small": Preset(
+        model=ModelConfig(
+            backbone="tf_efficientnet_lite2",
+            image_size=260,
+            mean=(127 / 255,) * 3,
+            std=(128 / 255,) * 3,
+            grid=None,
+            width=384,
+            layers=3,
+            heads=6,
+            pre_norm=True,
+            tied_embeddings=True,
+            shared_dropout=True,
+        ),
+        train=TrainConfig(
+            epochs=14,
+            batch_size=32,
+            captions="all",
+            learning_rate=5e-4,
+            warmup_steps=200,
+            schedule="cosine",
+            label_smoothing=0.1,
+            clip_norm=1.0,
+            fine_tune_from=None,
+        ),
+    ),
+}

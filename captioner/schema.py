@@ -1,0 +1,98 @@
+"""The row that every listed image gets: names, Arrow types, statuses, versions.
+
+A part is a Parquet file with these columns. Its schema metadata says how to read the attention
+maps (see :mod:`captioner.attention`): ``captioner.schema``, ``captioner.attention`` (which maps),
+``captioner.attention.version``, ``captioner.attention.grid`` (``G``) and
+``captioner.attention.levels``.
+"""
+
+import builtins
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import pyarrow as pa
+
+__all__ = [
+    "ATTENTION_VERSION",
+    "COLUMNS",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "STATUSES",
+    "CaptionRow",
+    "Status",
+    "part_schema",
+    "rows_to_table",
+]
+
+SCHEMA_VERSION = 1
+ATTENTION_VERSION = 1
+
+Status = Literal["ok", "unreadable", "undecodable", "rejected", "failed"]
+#: ``unreadable``: I/O. ``undecodable``: not an image. ``rejected``: over a limit. ``failed``: the
+#: model, on this image alone.
+STATUSES: tuple[Status, ...] = ("ok", "unreadable", "undecodable", "rejected", "failed")
+
+COLUMNS = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("tokens", pa.list_(pa.string())),
+        pa.field("token_logprobs", pa.list_(pa.float32())),
+        pa.field("score", pa.float32()),
+        pa.field("attention", pa.binary()),
+        pa.field("attention_peak", pa.list_(pa.float32())),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("bytes", pa.int64()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+#: What is to be captioned: the ``row``-th row of part ``shard`` is image ``uri`` of ``size`` bytes
+#: (null where the listing did not tell).
+MANIFEST = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size", pa.int64()),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+    ]
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class CaptionRow:
+    """One image's row; the fields are :data:`COLUMNS`."""
+
+    uri: str
+    caption: str | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float] | None = None
+    score: float | None = None
+    attention: builtins.bytes | None = field(default=None, repr=False)
+    attention_peak: list[float] | None = None
+    width: int | None = None
+    height: int | None = None
+    bytes: int | None = None
+    status: Status
+    error: str | None = None
+
+
+def part_schema(*, attention: str, grid: int, levels: int) -> pa.Schema:
+    """The schema of a part, with the metadata that a reader of its attention maps needs."""
+    return COLUMNS.with_metadata(
+        {
+            "captioner.schema": str(SCHEMA_VERSION),
+            "captioner.attention": attention,
+            "captioner.attention.version": str(ATTENTION_VERSION),
+            "captioner.attention.grid": str(grid),
+            "captioner.attention.levels": str(levels),
+        }
+    )
+
+
+def rows_to_table(rows: Sequence[CaptionRow], schema: pa.Schema = COLUMNS) -> pa.Table:
+    """Rows as a table of the declared types, also where a column is null throughout."""
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
