@@ -1,9 +1,9 @@
 """Attention maps ↔ bytes (codec version 1), and maps over images.
 
-The codec: of a caption's ``T`` maps of ``G×G`` values, each map with largest value ``peak`` is stored
-as ``round(value / peak · levels)``, one byte a value, row-major, map after map; it is read back as
-``byte · peak / levels``. The result is off by at most ``peak / (2 · levels)`` (and float32 rounding).
-Parquet's zstd packs the bytes; fewer levels pack tighter.
+The codec: a value of one of a caption's ``T`` maps of ``G×G``, ``peak`` being that map's largest,
+is stored as ``round(value / peak · levels)``, one byte, row-major, map after map; it is read back
+as ``byte · peak / levels``. The result is off by at most ``peak / (2 · levels)``, and by float32
+rounding. Parquet's zstd packs the bytes; fewer levels pack tighter.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,10 @@ def encode(maps_TGG: np.ndarray, levels: int = 127) -> tuple[bytes, list[float]]
         ``T·G·G`` bytes, and the largest value of each map.
 
     Raises:
-        ValueError: a value is negative or not finite.
+        ValueError: a value is negative or not finite, or a byte cannot hold so many levels.
     """
+    if not 1 <= levels <= 255:
+        raise ValueError(f"levels must be from 1 to 255, not {levels}")
     maps_TGG = np.asarray(maps_TGG, dtype=np.float32)
     if not (np.isfinite(maps_TGG).all() and (maps_TGG >= 0).all()):
         raise ValueError("attention maps must be finite and not negative")

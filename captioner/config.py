@@ -5,6 +5,7 @@ from the fields, so that nothing is written twice. Torch and Ray are not needed 
 """
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from captioner.errors import InputError
 __all__ = [
     "PRESETS",
     "DecodeConfig",
+    "ListingConfig",
     "ModelConfig",
     "Preset",
     "RunConfig",
@@ -27,23 +29,36 @@ Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16"]
 
 
-def setting(default: Any, help: str, *, minimum: float | None = None) -> Any:  # noqa: A002
-    """A dataclass field with its default, its line of help and its least allowed value."""
-    return field(default=default, metadata={"help": help, "minimum": minimum})
+def setting(
+    default: Any,
+    text: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    option: str | None = None,
+) -> Any:
+    """A dataclass field: its default, line of help, least and greatest value, option's name."""
+    metadata = {"help": text, "minimum": minimum, "maximum": maximum, "option": option}
+    return field(default=default, metadata=metadata)
 
 
 class _Checked:
-    """Checks every field against its annotation and minimum when the settings are made."""
+    """Checks every field against its annotation and limits when the settings are made."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, minimum = getattr(self, each.name), each.metadata["minimum"]
+            value = getattr(self, each.name)
+            minimum, maximum = each.metadata["minimum"], each.metadata["maximum"]
             if not _fits(value, hints[each.name]):
                 expected = _describe(hints[each.name])
                 raise InputError(f"{each.name} must be {expected}, not {value!r}")
             if minimum is not None and value is not None and not value >= minimum:
                 raise InputError(f"{each.name} must be at least {minimum}, not {value!r}")
+            if maximum is not None and value is not None and not value <= maximum:
+                raise InputError(f"{each.name} must be at most {maximum}, not {value!r}")
+            if hints[each.name] is float:  # 1 and 1.0 are one setting: their JSON is to be the same
+                object.__setattr__(self, each.name, float(value))
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -58,10 +73,10 @@ def _fits(value: object, hint: Any) -> bool:
             and len(value) == len(arguments)
             and all(map(_fits, value, arguments))
         )
+    if isinstance(value, bool):  # which Python takes for a whole number
+        return hint is bool
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     return isinstance(value, hint)
 
 
@@ -73,9 +88,12 @@ def _describe(hint: Any) -> str:
     if arguments := typing.get_args(hint):
         separator = ", " if typing.get_origin(hint) is tuple else " or "
         return separator.join(_describe(argument) for argument in arguments)
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
+    return {
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        bool: "true or false",
+    }.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def from_mapping(config: type[Config], values: Mapping[str, Any]) -> Config:
@@ -112,10 +130,14 @@ class ModelConfig(_Checked):
     width: int = setting(1024, "width of the decoder", minimum=1)
     layers: int = setting(6, "blocks of the decoder", minimum=1)
     heads: int = setting(8, "attention heads of a block", minimum=1)
-    embedding_dropout: float = setting(0.2, "dropout after the embeddings", minimum=0)
-    attention_dropout: float = setting(0.2, "dropout after both attentions", minimum=0)
-    residual_dropout: float = setting(0.2, "dropout in and after the feed-forward", minimum=0)
-    head_dropout: float = setting(0.2, "dropout before the language model head", minimum=0)
+    embedding_dropout: float = setting(0.2, "dropout after the embeddings", minimum=0, maximum=1)
+    attention_dropout: float = setting(0.2, "dropout after both attentions", minimum=0, maximum=1)
+    residual_dropout: float = setting(
+        0.2, "dropout in and after the feed-forward", minimum=0, maximum=1
+    )
+    head_dropout: float = setting(
+        0.2, "dropout before the language model head", minimum=0, maximum=1
+    )
     pre_norm: bool = setting(False, "normalise before each sublayer instead of after it")
     tied_embeddings: bool = setting(False, "the head's weight is the embedding's")
     shared_dropout: bool = setting(
@@ -142,7 +164,9 @@ class TrainConfig(_Checked):
     weight_decay: float = setting(0.01, "AdamW's weight decay of matrices", minimum=0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises", minimum=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
-    label_smoothing: float = setting(0.0, "share of the target spread over all words", minimum=0)
+    label_smoothing: float = setting(
+        0.0, "share of the target spread over all words", minimum=0, maximum=1
+    )
     clip_norm: float | None = setting(None, "largest norm of the gradient", minimum=0)
     fine_tune_from: int | None = setting(
         2, "first encoder stage to train, 0 is the stem; none freezes the encoder", minimum=0
@@ -171,6 +195,27 @@ class DecodeConfig(_Checked):
     attention_levels: Literal[15, 31, 63, 127, 255] = setting(
         127, "steps between 0 and a map's largest value"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListingConfig(_Checked):
+    """Which images of a source are captioned."""
+
+    extensions: str = setting(
+        "jpg,jpeg,png,webp,bmp,gif,tif,tiff", "endings of the files to list", option="--ext"
+    )
+    limit: int | None = setting(None, "caption only the first N images", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(self.endings):
+            raise InputError(f"extensions must be words between commas, not {self.extensions!r}")
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The extensions, lower case, each with its dot."""
+        words = (word.strip().lstrip(".").lower() for word in self.extensions.split(","))
+        return tuple(f".{word}" if word else "" for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,23 +6,19 @@ decoded, and only the first frame of an animation is.
 """
 
 import io
-import threading
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from captioner.schema import Status
 
-__all__ = ["EXTENSIONS", "PREPROCESSING_VERSION", "DecodedImage", "decode"]
-
-#: Listed by default; what a file is gets decided by its bytes.
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+__all__ = ["PREPROCESSING_VERSION", "DecodedImage", "decode"]
 
 #: Counts up when the same bytes would give other pixels: part of a job's fingerprint.
 PREPROCESSING_VERSION = 1
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,11 +38,11 @@ _REDUCING_GAP = 2.0
 class DecodedImage:
     """The outcome for one file.
 
-    ``pixels_hwc`` is uint8 ``(size, size, 3)``, or None with ``status`` and ``error`` saying why.
+    ``pixels_HW3`` is uint8 ``(size, size, 3)``, or None with ``status`` and ``error`` saying why.
     ``width`` and ``height`` are the file's own, before its orientation is applied.
     """
 
-    pixels_hwc: np.ndarray | None
+    pixels_HW3: np.ndarray | None
     width: int | None = None
     height: int | None = None
     status: Status = "ok"
@@ -54,13 +50,19 @@ class DecodedImage:
 
 
 def decode(
-    data: bytes, size: int, *, max_pixels: int = 256_000_000, max_bytes: int = 256_000_000
+    data: bytes,
+    size: int,
+    *,
+    keep_aspect: bool = False,
+    max_pixels: int = 256_000_000,
+    max_bytes: int = 256_000_000,
 ) -> DecodedImage:
     """Decodes an image file, turns it upright and resizes it to ``size×size`` (the aspect changes).
 
     Args:
         data: the file's bytes.
         size: height and width of the result, in pixels.
+        keep_aspect: make the longer side ``size`` and keep the aspect, to show it to a person.
         max_pixels: an image with more is rejected before its pixels are decoded.
         max_bytes: a longer file is rejected before it is parsed.
     """
@@ -72,24 +74,51 @@ def decode(
     width = height = None
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
+            width, height = _own_size(image)
             if width * height > max_pixels:
                 error = f"{width}×{height} is more than {max_pixels} pixels"
                 return DecodedImage(None, width, height, "rejected", error)
-            orientation = _orientation(image)
-            reduced = (int(size * _REDUCING_GAP), int(size * _REDUCING_GAP))
-            image.draft(None, reduced)
+            if _tile_pixels(image) > max_pixels:
+                error = f"its tiles have more than {max_pixels} pixels"
+                return DecodedImage(None, width, height, "rejected", error)
+            target = _fit(*image.size, size) if keep_aspect else (size, size)
+            least = int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)
+            drafted = image.draft(None, least)
+            box = drafted[1] if drafted else None  # in a fraction, the last pixel may be a part
+            image.load()
+            orientation = _orientation(image)  # after loading, which turns a TIFF upright itself
             small = _to_rgb(image).resize(
-                (size, size), Image.Resampling.BILINEAR, reducing_gap=_REDUCING_GAP
+                target, Image.Resampling.BILINEAR, box, reducing_gap=_REDUCING_GAP
             )
             upright = small.transpose(orientation) if orientation is not None else small
             return DecodedImage(np.array(upright), width, height)
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken file
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow names the BytesIO object, whose address would differ from run to run.
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             reason = "not an image in a known format"
         return DecodedImage(None, width, height, "undecodable", reason)
+
+
+def _own_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height before the orientation is applied; Pillow tells a TIFF's after it."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        return tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+    return image.size
+
+
+def _tile_pixels(image: Image.Image) -> int:
+    """Pixels of a TIFF's tiles: one is decoded in full, and may be larger than its image."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 0
+    tags = image.tag_v2
+    return int(tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0))
+
+
+def _fit(width: int, height: int, longest: int) -> tuple[int, int]:
+    scale = longest / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -103,8 +132,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes to RGB; what is transparent is laid over white."""
     if image.mode.startswith(("I", "F")):
         return _grey_to_rgb(image)
-    if image.mode == "LAB":
-        return _lab_to_rgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -122,14 +149,3 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
         peak = next((p for p in (1.0, 255.0, 65535.0) if largest <= p), largest)
     scaled_hw = np.clip(np.rint(grey_hw * (255 / peak)), 0, 255).astype(np.uint8)
     return Image.fromarray(scaled_hw).convert("RGB")
-
-
-_lab_lock = threading.Lock()
-
-
-def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    with _lab_lock:  # LittleCMS profiles are not documented to be safe to share between threads
-        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
-    assert converted is not None
-    return converted

@@ -5,8 +5,8 @@ together and share its keys and values), ``T`` words, ``h, w`` the backbone's ow
 ``P = grid²`` positions attended to (``L`` where the config's grid is null), ``C`` channels of the
 backbone, ``E`` width, ``H`` heads, ``D = E / H``, ``V`` words of the vocabulary.
 
-The features are average-pooled from ``h×w`` to ``grid×grid`` by a fixed matrix ``pooling_PL``, and a
-linear map commutes with it (its rows sum to 1, so a bias does too). Keys and values are therefore
+The features are average-pooled from ``h×w`` to ``grid×grid`` by a fixed matrix ``pooling_PL``, and
+a linear map commutes with it (its rows sum to 1, so a bias does too). Keys and values are therefore
 projected, and read at every step, on the smaller ``h×w`` grid: ``logits = q Kᵀ poolingᵀ`` and
 ``output = (softmax(logits) pooling) V`` equal attention over the pooled grid.
 """
@@ -125,7 +125,7 @@ class ImageEncoder(nn.Module):
             tokens_BLC = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
             side = round(tokens_BLC.size(1) ** 0.5)
             if side * side == tokens_BLC.size(1):
-                return tokens_BLC.unflatten(1, (side, side))
+                return tokens_BLC.unflatten(1, (side, side))  # type: ignore[no-any-return]
         elif features.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
             return features  # type: ignore[no-any-return]
         elif features.ndim == 4:
@@ -223,7 +223,7 @@ def _attend(
     hidden: Tensor | None = None,
     pooling_PL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention written out: ``output_BHSD`` and ``weights_BHSP``.
+    """Scaled dot-product attention written out: ``output_BHSD`` and float32 ``weights_BHSP``.
 
     Sequences are a few dozen words long: at that size plain matrix products beat the fused kernels,
     whose backward is slow on CPUs.
@@ -234,8 +234,10 @@ def _attend(
         logits = logits @ pooling_PL.T
     if hidden is not None:
         logits = logits.masked_fill(hidden, float("-inf"))
-    weights = logits.softmax(-1)
-    read = weights if pooling_PL is None else weights @ pooling_PL
+    weights = logits.softmax(-1, dtype=torch.float32)
+    read = weights.to(values_BHLD.dtype)
+    if pooling_PL is not None:
+        read = read @ pooling_PL
     return read @ values_BHLD, weights
 
 
@@ -364,6 +366,9 @@ class CaptionDecoder(nn.Module):
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
 
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]  # ModuleList forgets its type
+
     def forward(
         self, ids_RT: Tensor, features_BhwC: Tensor, padding_RT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -378,7 +383,7 @@ class CaptionDecoder(nn.Module):
         Returns:
             ``logits_RTV``, and the last block's cross-attention ``(R, T, P)``, mean over heads.
         """
-        rows, length = ids_RT.shape
+        length = ids_RT.size(1)
         hidden = torch.ones(length, length, dtype=torch.bool, device=ids_RT.device).triu(1)
         if padding_RT is not None:
             hidden = hidden | padding_RT[:, None, None, :]
@@ -388,7 +393,7 @@ class CaptionDecoder(nn.Module):
         """Projects the features to every block's keys and values, once for all words."""
         _, height, width, _ = features_BhwC.shape
         features_BLC = features_BhwC.flatten(1, 2)
-        projected = [block.cross_attention.project(features_BLC) for block in self.blocks]
+        projected = [block.cross_attention.project(features_BLC) for block in self._blocks()]
         pooling, grid = None, self.config.grid
         if grid is not None and (height, width) != (grid, grid):
             pooling = pooling_matrix(
@@ -413,7 +418,7 @@ class CaptionDecoder(nn.Module):
         positions = self.position_embedding.weight[begin : begin + ids_RT.size(1)]
         x = self.embedding_norm(self.embedding(ids_RT) + positions)
         x = self.embedding_dropout(x)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._blocks()):
             x, weights = block(x, memory, hidden=hidden, cache=cache, layer=layer)
         logits_RTV = self.head(self.head_dropout(self.final_norm(x)))
         attention_RTP = weights.mean(1).view(*ids_RT.shape, -1)  # (B, n·T, P) to (R, T, P)

@@ -1,24 +1,38 @@
 """Files by URI, through fsspec: list, read, write atomically.
 
 A URI is a local path, a ``file://`` URI (percent-encoded, RFC 8089) or anything that fsspec has a
-file system for (``s3://``, ``gs://``, ``abfs://``, ``memory://``). Credentials are the file system's
-own business: they come from the environment, and are never part of a message.
+file system for (``s3://``, ``gs://``, ``abfs://``, ``memory://``). Credentials are the file
+system's own business: they come from the environment, and are never part of a message.
 """
 
 import os
 import re
 import secrets
+import stat
 import urllib.parse
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from captioner.errors import InputError, OutputError
 
-__all__ = ["Listed", "absolute", "delete", "exists", "find", "join", "names", "read", "write"]
+__all__ = [
+    "Listed",
+    "absolute",
+    "delete",
+    "find",
+    "is_directory",
+    "join",
+    "leftovers",
+    "names",
+    "open_binary",
+    "read",
+    "version",
+    "write",
+]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -37,15 +51,17 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         return LocalFileSystem(), os.fsdecode(urllib.parse.unquote_to_bytes(uri[len("file://") :]))
     if not _SCHEME.match(uri):
         return LocalFileSystem(), uri
+    scheme = uri.split("://")[0]
     try:
-        return fsspec.core.url_to_fs(uri)  # type: ignore[no-any-return]
+        # Not fsspec.url_to_fs: it would take an object's name with "::" in it for several URIs.
+        kind = fsspec.get_filesystem_class(scheme)
+        return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
-        scheme = uri.split("://")[0]
         raise InputError(f"cannot open {scheme}:// URIs: {error}") from error
 
 
 def absolute(uri: str, base: str | None = None) -> str:
-    """A local path made absolute, from ``base`` or the working directory; other URIs as they are."""
+    """A local path made absolute, from ``base`` or the working directory; else the URI as it is."""
     return uri if _SCHEME.match(uri) else os.path.abspath(os.path.join(base or "", uri))
 
 
@@ -63,33 +79,53 @@ def _readable(uri: str) -> str:
     return uri
 
 
-def find(directory: str, extensions: Collection[str]) -> list[Listed]:
-    """All files below a directory with one of these extensions (lower case, no dot), sorted by URI.
+def find(directory: str, endings: tuple[str, ...]) -> list[Listed]:
+    """All files below a directory whose names end so (lower case, with the dot), sorted by URI.
 
     Raises:
         InputError: there is no such directory, or it cannot be listed.
     """
     fs, path = _filesystem(directory)
-    endings = tuple(f".{extension}" for extension in extensions)
     try:
         if not fs.isdir(path):
             problem = "is not a directory" if fs.exists(path) else "does not exist"
             raise InputError(f"{directory} {problem}")
-        entries = fs.find(path, detail=True)
+        if isinstance(fs, LocalFileSystem):
+            listed = list(_find_local(path, endings))
+        else:
+            listed = [
+                Listed(fs.unstrip_protocol(name), info.get("size"))
+                for name, info in fs.find(path, detail=True).items()
+                if info["type"] == "file" and name.lower().endswith(endings)
+            ]
     except OSError as error:
         raise InputError(f"cannot list {directory}: {_reason(error)}") from error
-    local = isinstance(fs, LocalFileSystem)
-    return sorted(
-        (
-            Listed(
-                _readable(name) if local else fs.unstrip_protocol(name),
-                info.get("size"),
-            )
-            for name, info in entries.items()
-            if info["type"] == "file" and name.lower().endswith(endings)
-        ),
-        key=lambda listed: listed.uri,
-    )
+    return sorted(listed, key=lambda each: each.uri)
+
+
+def _find_local(directory: str, endings: tuple[str, ...]) -> Iterator[Listed]:
+    """Links to files are listed, links to directories are not followed.
+
+    Unlike fsspec's, this fails where a folder cannot be listed, and lists a link whose file is
+    gone: an image that is lost is to be accounted for.
+    """
+
+    def fail(error: OSError) -> None:
+        reason = _reason(error)
+        raise InputError(f"cannot list {_readable(error.filename)}: {reason}") from error
+
+    for folder, _, names_in_folder in os.walk(directory, onerror=fail):
+        for name in names_in_folder:
+            if not name.lower().endswith(endings):
+                continue
+            path = os.path.join(folder, name)
+            try:
+                status = os.stat(path)
+            except OSError:
+                yield Listed(_readable(path), None)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield Listed(_readable(path), status.st_size)
 
 
 def read(uri: str, limit: int | None = None) -> bytes:
@@ -99,21 +135,50 @@ def read(uri: str, limit: int | None = None) -> bytes:
         OSError: it cannot be read.
     """
     fs, path = _filesystem(uri)
-    with fs.open(path, "rb") as file:
-        return file.read(-1 if limit is None else limit + 1)  # type: ignore[no-any-return]
+    try:
+        with fs.open(path, "rb") as file:
+            return file.read(-1 if limit is None else limit + 1)  # type: ignore[no-any-return]
+    except ValueError as error:  # no file can be called so: there is a zero byte in the name
+        raise OSError(str(error)) from error
 
 
-def exists(uri: str) -> bool:
-    """Whether there is a file or a directory."""
+def open_binary(uri: str) -> BinaryIO:
+    """A file to read parts of.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
     fs, path = _filesystem(uri)
-    return bool(fs.exists(path))
+    return fs.open(path, "rb")  # type: ignore[no-any-return]
+
+
+def is_directory(uri: str) -> bool:
+    """Whether there is such a directory."""
+    fs, path = _filesystem(uri)
+    return bool(fs.isdir(path))
+
+
+def version(uri: str) -> str:
+    """What changes when a file does: its size, and its time or ETag; empty where it is gone."""
+    fs, path = _filesystem(uri)
+    try:
+        info = fs.info(path)
+    except OSError:
+        return ""
+    return f"{info.get('size')} {info.get('mtime') or info.get('ETag') or info.get('etag')}"
 
 
 def names(directory: str) -> list[str]:
-    """The names of what stands in a directory, sorted; empty where there is no such directory."""
+    """The names of what stands in a directory, sorted; empty where there is no such directory.
+
+    Raises:
+        OSError: it is not a directory, or cannot be listed.
+    """
     fs, path = _filesystem(directory)
-    fs.invalidate_cache(path)
     try:
+        if isinstance(fs, LocalFileSystem):
+            return sorted(os.listdir(path))
+        fs.invalidate_cache(path)
         entries = fs.ls(path, detail=False)
     except FileNotFoundError:
         return []
@@ -141,6 +206,7 @@ def write(uri: str, data: bytes) -> None:
 
 def _write_local(path: str, data: bytes) -> None:
     directory, name = os.path.split(path)
+    directory = directory or "."
     os.makedirs(directory, exist_ok=True)
     temporary = os.path.join(directory, f".{name}.tmp-{secrets.token_hex(4)}")
     try:
@@ -175,7 +241,10 @@ def delete(uri: str) -> None:
     """
     fs, path = _filesystem(uri)
     try:
-        fs.rm(path, recursive=True)
+        if fs.isfile(path):
+            fs.rm_file(path)  # rm would take a name with brackets or a star in it for a pattern
+        else:
+            fs.rm(path, recursive=True)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -1,0 +1,352 @@
+"""What is to be captioned, and what is done: the output directory's books.
+
+A listing becomes numbered shards; a shard's part file is there when, and only when, the shard is
+done. Nothing is ever renumbered: images that turn up later become new shards at the end.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from captioner import __version__, storage
+from captioner.config import ListingConfig
+from captioner.errors import FingerprintError, InputError, OutputError
+from captioner.schema import MANIFEST, SCHEMA_VERSION
+from captioner.storage import Listed
+
+__all__ = ["Accounts", "OutputDirectory", "Shard", "list_source", "part_name"]
+
+_PRIVATE = "_captioner"
+_PART = re.compile(r"part-(\d{6,})\.parquet")
+_READERS = 16  # threads that read parts: mostly waiting, for a bucket
+_TABLES = (".txt", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some consecutive images of the manifest: one part file. ``sizes`` are in bytes, or None."""
+
+    number: int
+    uris: list[str]
+    sizes: list[int | None]
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """What an output directory holds: ``rows`` by status, and the images without a row."""
+
+    images: int
+    rows: dict[str, int]
+    missing: list[str]
+
+
+def part_name(shard: int) -> str:
+    """The file name of a shard's part."""
+    return f"part-{shard:06d}.parquet"
+
+
+def list_source(source: str, listing: ListingConfig) -> list[Listed]:
+    """The images of a source, each once.
+
+    Args:
+        source: a directory, listed recursively and sorted; or a ``.txt``, ``.csv`` or ``.parquet``
+            file of URIs in the order to keep: a line each, or a column ``uri``, or the only column.
+            Relative paths in it start from the file's own folder.
+        listing: which files of a directory are images, and how many images to take at most.
+
+    Raises:
+        InputError: there is no such source, or it holds no image.
+    """
+    if source.lower().endswith(_TABLES) and not storage.is_directory(source):
+        images = _read_list(source)
+        if not images:
+            raise InputError(f"{source} lists no images")
+    else:
+        images = storage.find(source, listing.endings)
+        if not images:
+            raise InputError(f"{source} holds no images ({listing.extensions})")
+    return images[: listing.limit]
+
+
+def _read_list(source: str) -> list[Listed]:
+    try:
+        data = storage.read(source)
+    except FileNotFoundError as error:
+        raise InputError(f"{source} does not exist") from error
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error}") from error
+    try:
+        if source.lower().endswith(".txt"):
+            # splitlines() and strip() would take characters of a name, as U+2028, for white space.
+            lines = data.decode("utf-8-sig").split("\n")
+            uris: list[str | None] = [line.strip(" \t\r") for line in lines]
+        else:
+            reader = _read_parquet if source.lower().endswith(".parquet") else _read_csv
+            uris = _uri_column(reader(data), source)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+        raise InputError(f"cannot read {source}: {_one_line(error)}") from error
+    base = source[: source.rfind("/") + 1]
+    absolute = [_from(base, uri) for uri in uris if uri]
+    return [Listed(uri, None) for uri in dict.fromkeys(absolute)]
+
+
+def _read_csv(data: bytes) -> pa.Table:
+    """All columns as text: an image called 0001 is not number 1."""
+    names = pa.csv.open_csv(io.BytesIO(data)).schema.names
+    return pa.csv.read_csv(
+        io.BytesIO(data),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+    )
+
+
+def _read_parquet(data: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(data))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _uri_column(table: pa.Table, source: str) -> list[str | None]:
+    names = table.column_names
+    name = "uri" if "uri" in names else names[0] if len(names) == 1 else None
+    if name is None:
+        raise InputError(f"{source} has no column uri, but {', '.join(names)}")
+    return table[name].cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+
+
+def _from(base: str, uri: str) -> str:
+    if "://" in base and "://" not in uri and not uri.startswith("/"):
+        return base + uri
+    return storage.absolute(uri, base)
+
+
+class OutputDirectory:
+    """The directory that a caption job writes.
+
+    ::
+
+        part-000000.parquet …                one a shard, rows in listing order
+        _captioner/run.json                  settings and fingerprint of the job that began it
+        _captioner/manifest-0000.parquet …   uri, size, shard, row; one more when images turn up
+        _captioner/summary.json              the last run's counts and times
+    """
+
+    def __init__(self, uri: str):
+        self.uri = uri
+
+    def _private(self, name: str) -> str:
+        return storage.join(storage.join(self.uri, _PRIVATE), name)
+
+    def begin(self, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Makes the directory this job's: new, or begun before with the same settings.
+
+        Args:
+            settings: what decides the captions, by name; its SHA-256 is the job's fingerprint.
+            overwrite: delete what an earlier job wrote.
+
+        Raises:
+            FingerprintError: it was begun with other settings.
+            OutputError: it holds files that are not ours, or it cannot be written.
+        """
+        try:
+            present = storage.names(self.uri)
+            ours = "run.json" in self._private_names()
+        except OSError as error:
+            reason = error.strerror or _one_line(error)
+            raise OutputError(f"cannot use {self.uri} for output: {reason}") from error
+        if ours and overwrite:
+            self._delete()
+        elif ours:
+            self._compare(settings)
+        elif any(not name.startswith(".") for name in present if name != _PRIVATE):
+            raise OutputError(f"{self.uri} is not empty, and no caption job's output")
+        if overwrite or not ours:
+            run = {
+                "schema_version": SCHEMA_VERSION,
+                "fingerprint": _fingerprint(settings),
+                "settings": settings,
+                "captioner_version": __version__,
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+            self._write_json("run.json", run)
+        for directory in (self.uri, storage.join(self.uri, _PRIVATE)):
+            for name in storage.leftovers(directory):
+                storage.delete(storage.join(directory, name))
+
+    def _private_names(self) -> list[str]:
+        return storage.names(storage.join(self.uri, _PRIVATE))
+
+    def _delete(self) -> None:
+        """Parts first, run.json last: an interrupted deletion is still recognised as ours.
+
+        The last manifest goes first, so that those which are left are numbered without a gap.
+        """
+        for number in self.done():
+            storage.delete(storage.join(self.uri, part_name(number)))
+        in_order = sorted(self._private_names(), key=lambda name: (name != "run.json", name))
+        for name in reversed(in_order):
+            storage.delete(self._private(name))
+
+    def _compare(self, settings: dict[str, Any]) -> None:
+        before = self.read_json("run.json").get("settings", {})
+        now = json.loads(json.dumps(settings))
+        differing = [
+            _difference(name, before.get(name), now.get(name))
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if differing:
+            raise FingerprintError(
+                f"{self.uri} was begun with other settings: {'; '.join(differing)}. "
+                "Use another directory, or --overwrite"
+            )
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of ours.
+
+        Raises:
+            OutputError: it is missing or broken.
+        """
+        try:
+            parsed = json.loads(storage.read(self._private(name)))
+        except FileNotFoundError as error:
+            raise OutputError(f"{self.uri} is no caption job's output: it has no {name}") from error
+        except (OSError, ValueError) as error:
+            raise OutputError(f"cannot read {self._private(name)}: {error}") from error
+        if not isinstance(parsed, dict):
+            raise OutputError(f"{self._private(name)} is not a JSON object")
+        return parsed
+
+    def _write_json(self, name: str, values: dict[str, Any]) -> None:
+        storage.write(self._private(name), (json.dumps(values, indent=2) + "\n").encode())
+
+    def write_summary(self, values: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        self._write_json("summary.json", values)
+
+    def manifest(self) -> pa.Table:
+        """All images ever listed, by shard and row: :data:`captioner.schema.MANIFEST`.
+
+        Raises:
+            OutputError: a manifest cannot be read, or is not one.
+        """
+        names = [name for name in self._private_names() if name.startswith("manifest-")]
+        try:
+            tables = [
+                _read_parquet(storage.read(self._private(name))).cast(MANIFEST) for name in names
+            ]
+        except (OSError, pa.ArrowException, ValueError) as error:
+            raise OutputError(
+                f"the manifest of {self.uri} cannot be read: {_one_line(error)}"
+            ) from error
+        return pa.concat_tables([MANIFEST.empty_table(), *tables])
+
+    def extend(self, listing: Sequence[Listed], shard_size: int) -> pa.Table:
+        """Adds what is not in the manifest yet, as new shards; returns the whole manifest."""
+        manifest = self.manifest()
+        known = set(manifest["uri"].to_pylist())
+        new = [listed for listed in listing if listed.uri not in known]
+        if not new:
+            return manifest
+        first = (pc.max(manifest["shard"]).as_py() + 1) if len(manifest) else 0
+        index = np.arange(len(new))
+        added = pa.table(
+            {
+                "uri": [listed.uri for listed in new],
+                "size": [listed.size for listed in new],
+                "shard": first + index // shard_size,
+                "row": index % shard_size,
+            }
+        ).cast(MANIFEST)
+        taken = sum(name.startswith("manifest-") for name in self._private_names())
+        sink = io.BytesIO()
+        pq.write_table(added, sink, compression="zstd")
+        storage.write(self._private(f"manifest-{taken:04d}.parquet"), sink.getvalue())
+        return pa.concat_tables([manifest, added])
+
+    def done(self) -> set[int]:
+        """The numbers of the shards that have their part."""
+        found = (_PART.fullmatch(name) for name in storage.names(self.uri))
+        return {int(match[1]) for match in found if match}
+
+    def remaining(self, manifest: pa.Table) -> Iterator[Shard]:
+        """The shards that have no part yet, in order."""
+        done = self.done()
+        for number, table in _by_shard(manifest):
+            if number not in done:
+                yield Shard(number, table["uri"].to_pylist(), table["size"].to_pylist())
+
+    def accounts(self) -> Accounts:
+        """Counts the rows of every part by status against the manifest.
+
+        Raises:
+            OutputError: a part cannot be read, does not have its shard's number of rows, or is
+                no shard's.
+        """
+        manifest, done = self.manifest(), self.done()
+        expected: dict[int, int] = {}
+        missing: list[str] = []
+        for number, table in _by_shard(manifest):
+            if number in done:
+                expected[number] = len(table)
+            else:
+                missing += table["uri"].to_pylist()
+        if strays := sorted(done - expected.keys()):
+            raise OutputError(f"{part_name(strays[0])} is no shard's of the manifest")
+        rows: Counter[str] = Counter()
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = pool.map(lambda number: self.read_part(number, ["status"]), expected)
+            for number, part in zip(expected, parts, strict=True):
+                if len(part) != expected[number]:
+                    raise OutputError(
+                        f"{part_name(number)} has {len(part)} rows, its shard {expected[number]}"
+                    )
+                rows.update(part["status"].to_pylist())
+        return Accounts(len(manifest), dict(rows), missing)
+
+    def read_part(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """A part, or some of its columns.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+        uri = storage.join(self.uri, part_name(number))
+        try:
+            with storage.open_binary(uri) as file:
+                return pq.read_table(file, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise OutputError(f"cannot read {uri}: {_one_line(error)}") from error
+
+
+def _by_shard(manifest: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """The manifest's shards; a shard's rows stand together."""
+    numbers = manifest["shard"].to_numpy()
+    edges = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
+    for begin, end in itertools.pairwise(edges):
+        yield int(numbers[begin]), manifest.slice(begin, end - begin)
+
+
+def _fingerprint(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, str) and isinstance(now, str) and len(before) == len(now) == 64:
+        return f"another {name}"  # SHA-256 digests tell the reader nothing
+    return f"{name} was {before}, is {now}"

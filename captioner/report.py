@@ -1,0 +1,165 @@
+"""What an output directory holds, for a person: counts, best and worst captions, overlays."""
+
+import heapq
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image
+
+from captioner import attention, images, storage
+from captioner.errors import InputError, OutputError
+from captioner.manifest import Accounts, OutputDirectory
+from captioner.schema import STATUSES
+
+__all__ = ["CaptionedRow", "Report", "draw", "find_row", "summarise"]
+
+_SHOWN = 5
+_LONGEST_SIDE = 480  # of an image in a drawing, in pixels
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts, the last run's summary, and captions by score: ``(score, caption, uri)``."""
+
+    accounts: Accounts
+    last_run: dict[str, Any]
+    worst: list[tuple[float, str, str]]
+    best: list[tuple[float, str, str]]
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        lines = [f"{self.accounts.images} images listed"]
+        lines += [
+            f"  {self.accounts.rows[status]} {status}"
+            for status in STATUSES
+            if self.accounts.rows.get(status)
+        ]
+        if self.last_run:
+            last = self.last_run
+            lines.append(
+                f"last run: {last['captioned']} images in {last['seconds']:.1f} s, "
+                f"{last['images_per_second']:.1f} images/s, ended {last['ended']}"
+            )
+        for title, captions in (("best", self.best), ("worst", self.worst)):
+            lines.append(f"{title} scores (mean log-probability of a word):")
+            lines += [f"  {score:7.3f}  {caption}  {uri}" for score, caption, uri in captions]
+        missing = self.accounts.missing
+        lines.append(f"{len(missing)} images have no row" + (":" if missing else ""))
+        lines += [f"  {uri}" for uri in missing[:20]]
+        return lines
+
+
+def summarise(output: str) -> Report:
+    """Reads an output directory.
+
+    Raises:
+        OutputError: it is no caption job's output, or a part of it cannot be read.
+    """
+    directory = OutputDirectory(output)
+    directory.read_json("run.json")
+    accounts = directory.accounts()
+    try:
+        last_run = directory.read_json("summary.json")
+    except OutputError:  # the first run has not ended
+        last_run = {}
+    worst: list[tuple[float, str, str]] = []
+    best: list[tuple[float, str, str]] = []
+    for number in directory.done():
+        part = directory.read_part(number, ["score", "caption", "uri"])
+        scored = part.filter(pc.is_valid(part["score"]))
+        rows = list(zip(*(scored[name].to_pylist() for name in scored.column_names), strict=True))
+        best = heapq.nlargest(_SHOWN, best + rows)
+        worst = heapq.nsmallest(_SHOWN, worst + rows)
+    return Report(accounts, last_run, worst, best)
+
+
+@dataclass(frozen=True)
+class CaptionedRow:
+    """A captioned image's row; ``maps_TGG`` has a map a word, or one for the whole caption."""
+
+    uri: str
+    caption: str
+    tokens: list[str]
+    maps_TGG: np.ndarray
+
+
+def find_row(output: str, uri: str) -> CaptionedRow:
+    """The row of an image.
+
+    Args:
+        output: an output directory.
+        uri: as listed, or its end after a slash where no other image's ends so.
+
+    Raises:
+        InputError: there is no such image, several, or it has no caption or no attention maps.
+        OutputError: the output cannot be read.
+    """
+    directory = OutputDirectory(output)
+    manifest = directory.manifest()
+    match = pc.equal(manifest["uri"], uri)
+    if not pc.any(match).as_py():
+        match = pc.ends_with(manifest["uri"], "/" + uri.lstrip("/"))
+    found = manifest.filter(match)
+    if len(found) != 1:
+        raise InputError(f"{len(found) or 'no'} images of {output} are {uri}")
+    shard, row = found["shard"][0].as_py(), found["row"][0].as_py()
+    if shard not in directory.done():
+        raise InputError(f"{uri} has no row yet")
+    part = directory.read_part(shard)
+    [values] = part.slice(row, 1).to_pylist()
+    if values["status"] != "ok":
+        raise InputError(f"{uri} has no caption: {values['status']}, {values['error']}")
+    if values["attention"] is None:
+        raise InputError(f"{uri} has no attention maps: the job ran with --attention none")
+    metadata = part.schema.metadata
+    maps_TGG = attention.decode(
+        values["attention"],
+        values["attention_peak"],
+        grid=int(metadata[b"captioner.attention.grid"]),
+        levels=int(metadata[b"captioner.attention.levels"]),
+    )
+    return CaptionedRow(values["uri"], values["caption"], values["tokens"], maps_TGG)
+
+
+def draw(row: CaptionedRow) -> bytes:
+    """A PNG: the image, the mean of its maps over it, and each word's map over it.
+
+    Raises:
+        InputError: the image cannot be read any more.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    try:
+        decoded = images.decode(storage.read(row.uri), _LONGEST_SIDE, keep_aspect=True)
+    except OSError as error:
+        raise InputError(f"cannot read {row.uri}: {error}") from error
+    if decoded.pixels_HW3 is None:
+        raise InputError(f"cannot decode {row.uri}: {decoded.error}")
+    image = Image.fromarray(decoded.pixels_HW3)
+    panels = [("", image)]
+    if len(row.maps_TGG):
+        panels.append(
+            (f"mean of {len(row.maps_TGG)}", attention.overlay(image, row.maps_TGG.mean(0)))
+        )
+    if len(row.maps_TGG) == len(row.tokens):
+        words = zip(row.tokens, row.maps_TGG, strict=True)
+        panels += [(word, attention.overlay(image, map_GG)) for word, map_GG in words]
+    columns = min(len(panels), 5)
+    rows = math.ceil(len(panels) / columns)
+    height = 2.4 * image.height / image.width + 0.3
+    figure = Figure(figsize=(2.4 * columns, height * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(row.caption, parse_math=False)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (title, panel) in zip(figure.axes, panels, strict=False):
+        axes.imshow(panel)
+        axes.set_title(title, parse_math=False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=100)
+    return sink.getvalue()

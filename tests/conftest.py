@@ -1,0 +1,92 @@
+"""Tiny models and pictures, and one local Ray for all tests that need it."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captioner import bundle
+from captioner.config import ModelConfig
+from captioner.model import CaptionModel
+from captioner.vocabulary import Vocabulary
+
+WORDS = "a the dog cat runs sits on grass with two men red ball in water and jumps".split()
+
+TINY = ModelConfig(
+    backbone="resnet10t",
+    image_size=64,
+    grid=3,
+    width=32,
+    layers=2,
+    heads=4,
+    max_length=12,
+    vocabulary_size=len(WORDS) + 4,
+)
+
+
+def shared_data() -> Path:
+    """The real photos that some tests use where they are at hand; skips where they are not."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    path = Path(os.environ.get("CAPTIONER_SHARED", default)) / "flickr8k"
+    if not path.is_dir():
+        pytest.skip("the Flickr8k photos are not here")
+    return path
+
+
+def tiny_model(seed: int = 0, **changes: object) -> CaptionModel:
+    """A model whose random weights are large enough for captions to differ."""
+    torch.manual_seed(seed)
+    model = CaptionModel(dataclasses.replace(TINY, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    return Vocabulary.from_captions([" ".join(WORDS)] * 5)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    bundle.save(str(path), tiny_model(), vocabulary)
+    return path
+
+
+def write_photos(directory: Path, count: int, seed: int = 0) -> list[Path]:
+    """Small JPEGs that differ from each other."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    paths = []
+    for index in range(count):
+        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        path = directory / f"photo-{index:04d}.jpg"
+        Image.fromarray(coarse).resize((80, 60)).save(path, quality=90)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Ray on this machine, with two logical CPUs; ended with the tests."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200_000_000,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    yield
+    ray.shutdown()
