@@ -102,7 +102,13 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("data")
 @click.argument("output")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="small", show_default=True)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="small",
+    show_default=True,
+    help="The model, and how it is trained unless an option says otherwise.",
+)
 @click.option("--train-list", metavar="FILE", help="Names of the images to train on, a line each.")
 @click.option("--val-list", metavar="FILE", help="Names of the images to validate on.")
 @click.option(
@@ -211,3 +217,7 @@ def report_command(output: str, missing: bool) -> None:
         click.echo(_printable(line))
     if summary.accounts.missing:
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -363,6 +363,9 @@ class CaptionDecoder(nn.Module):
         self.head_dropout = Dropout(config.head_dropout, shared=shared)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.uniform_(self.head.weight, -0.1, 0.1)
+        if config.pre_norm:
+            # The notebook's positions begin at variance 1 and drown the words beside them.
+            nn.init.uniform_(self.position_embedding.weight, -0.1, 0.1)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
 

@@ -311,10 +311,9 @@ def _load_ahead(
 
 
 def _run_ray(job: CaptionJob, bundle: Bundle, shards: Iterable[Shard]) -> Iterator[dict[str, int]]:
-    import ray
+    ray = _connect()
     from ray.data import ActorPoolStrategy, DataContext
 
-    _connect(ray)
     context = DataContext.get_current()
     context.target_max_block_size = None  # never split a block: it is a shard
     context.enable_progress_bars = False
@@ -353,17 +352,20 @@ def _run_ray(job: CaptionJob, bundle: Bundle, shards: Iterable[Shard]) -> Iterat
     )
 
 
-def _connect(ray: Any) -> None:
+def _connect() -> Any:
     """Joins the cluster that RAY_ADDRESS names, or starts Ray here for this job alone."""
-    if ray.is_initialized():
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-        return
-    # Without a token of our own Ray leaves one in the home directory, where it confuses clusters.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    if not os.environ.get("RAY_ADDRESS"):
+        # Read when Ray is imported. Without a token of our own Ray leaves one in the home
+        # directory, where clusters that are started later trip over it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        local = {"include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, log_to_driver=False, **local)
+    return ray
 
 
 def _load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:

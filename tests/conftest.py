@@ -15,7 +15,25 @@ from captioner.config import ModelConfig
 from captioner.model import CaptionModel
 from captioner.vocabulary import Vocabulary
 
-WORDS = "a the dog cat runs sits on grass with two men red ball in water and jumps".split()
+WORDS = [
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "runs",
+    "sits",
+    "on",
+    "grass",
+    "with",
+    "two",
+    "men",
+    "red",
+    "ball",
+    "in",
+    "water",
+    "and",
+    "jumps",
+]
 
 TINY = ModelConfig(
     backbone="resnet10t",
@@ -46,6 +64,7 @@ def tiny_model(seed: int = 0, **changes: object) -> CaptionModel:
         for parameter in model.decoder.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(3)
+        model.decoder.head.weight[2] *= 2  # captions end at different lengths
     return model
 
 

@@ -152,7 +152,9 @@ def test_unknown_words_are_chosen_only_when_allowed(model, features):
     biased = tiny_model(seed=3, pre_norm=True)
     with torch.no_grad():
         biased.decoder.final_norm.bias.copy_(biased.decoder.head.weight[3] * 5)
-    [allowed] = generate(biased.decoder, features[:1], DecodeConfig(allow_unknown=True, max_words=3))
+    [allowed] = generate(
+        biased.decoder, features[:1], DecodeConfig(allow_unknown=True, max_words=3)
+    )
     [suppressed] = generate(biased.decoder, features[:1], DecodeConfig(max_words=3))
     assert 3 in allowed.ids
     assert not {0, 1, 3} & set(suppressed.ids)

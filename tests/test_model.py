@@ -163,7 +163,9 @@ def test_fine_tuning_from_a_stage_is_the_notebooks():
     encoder = ImageEncoder(ModelConfig())
     assert encoder.frozen
     encoder.fine_tune(2)
-    trained = {name.split(".")[0] for name, p in encoder.backbone.named_parameters() if p.requires_grad}
+    trained = {
+        name.split(".")[0] for name, p in encoder.backbone.named_parameters() if p.requires_grad
+    }
     assert trained == {"layer2", "layer3", "layer4"}
     encoder.fine_tune(None)
     assert encoder.frozen

@@ -3,13 +3,13 @@ import json
 import pickle
 
 import pytest
-from conftest import shared_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from captioner.errors import BundleError
 from captioner.vocabulary import EOS, PAD, SPECIAL, START, UNKNOWN, Vocabulary
+from conftest import shared_data
 
 CAPTIONS = ["A dog runs .", "a  DOG\tsits .\n", "the dog ."]
 

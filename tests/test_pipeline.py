@@ -1,0 +1,192 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+
+from captioner import attention, bundle
+from captioner.config import DecodeConfig, RunConfig
+from captioner.errors import FingerprintError
+from captioner.pipeline import caption_images, choose_engine
+from conftest import tiny_model, write_photos
+
+RUN = RunConfig(engine="local", shard_size=4, batch_size=3, precision="fp32", device="cpu")
+
+
+def _rows(output: Path) -> list[dict]:
+    return [
+        row for part in sorted(output.glob("part-*")) for row in pq.read_table(part).to_pylist()
+    ]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten sound photos and the usual broken ones."""
+    directory = tmp_path / "photos"
+    good = write_photos(directory, 10)
+    (directory / "empty.jpg").touch()
+    (directory / "text.jpg").write_text("this is no image")
+    (directory / "truncated.jpg").write_bytes(good[0].read_bytes()[:200])
+    return directory
+
+
+def _engine(name: str, request: pytest.FixtureRequest) -> RunConfig:
+    if name == "ray":
+        request.getfixturevalue("local_ray")
+    return RunConfig(**{**vars(RUN), "engine": name})
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_every_listed_image_has_its_row_in_order(
+    engine, photos, model_directory, tmp_path, request
+):
+    output = tmp_path / "out"
+    summary = caption_images(
+        str(photos), str(output), str(model_directory), run=_engine(engine, request)
+    )
+    rows = _rows(output)
+    assert [row["uri"] for row in rows] == sorted(str(path) for path in photos.iterdir())
+    assert summary.rows == {"ok": 10, "undecodable": 3}
+    assert summary.captioned == 13
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["caption"] == " ".join(row["tokens"])
+            assert len(row["tokens"]) == len(row["token_logprobs"]) == len(row["attention_peak"])
+            maps = attention.decode(row["attention"], row["attention_peak"], grid=3)
+            np.testing.assert_allclose(maps.sum((1, 2)), 1, atol=0.05)
+            assert (row["width"], row["height"]) == (80, 60)
+            assert row["bytes"] == Path(row["uri"]).stat().st_size
+            assert row["error"] is None
+        else:
+            assert row["caption"] is row["tokens"] is row["attention"] is None
+            assert row["error"]
+
+
+def test_both_engines_write_the_same_rows(photos, model_directory, tmp_path, request):
+    for engine in ("local", "ray"):
+        caption_images(
+            str(photos),
+            str(tmp_path / engine),
+            str(model_directory),
+            decode=DecodeConfig(beam=2),
+            run=_engine(engine, request),
+        )
+    local, ray = _rows(tmp_path / "local"), _rows(tmp_path / "ray")
+    for ours, theirs in zip(local, ray, strict=True):
+        for name, value in ours.items():
+            if name in ("score", "token_logprobs", "attention_peak") and value is not None:
+                np.testing.assert_allclose(value, theirs[name], atol=1e-5)
+            elif name != "attention":
+                assert value == theirs[name], name
+
+
+def test_the_usual_readers_read_the_output(photos, model_directory, tmp_path):
+    output = tmp_path / "out"
+    caption_images(str(photos), str(output), str(model_directory), run=RUN)
+    assert len(pd.read_parquet(output)) == 13
+    [[count]] = duckdb.sql(f"SELECT count(*) FROM '{output}/*.parquet'").fetchall()
+    assert count == 13
+    table = pyarrow.dataset.dataset(output).to_table()
+    assert table.num_rows == 13
+    assert table.schema.metadata[b"captioner.attention.grid"] == b"3"
+
+
+def test_the_same_command_again_touches_no_finished_shard(photos, model_directory, tmp_path):
+    output = tmp_path / "out"
+    caption_images(str(photos), str(output), str(model_directory), run=RUN)
+    (output / "part-000001.parquet").unlink()
+    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
+    write_photos(photos / "more", 2, seed=5)
+    summary = caption_images(str(photos), str(output), str(model_directory), run=RUN)
+    assert summary.captioned == 4 + 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    uris = [row["uri"] for row in _rows(output)]
+    assert len(uris) == len(set(uris)) == 15
+    again = caption_images(str(photos), str(output), str(model_directory), run=RUN)
+    assert again.captioned == 0
+    assert again.rows == summary.rows
+
+
+def test_another_model_on_the_same_output_is_refused(photos, model_directory, tmp_path, vocabulary):
+    output = tmp_path / "out"
+    caption_images(str(photos), str(output), str(model_directory), run=RUN)
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    bundle.save(str(tmp_path / "other"), tiny_model(seed=9), vocabulary)
+    with pytest.raises(FingerprintError, match="another model"):
+        caption_images(str(photos), str(output), str(tmp_path / "other"), run=RUN)
+    with pytest.raises(FingerprintError, match="beam was 1, is 2"):
+        caption_images(
+            str(photos), str(output), str(model_directory), decode=DecodeConfig(beam=2), run=RUN
+        )
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+    caption_images(str(photos), str(output), str(tmp_path / "other"), run=RUN, overwrite=True)
+    assert len(_rows(output)) == 13
+
+
+@pytest.mark.parametrize(("mode", "maps"), [("mean", 1), ("none", 0)])
+def test_fewer_maps_may_be_kept(mode, maps, photos, model_directory, tmp_path):
+    output = tmp_path / "out"
+    decode = DecodeConfig(attention=mode)
+    caption_images(str(photos), str(output), str(model_directory), decode=decode, run=RUN)
+    for row in _rows(output):
+        if row["status"] == "ok":
+            assert len(row["attention_peak"] or []) == maps
+            assert len(row["attention"] or b"") == maps * 9
+
+
+def test_large_files_and_images_are_rejected_and_vanished_ones_unreadable(
+    photos, model_directory, tmp_path
+):
+    listing = tmp_path / "list.txt"
+    names = [*sorted(path.name for path in photos.iterdir()), "gone.jpg"]
+    listing.write_text("\n".join(f"photos/{name}" for name in names))
+    run = RunConfig(**{**vars(RUN), "max_pixels": 4000})
+    summary = caption_images(str(listing), str(tmp_path / "out"), str(model_directory), run=run)
+    assert summary.rows == {"rejected": 11, "undecodable": 2, "unreadable": 1}
+
+
+def test_the_engine_is_ray_only_where_there_is_a_cluster(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert choose_engine(RunConfig()) == "local"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert choose_engine(RunConfig()) == "ray"
+    assert choose_engine(RunConfig(engine="local")) == "local"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_killed_job_goes_on_where_it_was(engine, model_directory, tmp_path):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    write_photos(photos, 600)
+    command = [sys.executable, "-m", "captioner.cli", "caption", str(photos), str(output)]
+    command += ["--model", str(model_directory), "--engine", engine, "--shard-size", "10"]
+    command += ["--batch-size", "5", "--device", "cpu"]
+    # A session of its own, so that the kill takes Ray's processes along.
+    job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(output.glob("part-*"))) < 5:
+            assert time.monotonic() < deadline
+            assert job.poll() is None, "the job ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
+    assert len(before) < 60
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    uris = [row["uri"] for row in _rows(output)]
+    assert uris == sorted(str(path) for path in photos.iterdir())
+    assert json.loads((output / "_captioner/summary.json").read_text())["rows"] == {"ok": 600}
+    assert not list(output.glob(".*"))
