@@ -122,6 +122,6 @@ def _parse_config(data: bytes, directory: str) -> ModelConfig:
         if parsed["format"] != _FORMAT:
             raise BundleError(f"its format is {parsed['format']!r}, not {_FORMAT!r}")
         return from_mapping(ModelConfig, parsed["model"])
-    except (ValueError, KeyError, TypeError, BundleError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, BundleError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"config.json of the model {directory} is not sound: {reason}") from error

@@ -6,6 +6,7 @@ file twice, and what was done before a crash stays done.
 """
 
 import io
+import logging
 import os
 import secrets
 import time
@@ -28,7 +29,7 @@ from captioner.bundle import Bundle
 from captioner.bundle import load as load_bundle
 from captioner.captioning import Captioner
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
-from captioner.errors import CaptionerError, IncompleteError
+from captioner.errors import IncompleteError
 from captioner.manifest import OutputDirectory, Shard, list_source, part_name
 from captioner.schema import (
     COLUMNS,
@@ -210,7 +211,7 @@ def load_image(job: CaptionJob, uri: str, size: int | None) -> _Loaded:
         return _Loaded(CaptionRow(uri=uri, bytes=size, status="rejected", error=error), None)
     try:
         data = storage.read(uri, limit)
-    except (OSError, CaptionerError) as problem:
+    except Exception as problem:  # a bucket's client raises what it likes: this row says so
         row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=_one_line(problem))
         return _Loaded(row, None)
     decoded = images.decode(
@@ -317,6 +318,7 @@ def _run_ray(job: CaptionJob, bundle: Bundle, shards: Iterable[Shard]) -> Iterat
     context = DataContext.get_current()
     context.target_max_block_size = None  # never split a block: it is a shard
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     cpus = int(ray.cluster_resources().get("CPU", 1))
     actors = gpus or max(1, cpus // 8)
@@ -364,7 +366,7 @@ def _connect() -> Any:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or "local"
         local = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, log_to_driver=False, **local)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
     return ray
 
 

@@ -35,7 +35,7 @@ def photos(tmp_path: Path) -> Path:
     good = write_photos(directory, 10)
     (directory / "empty.jpg").touch()
     (directory / "text.jpg").write_text("this is no image")
-    (directory / "truncated.jpg").write_bytes(good[0].read_bytes()[:200])
+    (directory / "truncated.jpg").write_bytes(good[0].read_bytes()[:-200])
     return directory
 
 
