@@ -8,6 +8,7 @@ import tempfile
 import threading
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -340,26 +341,30 @@ def test_others_may_read_what_is_written(tmp_path):
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Writing more than 10,000 bytes to a file fails half-way, as on a full disk."""
+@contextmanager
+def _small_files() -> Iterator[None]:
+    """Writing more than 10,000 bytes to a file fails half-way, as on a full disk.
+
+    Only around the write: pytest's own output may go to a file that is longer.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_write_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/a: File too large$"):
+    message = rf"^cannot write {tmp_path}/a: File too large$"
+    with _small_files(), pytest.raises(OutputError, match=message):
         storage.write(f"{tmp_path}/a", bytes(20_000))
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path):
     (tmp_path / "a").write_bytes(b"before")
-    with pytest.raises(OutputError):
+    with _small_files(), pytest.raises(OutputError):
         storage.write(f"{tmp_path}/a", bytes(20_000))
     assert (tmp_path / "a").read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["a"]
