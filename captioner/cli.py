@@ -9,8 +9,15 @@ from typing import Any, TypeVar
 import click
 
 from captioner import __version__
-from captioner.config import PRESETS, DecodeConfig, ListingConfig, RunConfig, TrainConfig
-from captioner.errors import CaptionerError, InputError
+from captioner.config import (
+    PRESETS,
+    DecodeConfig,
+    LaunchConfig,
+    ListingConfig,
+    RunConfig,
+    TrainConfig,
+)
+from captioner.errors import CaptionerError
 
 __all__ = ["main"]
 
@@ -116,8 +123,8 @@ def main(debug: bool) -> None:
     metavar="FILE",
     help="Published weights of the encoder.  [default: downloaded by timm]",
 )
-@click.option("--device", default="auto", show_default=True, help="As for caption.")
 @click.option("--overwrite", is_flag=True, help="Replace the model in OUTPUT.")
+@_options(LaunchConfig)
 @_options(TrainConfig, from_preset=True)
 def train(
     data: str,
@@ -126,7 +133,6 @@ def train(
     train_list: str | None,
     val_list: str | None,
     encoder_weights: str | None,
-    device: str,
     overwrite: bool,
     **options: Any,
 ) -> None:
@@ -137,25 +143,26 @@ def train(
     are validated on.
     """
     config = _configure(PRESETS[preset].train, options)
+    launch = _configure(LaunchConfig(), options)
     from captioner import dataset, storage, training
 
     output = storage.absolute(output)
-    if "config.json" in storage.names(output) and not overwrite:
-        raise InputError(f"{output} holds a model already: use another directory, or --overwrite")
     captioned = dataset.read_dataset(storage.absolute(data))
     split = captioned.split(train_list, val_list)
     click.echo(captioned.describe(split), err=True)
-    metrics = training.train(
+    epochs = training.train(
         split,
         output,
         model_config=PRESETS[preset].model,
         config=config,
+        launch=launch,
         encoder_weights=encoder_weights,
-        device=device,
+        overwrite=overwrite,
     )
-    best = min(metrics, key=lambda epoch: epoch["validation_loss"])
+    best = max(epochs, key=lambda epoch: epoch.validation_cider)
     click.echo(
-        f"{output}: validation loss {best['validation_loss']:.4f} after epoch {best['epoch']:.0f}"
+        f"{output}: CIDEr {best.validation_cider:.1f} on the validation images "
+        f"after epoch {best.epoch}"
     )
 
 

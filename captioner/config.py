@@ -17,6 +17,7 @@ from captioner.errors import InputError
 __all__ = [
     "PRESETS",
     "DecodeConfig",
+    "LaunchConfig",
     "ListingConfig",
     "ModelConfig",
     "Preset",
@@ -158,7 +159,16 @@ class TrainConfig(_Checked):
 
     epochs: int = setting(4, "passes over the training images", minimum=1)
     batch_size: int = setting(64, "images a step", minimum=1)
+    accumulate: int = setting(
+        1, "parts that a worker computes its share of a step in, to save memory", minimum=1
+    )
     captions: Literal["first", "all"] = setting("first", "which captions of an image to train on")
+    views: int = setting(
+        1, "versions of an image: itself, its mirror image, then random crops", minimum=1
+    )
+    sort_batches: int = setting(
+        1, "batches whose images are sorted by caption length together; 1 sorts none", minimum=1
+    )
     minimum_count: int = setting(5, "a word needs this many occurrences", minimum=1)
     learning_rate: float = setting(1e-4, "AdamW's learning rate after the warm-up", minimum=0)
     weight_decay: float = setting(0.01, "AdamW's weight decay of matrices", minimum=0)
@@ -168,11 +178,31 @@ class TrainConfig(_Checked):
         0.0, "share of the target spread over all words", minimum=0, maximum=1
     )
     clip_norm: float | None = setting(None, "largest norm of the gradient", minimum=0)
+    average: float = setting(
+        0.0, "decay a step of the weights' moving average, which is kept; 0: none", maximum=1
+    )
+    scst_epochs: int = setting(
+        0, "more epochs, of self-critical training on CIDEr (Rennie et al. 2017)", minimum=0
+    )
+    scst_learning_rate: float = setting(3e-5, "learning rate of these epochs", minimum=0)
+    scst_samples: int = setting(5, "captions sampled an image in these epochs", minimum=2)
     fine_tune_from: int | None = setting(
         2, "first encoder stage to train, 0 is the stem; none freezes the encoder", minimum=0
     )
     precision: Precision = setting("auto", "bf16 computes matrix products in bfloat16")
     seed: int = setting(0, "seed of the weights, the shuffling and dropout", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(_Checked):
+    """On what a model is trained. None of this changes the steps that are taken."""
+
+    workers: int = setting(0, "Ray Train workers; 0 trains in this process, without Ray", minimum=0)
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
+    cpus_per_worker: float = setting(0.75, "logical CPUs that Ray sets aside a worker", minimum=0)
+    max_failures: int = setting(
+        3, "times that dead workers are replaced; training goes on from the last epoch", minimum=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,11 +296,14 @@ PRESETS = {
             epochs=14,
             batch_size=32,
             captions="all",
+            views=4,
+            sort_batches=16,
             learning_rate=5e-4,
             warmup_steps=200,
             schedule="cosine",
             label_smoothing=0.1,
             clip_norm=1.0,
+            average=0.998,
             fine_tune_from=None,
         ),
     ),

@@ -1,27 +1,21 @@
-"""Captioned images: the captions table, the split, features computed once, training batches."""
+"""Captioned images: the captions table, the split, training batches."""
 
-import hashlib
 import io
-import os
-import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from captioner import images, storage
+from captioner import storage
 from captioner.config import ListingConfig
 from captioner.errors import InputError
-from captioner.model import ImageEncoder
-from captioner.vocabulary import PAD, Vocabulary
+from captioner.vocabulary import PAD
 
 __all__ = [
     "CaptionedImage",
@@ -29,8 +23,6 @@ __all__ = [
     "Split",
     "ahead",
     "collate",
-    "compute_features",
-    "load_pixels",
     "read_dataset",
 ]
 
@@ -149,15 +141,6 @@ def read_dataset(directory: str) -> Dataset:
     )
 
 
-def load_pixels(uri: str, size: int) -> np.ndarray | None:
-    """An image's pixels ``(size, size, 3)``; None where it cannot be read or decoded."""
-    try:
-        data = storage.read(uri)
-    except OSError:
-        return None
-    return images.decode(data, size).pixels_HW3
-
-
 def ahead(
     function: Callable[[Item], Result], items: Sequence[Item], threads: int
 ) -> Iterator[Result]:
@@ -172,99 +155,14 @@ def ahead(
             yield waiting.popleft().result()
 
 
-def compute_features(
-    encoder: ImageEncoder,
-    uris: Sequence[str],
-    *,
-    image_size: int,
-    dtype: torch.dtype,
-    directory: str | None = None,
-    batch_size: int = 32,
-) -> np.ndarray:
-    """A frozen encoder's features of all images: float16 ``(N, h, w, C)``, mapped from a file.
-
-    The file is named for the encoder's weights and the images, and is used again when both are the
-    same. The features of an image that cannot be decoded are all NaN.
-
-    Args:
-        encoder: in eval mode.
-        uris: the images.
-        image_size: their height and width.
-        dtype: to compute in.
-        directory: where the file goes; by default ``captioner`` in the user's cache directory.
-        batch_size: images a forward pass.
-    """
-    cache = Path(directory or _cache_directory())
-    cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{_features_key(encoder, uris, image_size, dtype)}.npy"
-    if path.exists():
-        return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
-    device = next(encoder.parameters()).device
-    weights = next(encoder.parameters()).dtype
-    encoder.to(dtype)
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
-    features: np.memmap | None = None
-    threads = os.cpu_count() or 1
-    batches = [range(i, min(i + batch_size, len(uris))) for i in range(0, len(uris), batch_size)]
-    with tqdm(total=len(uris), unit="image", desc="features", disable=None) as progress:
-        loaded = ahead(lambda uri: load_pixels(uri, image_size), uris, threads)
-        for indices in batches:
-            pixels = [next(loaded) for _ in indices]
-            blank = np.zeros((image_size, image_size, 3), np.uint8)
-            stacked = np.stack([blank if each is None else each for each in pixels])
-            with torch.inference_mode():
-                encoded = encoder(torch.from_numpy(stacked).to(device)).half().cpu().numpy()
-            encoded[[each is None for each in pixels]] = np.nan
-            if features is None:
-                shape = (len(uris), *encoded.shape[1:])
-                features = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-            features[indices.start : indices.stop] = encoded
-            progress.update(len(indices))
-    assert features is not None, "no images"
-    features.flush()
-    os.replace(temporary, path)
-    encoder.to(weights)
-    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "captioner" / "features"
-
-
-def _features_key(
-    encoder: ImageEncoder, uris: Sequence[str], image_size: int, dtype: torch.dtype
-) -> str:
-    digest = hashlib.sha256(f"{image_size} {dtype} {images.PREPROCESSING_VERSION}".encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().float().numpy().tobytes())
-    for tensor in (encoder.mean, encoder.std):
-        digest.update(tensor.cpu().float().numpy().tobytes())
-    for uri in uris:
-        digest.update(f"{uri} {storage.version(uri)}\n".encode())
-    return digest.hexdigest()[:32]
-
-
-def collate(captions: Sequence[Sequence[str]], vocabulary: Vocabulary, max_length: int) -> Tensor:
-    """The captions of ``B`` images as padded ids ``(B·n, T)``, an image's rows together.
+def collate(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """The encoded captions of ``B`` images as padded ids ``(B·n, T)``, an image's rows together.
 
     ``n`` is the largest number of captions of an image here; what an image lacks is all padding.
     """
     n = max(map(len, captions))
-    encoded = [
-        vocabulary.encode(each[i], max_length) if i < len(each) else []
-        for each in captions
-        for i in range(n)
-    ]
-    ids = np.full((len(encoded), max(map(len, encoded))), PAD, dtype=np.int64)
-    for row, sequence in enumerate(encoded):
+    rows = [each[i] if i < len(each) else [] for each in captions for i in range(n)]
+    ids = np.full((len(rows), max(2, *map(len, rows))), PAD, dtype=np.int64)
+    for row, sequence in enumerate(rows):
         ids[row, : len(sequence)] = sequence
     return torch.from_numpy(ids)
-
-
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch's images."""
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)  # noqa: S311
-    return order

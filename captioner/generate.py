@@ -21,7 +21,7 @@ from captioner.config import DecodeConfig
 from captioner.model import CaptionDecoder, KeyValueCache, Memory
 from captioner.vocabulary import EOS, PAD, START, UNKNOWN
 
-__all__ = ["Hypothesis", "generate"]
+__all__ = ["Hypothesis", "generate", "sample"]
 
 # Copying the images' keys and values costs about as much as one step that reads them, so done
 # images stay until they are this share of the batch.
@@ -62,6 +62,42 @@ def generate(
         if not len(search.live):
             break
     return search.hypotheses()
+
+
+@torch.inference_mode()
+def sample(
+    decoder: CaptionDecoder, features_BhwC: Tensor, samples: int, longest: int | None = None
+) -> Tensor:
+    """Captions drawn from the model: ids ``(B·samples, T)``, an image's rows together.
+
+    Each row begins with ``<start>``, ends with ``<eos>`` where it ended by itself, and is padded.
+
+    Args:
+        decoder: in eval mode.
+        features_BhwC: the encoder's features, in the decoder's dtype and on its device.
+        samples: captions an image.
+        longest: words, the end counted; none: what the decoder knows.
+    """
+    memory = decoder.memory(features_BhwC)
+    rows = len(features_BhwC) * samples
+    limit = min(longest or decoder.config.max_length, decoder.config.max_length) - 1
+    cache = KeyValueCache(decoder.config, rows, limit, memory.keys[0])
+    device = features_BhwC.device
+    ids_RT = torch.full((rows, limit + 1), PAD, device=device)
+    ids_RT[:, 0] = START
+    forbidden = torch.tensor([PAD, START, UNKNOWN], device=device)
+    ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
+    for step in range(limit):
+        logits_RV, _ = decoder.step(ids_RT[:, step], memory, cache)
+        logits_RV = logits_RV.float().index_fill(1, forbidden, -torch.inf)
+        # The largest of logits with Gumbel noise is a draw from their softmax.
+        noise_RV = torch.empty_like(logits_RV).exponential_().log_()
+        chosen_R = (logits_RV - noise_RV).argmax(1)
+        ids_RT[:, step + 1] = chosen_R.masked_fill(ended_R, PAD)
+        ended_R |= chosen_R == EOS
+        if ended_R.all():
+            return ids_RT[:, : step + 2]
+    return ids_RT
 
 
 class _Search:

@@ -436,3 +436,12 @@ class CaptionModel(nn.Module):
         self.config = config
         self.encoder = ImageEncoder(config, pretrained=pretrained)
         self.decoder = CaptionDecoder(config, self.encoder.channels)
+
+    def forward(self, inputs: Tensor, ids_RT: Tensor) -> Tensor:
+        """``logits_RTV`` for training.
+
+        ``inputs`` are uint8 images ``(B, size, size, 3)``, or features ``(B, h, w, C)``.
+        """
+        features = inputs if inputs.is_floating_point() else self.encoder(inputs)
+        logits_RTV, _ = self.decoder(ids_RT, features)
+        return logits_RTV  # type: ignore[no-any-return]

@@ -312,7 +312,7 @@ def _load_ahead(
 
 
 def _run_ray(job: CaptionJob, bundle: Bundle, shards: Iterable[Shard]) -> Iterator[dict[str, int]]:
-    ray = _connect()
+    ray = connect()
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
@@ -354,7 +354,7 @@ def _run_ray(job: CaptionJob, bundle: Bundle, shards: Iterable[Shard]) -> Iterat
     )
 
 
-def _connect() -> Any:
+def connect(*, log_to_driver: bool = False) -> Any:
     """Joins the cluster that RAY_ADDRESS names, or starts Ray here for this job alone."""
     if not os.environ.get("RAY_ADDRESS"):
         # Read when Ray is imported. Without a token of our own Ray leaves one in the home
@@ -365,8 +365,10 @@ def _connect() -> Any:
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or "local"
-        local = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+        local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        ray.init(
+            address=address, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local
+        )
     return ray
 
 

@@ -22,6 +22,7 @@ from captioner.errors import InputError, OutputError
 __all__ = [
     "Listed",
     "absolute",
+    "arrow_filesystem",
     "delete",
     "find",
     "is_directory",
@@ -58,6 +59,14 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
         raise InputError(f"cannot open {scheme}:// URIs: {error}") from error
+
+
+def arrow_filesystem(uri: str) -> tuple[Any, str]:
+    """The file system of a URI as pyarrow knows them, and the path in it."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = _filesystem(uri)
+    return PyFileSystem(FSSpecHandler(fs)), path
 
 
 def absolute(uri: str, base: str | None = None) -> str:

@@ -1,54 +1,41 @@
-"""The epoch loop.
+"""A training run: from a split to a model directory, in this process or on Ray's workers.
 
-The loss is the notebook's: cross-entropy of each next word, padding ignored. A frozen encoder's
-features are computed once; the captions of an image share its keys and values.
+The same loop runs in both. After each epoch it leaves a checkpoint; the same command goes on from
+the last one, and dropout, shuffling and samples depend on the seed and the epoch alone, so that it
+ends as a run that nobody disturbed.
 """
 
+import hashlib
+import io
 import json
-import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from captioner import bundle, dataset, storage
-from captioner.captioning import choose_device, choose_dtype
-from captioner.config import ModelConfig, TrainConfig
+from captioner import bundle, storage
+from captioner.captioning import choose_device
+from captioner.config import LaunchConfig, ModelConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
-from captioner.errors import CaptionerError, InputError
+from captioner.errors import CaptionerError, InputError, OutputError
+from captioner.features import compute_features
+from captioner.journal import Epoch, write_journal
 from captioner.model import CaptionModel
-from captioner.vocabulary import PAD, Vocabulary
+from captioner.reward import ConsensusReward, content_words
+from captioner.trainer import Source, Trainer, plan_batches
+from captioner.vocabulary import Vocabulary
 
-__all__ = ["Trainer", "build_model", "caption_loss", "learning_rate_factor", "train"]
+__all__ = ["build_model", "train"]
 
-
-def caption_loss(logits_RTV: Tensor, ids_RT: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of each next word; ``logits[:, t]`` predict ``ids[:, t + 1]``."""
-    return F.cross_entropy(
-        logits_RTV[:, :-1].flatten(0, 1).float(),
-        ids_RT[:, 1:].flatten(),
-        ignore_index=PAD,
-        label_smoothing=label_smoothing,
-    )
-
-
-def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
-    """What the learning rate is multiplied by at a step: a linear rise, then flat or a cosine."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+_SAMPLES = 8  # validation images whose captions are kept after each epoch
+_PRIVATE = "_training"  # what a run keeps for itself: the model as it began, checkpoints
 
 
 def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> CaptionModel:
@@ -97,113 +84,33 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """``inputs`` are features ``(B, h, w, C)`` or images ``(B, size, size, 3)``; ``ids_RT``."""
+class _Job:
+    """What every worker is told."""
 
-    inputs: Tensor
-    ids_RT: Tensor
+    split: Split
+    output: str
+    config: TrainConfig
+    device: str
 
-
-class _Source:
-    """The batches of one side of the split."""
-
-    def __init__(
-        self, examples: Sequence[CaptionedImage], features: np.ndarray | None, model: CaptionModel
-    ):
-        self.examples, self.features, self.config = examples, features, model.config
-
-    def batch(self, indices: Sequence[int], vocabulary: Vocabulary, captions: str) -> _Batch:
-        chosen = [self.examples[i] for i in indices]
-        if self.features is not None:
-            inputs = self.features[np.asarray(indices)]
-        else:
-            pixels = [dataset.load_pixels(each.uri, self.config.image_size) for each in chosen]
-            ok = [i for i, each in enumerate(pixels) if each is not None]
-            chosen = [chosen[i] for i in ok]
-            inputs = np.stack([pixels[i] for i in ok])  # type: ignore[misc]
-        texts = [each.captions[:1] if captions == "first" else each.captions for each in chosen]
-        ids_RT = dataset.collate(texts, vocabulary, self.config.max_length)
-        return _Batch(torch.from_numpy(inputs), ids_RT)
+    def private(self, name: str) -> str:
+        """The URI of a file or directory that the run keeps for itself."""
+        return storage.join(self.output, f"{_PRIVATE}/{name}")
 
 
-class Trainer:
-    """A model in training: one step, one epoch, one validation at a time."""
+@dataclass(frozen=True)
+class _Worker:
+    """One of the processes that train together, and its way to the others."""
 
-    def __init__(
-        self, model: CaptionModel, vocabulary: Vocabulary, config: TrainConfig, *, device: str
-    ):
-        self.config, self.vocabulary = config, vocabulary
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(config.precision, self.device)
-        self.model = model.to(self.device)
-        self.model.encoder.fine_tune(config.fine_tune_from)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        self.step = 0
+    rank: int
+    workers: int
+    local: tuple[int, int]  # this process and how many there are, on this machine
+    gather: Callable[[Any], list[Any]]
+    latest: Callable[[], bytes | None]
+    report: Callable[[int, bytes | None], None]
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-    def _loss(self, batch: _Batch, label_smoothing: float) -> tuple[Tensor, int]:
-        """The mean loss of a word, and the number of words."""
-        ids_RT = batch.ids_RT.to(self.device)
-        inputs = batch.inputs.to(self.device)
-        with self._autocast():
-            features = inputs.float() if inputs.dtype == torch.half else self.model.encoder(inputs)
-            # Padding stands at the end only: no word that counts looks at it.
-            logits_RTV, _ = self.model.decoder(ids_RT, features)
-        words = int((batch.ids_RT[:, 1:] != PAD).sum())
-        return caption_loss(logits_RTV, ids_RT, label_smoothing), words
-
-    def train_batch(self, batch: _Batch, steps: int) -> tuple[float, int]:
-        """One step of AdamW; ``steps`` is the length of the schedule."""
-        factor = learning_rate_factor(self.step, steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor
-        loss, words = self._loss(batch, self.config.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self.config.clip_norm is not None:
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
-        self.optimizer.step()
-        self.step += 1
-        return loss.item(), words
-
-    def train_epoch(self, source: _Source, epoch: int, progress: "tqdm[NoReturn]") -> float:
-        """Trains on every image once; returns the mean loss of a word."""
-        self.model.train()
-        order = dataset.shuffled(len(source.examples), self.config.seed, epoch)
-        steps = self.config.epochs * math.ceil(len(order) / self.config.batch_size)
-        total, count = 0.0, 0
-        for batch in self._batches(source, order):
-            loss, words = self.train_batch(batch, steps)
-            total, count = total + loss * words, count + words
-            progress.update(len(batch.inputs))
-            progress.set_postfix(loss=f"{total / count:.3f}", refresh=False)
-        return total / count
-
-    @torch.no_grad()
-    def validate(self, source: _Source) -> float:
-        """The mean loss of a word, without label smoothing."""
-        self.model.eval()
-        total, count = 0.0, 0
-        for batch in self._batches(source, range(len(source.examples))):
-            loss, words = self._loss(batch, 0.0)
-            total, count = total + loss.item() * words, count + words
-        return total / count
-
-    def _batches(self, source: _Source, order: Sequence[int]) -> Iterator[_Batch]:
-        size = self.config.batch_size
-        indices = [order[i : i + size] for i in range(0, len(order), size)]
-        make = partial(source.batch, vocabulary=self.vocabulary, captions=self.config.captions)
-        return dataset.ahead(make, indices, threads=os.cpu_count() or 1)
+    def wait(self) -> None:
+        """Returns when all workers are here."""
+        self.gather(None)
 
 
 def train(
@@ -212,114 +119,323 @@ def train(
     *,
     model_config: ModelConfig,
     config: TrainConfig,
+    launch: LaunchConfig | None = None,
     encoder_weights: str | None = None,
-    device: str = "auto",
-) -> list[dict[str, float]]:
-    """Trains a model and writes the one with the lowest validation loss as a bundle.
+    overwrite: bool = False,
+) -> list[Epoch]:
+    """Trains a model, and writes the one with the highest validation CIDEr as a bundle.
 
-    Next to the bundle go ``metrics.jsonl``, a line an epoch, and ``loss.png``.
+    Beside the bundle stand the last epoch's in ``last/``, and what :mod:`captioner.journal` writes.
+    The same call goes on where a run that was killed stopped; ``scst_epochs`` may have grown.
 
     Args:
         split: the images.
-        output: the bundle's directory, local or in a bucket.
+        output: the bundle's directory, local or in a bucket; with several machines one that all
+            of them reach.
         model_config: the model; its vocabulary's size is found from the captions.
         config: how to train.
+        launch: on what to train.
         encoder_weights: see :func:`build_model`.
-        device: see :func:`captioner.captioning.choose_device`.
+        overwrite: begin anew where ``output`` holds a model.
 
     Returns:
-        The metrics of each epoch.
+        The figures of each epoch.
 
     Raises:
         InputError: the encoder's weights cannot be had, or nearly no image can be decoded.
-        OutputError: the bundle cannot be written.
+        OutputError: ``output`` holds another model, or cannot be written.
     """
-    texts = [c for each in split.train for c in _used(each, config)]
-    vocabulary = Vocabulary.from_captions(texts, minimum_count=config.minimum_count)
-    model_config = replace(model_config, vocabulary_size=len(vocabulary))
-    model = build_model(model_config, encoder_weights, seed=config.seed)
-    trainer = Trainer(model, vocabulary, config, device=device)
-    _write_text(output, "training.json", json.dumps(asdict(config), indent=2) + "\n")
-    train_source, validation_source = _sources(split, trainer)
-    metrics: list[dict[str, float]] = []
-    for epoch in range(1, config.epochs + 1):
-        begin = time.monotonic()
-        count = len(train_source.examples)
-        description = f"epoch {epoch}/{config.epochs}"
-        with tqdm(total=count, unit="image", desc=description, disable=None) as progress:
-            train_loss = trainer.train_epoch(train_source, epoch, progress)
-        seconds = time.monotonic() - begin
-        metrics.append(
-            {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "validation_loss": trainer.validate(validation_source),
-                "seconds": seconds,
-                "images_per_second": count / seconds,
-            }
+    launch = launch or LaunchConfig()
+    workers = max(1, launch.workers)
+    if config.batch_size < workers or len(split.train) < workers:
+        raise InputError(f"a batch has too few images for {workers} workers")
+    job = _Job(split, output, config, launch.device)
+    settings = {
+        "model": asdict(model_config),
+        "train": asdict(config),
+        "encoder_weights": encoder_weights and encoder_weights.rsplit("/", 1)[-1],
+        "captions": _digest(split),
+    }
+    begun = _begun(output, settings, overwrite=overwrite)
+    if not begun:
+        vocabulary = Vocabulary.from_captions(
+            (text for each in split.train for text in _used(each, config)),
+            minimum_count=config.minimum_count,
         )
-        if not math.isfinite(train_loss):
-            raise CaptionerError(f"the loss is {train_loss} in epoch {epoch}: lower learning_rate")
-        lines = "".join(json.dumps(each) + "\n" for each in metrics)
-        if metrics[-1]["validation_loss"] == min(each["validation_loss"] for each in metrics):
-            bundle.save(output, model, vocabulary)
-        _write_text(output, "metrics.jsonl", lines)
-        _plot(output, metrics)
-    return metrics
+        model_config = replace(model_config, vocabulary_size=len(vocabulary))
+        model = build_model(model_config, encoder_weights, seed=config.seed)
+        bundle.save(job.private("initial"), model, vocabulary)
+    text = json.dumps(settings, indent=2) + "\n"
+    storage.write(storage.join(output, "training.json"), text.encode())
+    if launch.workers:
+        _train_on_ray(job, launch)
+    else:
+        _train_loop(job, _alone(job))
+    lines = storage.read(storage.join(output, "epochs.json"))
+    return [Epoch(**each) for each in json.loads(lines)]
 
 
 def _used(image: CaptionedImage, config: TrainConfig) -> list[str]:
     return image.captions[:1] if config.captions == "first" else image.captions
 
 
-def _sources(split: Split, trainer: Trainer) -> tuple[_Source, _Source]:
-    """Both sides of the split; with a frozen encoder their features, bad images left out."""
-    model = trainer.model
-    if not model.encoder.frozen:
-        return _Source(split.train, None, model), _Source(split.validation, None, model)
-    everything = [*split.train, *split.validation]
-    features = dataset.compute_features(
-        model.encoder.eval(),
-        [each.uri for each in everything],
-        image_size=model.config.image_size,
-        dtype=trainer.dtype,
+def _digest(split: Split) -> str:
+    """Changes with the images' names and captions, not with the directory that they are in."""
+    sides = [[(e.uri.rsplit("/", 1)[-1], e.captions) for e in split.train]]
+    sides += [[(e.uri.rsplit("/", 1)[-1], e.captions) for e in split.validation]]
+    return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
+
+
+def _begun(output: str, settings: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether this run has begun in ``output``.
+
+    Raises:
+        OutputError: ``output`` holds another run, or a model.
+    """
+    names = storage.names(output)
+    if overwrite:
+        for name in ("training.json", _PRIVATE):
+            if name in names:
+                storage.delete(storage.join(output, name))
+        return False
+    advice = "use another directory, or --overwrite"
+    if "training.json" not in names:
+        if "config.json" in names:
+            raise OutputError(f"{output} holds a model already: {advice}")
+        return False
+    try:
+        earlier = json.loads(storage.read(storage.join(output, "training.json")))
+        differing = [
+            name
+            for part in ("model", "train")
+            for name, value in json.loads(json.dumps(settings[part])).items()
+            if earlier[part][name] != value and name != "scst_epochs"
+        ]
+        differing += [n for n in ("encoder_weights", "captions") if earlier[n] != settings[n]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{output}/training.json cannot be read: {advice}") from error
+    if differing:
+        names_differing = ", ".join(differing)
+        raise OutputError(f"{output} was begun with other settings ({names_differing}): {advice}")
+    return True
+
+
+def _train_loop(job: _Job, worker: _Worker) -> None:
+    """What each worker does; it is given all it needs, and knows no Ray."""
+    config = job.config
+    initial = bundle.load(job.private("initial"))
+    trainer = Trainer(
+        initial.model,
+        initial.vocabulary,
+        config,
+        device=job.device,
+        rank=worker.rank,
+        workers=worker.workers,
     )
-    sources = []
-    begin = 0
-    for side in (split.train, split.validation):
-        part = features[begin : begin + len(side)]
-        good = np.flatnonzero(~np.isnan(part[:, 0, 0, 0]))
+    training, validation = _sources(job.split, trainer, worker)
+    plan = plan_batches(training.lengths, config, 0)
+    if min(map(len, plan)) < worker.workers:
+        raise InputError(f"a batch has too few images for {worker.workers} workers")
+    if config.scst_epochs:
+        trainer.reward_for(training.examples)
+    judge = ConsensusReward(
+        [[content_words(text) for text in each.captions] for each in validation.examples]
+    )
+    epochs: list[Epoch] = []
+    if (checkpoint := worker.latest()) is not None:
+        state = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
+        epochs = [Epoch(**each) for each in json.loads(state.pop("epochs"))]
+        trainer.load_state(state)
+    last = config.epochs + config.scst_epochs
+    for number in range(len(epochs) + 1, last + 1):
+        begin = time.monotonic()
+        with tqdm(
+            total=len(training.examples),
+            unit="image",
+            desc=f"epoch {number}/{last}",
+            disable=None if worker.rank == 0 else True,
+        ) as progress:
+            value = trainer.train_epoch(training, number, partial(_advance, progress))
+        seconds = time.monotonic() - begin
+        if not np.isfinite(value):
+            raise CaptionerError(f"the loss is {value} in epoch {number}: lower learning_rate")
+        loss, mine = trainer.validate(validation)
+        captions = {image: text for each in worker.gather(mine) for image, text in each.items()}
+        state_bytes = None
+        if worker.rank == 0:
+            scores = [judge.score(image, content_words(text)) for image, text in captions.items()]
+            critical = number > config.epochs
+            epoch = Epoch(
+                epoch=number,
+                train_loss=None if critical else value,
+                train_cider=100 * value if critical else None,
+                validation_loss=loss,
+                validation_cider=100 * sum(scores) / len(scores),
+                seconds=seconds,
+                images_per_second=len(training.examples) / seconds,
+                samples=[captions[image] for image in range(min(_SAMPLES, len(captions)))],
+            )
+            epochs.append(epoch)
+            print(f"epoch {number}/{last}: {epoch.describe()}", flush=True)
+            _keep(job, trainer, epochs, validation)
+            sink = io.BytesIO()
+            torch.save({"epochs": _as_json(epochs), **trainer.state()}, sink)
+            state_bytes = sink.getvalue()
+        else:
+            epochs.append(None)  # type: ignore[arg-type]  # only their number counts here
+        worker.report(number, state_bytes)
+
+
+def _advance(progress: "tqdm[NoReturn]", images: int, value: float) -> None:
+    progress.update(images)
+    progress.set_postfix(value=f"{value:.3f}", refresh=False)
+
+
+def _as_json(epochs: Sequence[Epoch]) -> str:
+    return json.dumps([asdict(each) for each in epochs])
+
+
+def _keep(job: _Job, trainer: Trainer, epochs: Sequence[Epoch], validation: Source) -> None:
+    """Writes the bundles and the journal after an epoch."""
+    best = max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
+    bundle.save(storage.join(job.output, "last"), trainer.kept, trainer.vocabulary)
+    if best is epochs[-1]:
+        bundle.save(job.output, trainer.kept, trainer.vocabulary)
+    names = [each.uri.rsplit("/", 1)[-1] for each in validation.examples[:_SAMPLES]]
+    write_journal(job.output, epochs, names)
+    storage.write(storage.join(job.output, "epochs.json"), _as_json(epochs).encode())
+
+
+def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, Source]:
+    """Both sides of the split; with a frozen encoder their features, bad images left out."""
+    config, vocabulary, model = trainer.config, trainer.vocabulary, trainer.model
+    sides = []
+    for examples, count in ((split.train, config.views), (split.validation, 1)):
+        if not model.encoder.frozen:
+            sides.append(Source(examples, None, model.config, vocabulary, config.captions))
+            continue
+        compute = partial(
+            compute_features,
+            model.encoder.eval(),
+            examples,
+            image_size=model.config.image_size,
+            dtype=trainer.dtype,
+            share=worker.local,
+            wait=worker.wait,
+        )
+        views = [compute(view=view) for view in range(count)]
+        good = np.flatnonzero(views[0].decodable())
         if not len(good):
             raise InputError("none of the images can be decoded")
-        if len(good) < len(side):
-            tqdm.write(f"{len(side) - len(good)} images cannot be decoded and are left out")
-            part = part[good]
-        sources.append(_Source([side[i] for i in good], part, model))
-        begin += len(side)
-    return sources[0], sources[1]
+        if (bad := len(examples) - len(good)) and worker.rank == 0:
+            tqdm.write(f"{bad} images cannot be decoded and are left out")
+        kept = [examples[i] for i in good]
+        selected = [view.select(good) for view in views]
+        sides.append(Source(kept, selected, model.config, vocabulary, config.captions))
+    return sides[0], sides[1]
 
 
-def _write_text(directory: str, name: str, text: str) -> None:
-    storage.write(storage.join(directory, name), text.encode())
+# Alone, or on Ray.
 
 
-def _plot(output: str, metrics: Sequence[dict[str, float]]) -> None:
-    """``loss.png``: training and validation loss over the epochs."""
-    import io
+def _alone(job: _Job) -> _Worker:
+    """This process; its checkpoint is a file beside the model."""
+    uri = job.private("checkpoint.pt")
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    def latest() -> bytes | None:
+        try:
+            return storage.read(uri)
+        except FileNotFoundError:
+            return None
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    epochs = [each["epoch"] for each in metrics]
-    for name, label in (("train_loss", "training"), ("validation_loss", "validation")):
-        axes.plot(epochs, [each[name] for each in metrics], marker="o", label=label)
-    axes.set(xlabel="epoch", ylabel="cross-entropy of a word (nats)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=120)
-    storage.write(storage.join(output, "loss.png"), sink.getvalue())
+    def report(_: int, checkpoint: bytes | None) -> None:
+        assert checkpoint is not None
+        storage.write(uri, checkpoint)
+
+    return _Worker(0, 1, (0, 1), lambda each: [each], latest, report)
+
+
+def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
+    """Runs the loop on Ray Train's workers, which go on from the last checkpoint when one dies."""
+    from captioner.pipeline import connect
+
+    ray = connect(log_to_driver=True)
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = launch.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= launch.workers
+    filesystem, path = storage.arrow_filesystem(job.private("ray"))
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"job": ray.put(job)},
+        torch_config=TorchConfig(timeout_s=7200),  # a worker may wait for another's features
+        scaling_config=ScalingConfig(
+            num_workers=launch.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": launch.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="run",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=launch.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        causes = [error, *getattr(error, "worker_failures", {}).values()]
+        reason = " ".join(str(causes[-1]).split()) or type(error).__name__
+        raise CaptionerError(f"training failed: {reason[-500:]}") from error
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    import tempfile
+
+    import ray
+    import ray.train
+    from torch import distributed
+
+    context = ray.train.get_context()
+    job = ray.get(settings["job"])
+    if choose_device(job.device).type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    elif job.device in ("auto", "cuda"):
+        job = replace(job, device=str(ray.train.torch.get_device()))
+
+    def gather(value: Any) -> list[Any]:
+        values = [None] * context.get_world_size()
+        distributed.all_gather_object(values, value)
+        return values
+
+    def latest() -> bytes | None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as directory:
+            return storage.read(os.path.join(directory, "checkpoint.pt"))
+
+    def report(epoch: int, checkpoint: bytes | None) -> None:
+        if checkpoint is None:
+            ray.train.report({"epoch": epoch})
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            storage.write(os.path.join(directory, "checkpoint.pt"), checkpoint)
+            ray.train.report(
+                {"epoch": epoch},
+                checkpoint=ray.train.Checkpoint.from_directory(directory),
+                checkpoint_dir_name=f"epoch-{epoch:04d}",
+            )
+
+    _train_loop(
+        job,
+        _Worker(
+            rank=context.get_world_rank(),
+            workers=context.get_world_size(),
+            local=(context.get_local_rank(), context.get_local_world_size()),
+            gather=gather,
+            latest=latest,
+            report=report,
+        ),
+    )

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from captioner import bundle, dataset, training
+from captioner import bundle, dataset, storage, trainer, training
 from captioner.captioning import Captioner
 from captioner.config import DecodeConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
-from captioner.errors import InputError
-from conftest import TINY, tiny_model
+from captioner.errors import InputError, OutputError
+from captioner.features import compute_features, load_view
+from captioner.journal import Epoch
+from conftest import TINY, tiny_model, write_photos
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -43,53 +46,203 @@ def _weights(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("fine_tune_from", [None, 2])
-def test_a_model_learns_to_name_colours(fine_tune_from, data: Path, tmp_path: Path):
-    split = dataset.read_dataset(str(data)).split(str(data / "train.txt"), str(data / "val.txt"))
+def _split(data: Path) -> Split:
+    return dataset.read_dataset(str(data)).split(str(data / "train.txt"), str(data / "val.txt"))
+
+
+def _config(**changes: object) -> TrainConfig:
     config = TrainConfig(
-        epochs=12,
+        epochs=2,
         batch_size=6,
-        captions="first",
+        captions="all",
         minimum_count=2,
         learning_rate=2e-3,
-        fine_tune_from=fine_tune_from,
+        fine_tune_from=None,
         precision="fp32",
     )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("fine_tune_from", [None, 2])
+def test_a_model_learns_to_name_colours(fine_tune_from, data: Path, tmp_path: Path):
     output = tmp_path / "model"
-    metrics = training.train(
-        split,
+    epochs = training.train(
+        _split(data),
         str(output),
         model_config=dataclasses.replace(TINY, pre_norm=True),
-        config=config,
+        config=_config(epochs=12, captions="first", fine_tune_from=fine_tune_from),
         encoder_weights=_weights(tmp_path),
-        device="cpu",
     )
-    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"] / 2
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 13))
-    with Image.open(output / "loss.png") as plot:
-        assert plot.format == "PNG"
+    assert epochs[-1].train_loss < epochs[0].train_loss / 2
     captioner = Captioner(bundle.load(str(output)), DecodeConfig(), device="cpu", precision="fp32")
     pixels = np.stack([np.full((64, 64, 3), colour, np.uint8) for colour in COLOURS.values()])
     expected = [f"a {word} square ." for word in COLOURS]
     assert [caption.text for caption in captioner(pixels)] == expected
 
 
-def test_the_best_epoch_is_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    losses = iter([3.0, 1.0, 2.0])
-    saved = []
-    monkeypatch.setattr(training.Trainer, "validate", lambda *_: next(losses))
-    monkeypatch.setattr(training.bundle, "save", lambda *_: saved.append(len(saved)))
-    split = dataset.read_dataset(str(data)).split(str(data / "train.txt"), str(data / "val.txt"))
-    training.train(
-        split,
-        str(tmp_path / "model"),
+def test_a_run_leaves_what_people_look_at(data: Path, tmp_path: Path, capsys):
+    output = tmp_path / "model"
+    epochs = training.train(
+        _split(data),
+        str(output),
         model_config=TINY,
-        config=TrainConfig(epochs=3, fine_tune_from=None, minimum_count=1),
+        config=_config(scst_epochs=1, views=3, sort_batches=2, average=0.5, accumulate=2),
         encoder_weights=_weights(tmp_path),
-        device="cpu",
     )
-    assert len(saved) == 2
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [each["epoch"] for each in lines] == [1, 2, 3]
+    assert ["train_cider" in each for each in lines] == [False, False, True]
+    assert capsys.readouterr().out.count("validation loss") == 3
+    with Image.open(output / "curves.png") as plot:
+        assert plot.format == "PNG"
+    samples = (output / "samples.md").read_text()
+    assert "## 36\\.png" in samples
+    assert samples.count("\n3. ") == len(epochs[0].samples) == 8
+    reader = EventAccumulator(str(output / "tensorboard"))
+    reader.Reload()
+    scalars = [each.value for each in reader.Scalars("validation_cider")]
+    assert scalars == pytest.approx([each.validation_cider for each in epochs])
+    best = max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
+    for directory, epoch in ((output, best), (output / "last", epochs[-1])):
+        captioner = Captioner(bundle.load(str(directory)), DecodeConfig(max_words=30), device="cpu")
+        [caption] = captioner(load_view(str(data / "Images" / "36.png"), 64, 0)[None])
+        assert caption.text == epoch.samples[0]
+
+
+def test_self_critical_training_raises_the_reward(data: Path, tmp_path: Path):
+    """From a model that has barely begun to learn, samples come to name the colour."""
+    epochs = training.train(
+        _split(data),
+        str(tmp_path / "model"),
+        model_config=dataclasses.replace(TINY, pre_norm=True),
+        config=_config(epochs=3, scst_epochs=12, scst_learning_rate=2e-3),
+        encoder_weights=_weights(tmp_path),
+    )
+    critical = [each.train_cider for each in epochs if each.train_cider is not None]
+    assert critical[-1] > 1.5 * critical[0]
+    assert epochs[-1].validation_cider > epochs[2].validation_cider
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_killed_run_ends_as_one_that_was_not(
+    average: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed in the second epoch, and between the first epoch's files and its checkpoint."""
+    arguments = {
+        "model_config": dataclasses.replace(TINY, pre_norm=True),
+        "config": _config(epochs=3, scst_epochs=1, views=2, average=average),
+        "encoder_weights": _weights(tmp_path),
+    }
+    whole = training.train(_split(data), str(tmp_path / "whole"), **arguments)
+    output = tmp_path / "killed"
+    real_validate, real_write = training.Trainer.validate, storage.write
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def write_no_checkpoint(uri: str, content: bytes) -> None:
+        if uri.endswith("checkpoint.pt"):
+            raise KeyboardInterrupt
+        real_write(uri, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", write_no_checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(_split(data), str(output), **arguments)
+    calls = iter([real_validate, dies])
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "validate", lambda *args: next(calls)(*args))
+        with pytest.raises(KeyboardInterrupt):
+            training.train(_split(data), str(output), **arguments)
+    resumed = training.train(_split(data), str(output), **arguments)
+    for one, other in zip(whole, resumed, strict=True):
+        assert one.validation_loss == other.validation_loss
+        assert one.train_loss == other.train_loss
+        assert one.train_cider == other.train_cider
+        assert one.samples == other.samples
+    again = training.train(_split(data), str(output), **arguments)
+    assert again == resumed
+
+
+def test_another_run_in_the_same_place_is_refused(data: Path, tmp_path: Path):
+    output = str(tmp_path / "model")
+    weights = _weights(tmp_path)
+
+    def run(**changes: object) -> list[Epoch]:
+        overwrite = bool(changes.pop("overwrite", False))
+        return training.train(
+            _split(data),
+            output,
+            model_config=TINY,
+            config=_config(epochs=1, **changes),
+            encoder_weights=weights,
+            overwrite=overwrite,
+        )
+
+    assert len(run()) == 1
+    with pytest.raises(OutputError, match=r"other settings \(learning_rate\)"):
+        run(learning_rate=1e-3)
+    assert len(run(scst_epochs=1)) == 2
+    assert len(run(learning_rate=1e-3, overwrite=True)) == 1
+    (tmp_path / "model" / "training.json").unlink()
+    with pytest.raises(OutputError, match="holds a model already"):
+        run()
+
+
+def test_bad_images_are_left_out(data: Path, tmp_path: Path, capsys):
+    (data / "Images" / "05.png").write_bytes(b"no image")
+    for fine_tune_from in (None, 2):
+        epochs = training.train(
+            _split(data),
+            str(tmp_path / f"model {fine_tune_from}"),
+            model_config=TINY,
+            config=_config(epochs=1, scst_epochs=1, fine_tune_from=fine_tune_from),
+            encoder_weights=_weights(tmp_path),
+        )
+        assert np.isfinite(epochs[0].train_loss)
+        assert "05.png" in capsys.readouterr().err
+
+
+def test_every_image_is_in_one_batch_of_an_epoch():
+    lengths = np.random.default_rng(0).integers(5, 30, 101).tolist()
+    for sort_batches in (1, 4):
+        config = TrainConfig(batch_size=8, sort_batches=sort_batches)
+        plans = [trainer.plan_batches(lengths, config, epoch) for epoch in (1, 1, 2)]
+        assert plans[0] == plans[1] != plans[2]
+        assert sorted(i for batch in plans[0] for i in batch) == list(range(101))
+        assert {len(batch) for batch in plans[0]} == {7, 8}
+    padding = [
+        sum(max(lengths[i] for i in batch) * len(batch) for batch in plan) - sum(lengths)
+        for plan in (
+            trainer.plan_batches(lengths, TrainConfig(batch_size=8), 1),
+            trainer.plan_batches(lengths, TrainConfig(batch_size=8, sort_batches=13), 1),
+        )
+    ]
+    assert padding[1] < padding[0] / 3
+
+
+def test_a_mirrored_image_has_no_caption_that_names_a_side(vocabulary, data: Path):
+    examples = [
+        CaptionedImage("a", ["a dog on the left", "a dog runs"]),
+        CaptionedImage("b", ["the Right dog"]),
+        CaptionedImage("c", ["a bright dog"]),
+    ]
+    source = trainer.Source(examples, None, TINY, vocabulary)
+    encoded = source.ids
+    assert source.choose(0, 0) == (0, encoded[0])
+    assert source.choose(0, 1) == (1, encoded[0][1:])
+    assert source.choose(1, 3) == (2, encoded[1])
+    assert source.choose(2, 1) == (1, encoded[2])
+
+
+def test_views_are_the_image_its_mirror_image_and_crops(tmp_path: Path):
+    [path] = write_photos(tmp_path, 1)
+    views = [load_view(str(path), 48, view) for view in range(5)]
+    assert all(view.shape == (48, 48, 3) for view in views)
+    np.testing.assert_array_equal(views[1], views[0][:, ::-1])
+    assert not any(np.array_equal(views[0], view) for view in views[1:])
+    np.testing.assert_array_equal(views[2], load_view(str(path), 48, 2))
+    assert load_view(str(tmp_path / "missing.jpg"), 48, 0) is None
 
 
 def test_the_loss_is_the_notebooks():
@@ -102,36 +255,47 @@ def test_the_loss_is_the_notebooks():
     expected = nn.CrossEntropyLoss()(
         logits[..., :-1, :].reshape(-1, 9), labels[..., 1:].reshape(-1)
     )
-    torch.testing.assert_close(training.caption_loss(logits, ids), expected)
+    words = (ids[:, 1:] != 0).sum()
+    torch.testing.assert_close(trainer.caption_loss(logits, ids) / words, expected)
 
 
 def test_the_learning_rate_rises_and_falls():
     config = TrainConfig(warmup_steps=4, schedule="cosine")
-    factors = [training.learning_rate_factor(step, 14, config) for step in range(14)]
+    factors = [trainer.learning_rate_factor(step, 14, config) for step in range(14)]
     assert factors[:5] == [0.2, 0.4, pytest.approx(0.6), 0.8, 1.0]
     assert factors[4:] == sorted(factors[4:], reverse=True)
-    assert training.learning_rate_factor(9, 14, config) == pytest.approx(0.5)
-    assert training.learning_rate_factor(9, 14, TrainConfig()) == 1.0
+    assert trainer.learning_rate_factor(9, 14, config) == pytest.approx(0.5)
+    assert trainer.learning_rate_factor(9, 14, TrainConfig()) == 1.0
 
 
-def test_features_are_computed_once_and_bad_images_left_out(data: Path, tmp_path: Path, capsys):
+def test_features_are_computed_once_and_bad_images_left_out(data: Path, tmp_path: Path):
     (data / "Images" / "05.png").write_bytes(b"no image")
     encoder = tiny_model().encoder.eval()
     uris = [str(data / "Images" / f"{index:02d}.png") for index in range(8)]
-    features = dataset.compute_features(encoder, uris, image_size=64, dtype=torch.float32)
-    assert features.shape == (8, 2, 2, 512)
-    assert [bool(np.isnan(each).all()) for each in features] == [i == 5 for i in range(8)]
+    examples = [CaptionedImage(uri, ["a"]) for uri in uris]
+    features = compute_features(encoder, examples, image_size=64)
+    assert features[0].shape == (2, 2, 512)
+    assert features.decodable().tolist() == [i != 5 for i in range(8)]
     with torch.no_grad():
-        pixels = torch.from_numpy(dataset.load_pixels(uris[0], 64))[None]
-        np.testing.assert_allclose(features[0], encoder(pixels)[0].numpy(), rtol=2e-3, atol=1e-3)
+        expected = encoder(torch.from_numpy(load_view(uris[0], 64, 0))[None])[0].numpy()
+    np.testing.assert_allclose(features[0], expected, rtol=2e-3, atol=1e-3)
+    np.testing.assert_array_equal(features.select(np.array([3, 0]))[1], features[0])
     [file] = (tmp_path / "cache" / "captioner" / "features").iterdir()
     before = file.stat().st_mtime_ns
-    dataset.compute_features(encoder, uris, image_size=64, dtype=torch.float32)
+    compute_features(encoder, examples, image_size=64)
     assert file.stat().st_mtime_ns == before
+    compute_features(encoder, examples, image_size=64, view=1)
+    Image.new("RGB", (64, 64)).save(uris[5])
+    compute_features(encoder, examples, image_size=64)
+    assert len(list(file.parent.iterdir())) == 3
 
 
 def test_captions_of_an_image_stand_together(vocabulary):
-    ids = dataset.collate([["a dog runs", "the dog"], ["grass"]], vocabulary, 12)
+    encoded = [
+        [vocabulary.encode(t, 12) for t in texts]
+        for texts in (["a dog runs", "the dog"], ["grass"])
+    ]
+    ids = dataset.collate(encoded)
     assert ids.shape == (4, 5)
     assert ids[:, 0].tolist() == [1, 1, 1, 0]
     assert ids[3].tolist() == [0] * 5

@@ -1,0 +1,168 @@
+"""What a frozen encoder makes of the images, computed once and kept on this machine's disk.
+
+The features stand in files of a few hundred images, each named for all that they depend on: the
+encoder's weights, the images and their versions, the view. A job that was killed goes on with the
+next file; images that were added cost no more than themselves.
+"""
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from captioner import images, storage
+from captioner.dataset import CaptionedImage, ahead
+from captioner.model import ImageEncoder
+
+__all__ = ["Features", "compute_features", "load_view"]
+
+_CHUNK = 512  # images a file
+_LEAST_CROP = 0.7  # of the height and of the width
+
+
+def load_view(uri: str, size: int, view: int) -> np.ndarray | None:
+    """One of the versions of an image that are trained on: pixels ``(size, size, 3)``.
+
+    View 0 is the image itself. Odd views are mirrored; from view 2 on they are crops, chosen by the
+    view's number and the file's name. None where the image cannot be read or decoded.
+    """
+    try:
+        data = storage.read(uri)
+    except OSError:
+        return None
+    if view < 2:
+        pixels_HW3 = images.decode(data, size).pixels_HW3
+    else:
+        generator = random.Random(f"{view} {uri.rsplit('/', 1)[-1]}")  # noqa: S311
+        enlarged = round(size / generator.uniform(_LEAST_CROP, 1))
+        pixels_HW3 = images.decode(data, enlarged).pixels_HW3
+        if pixels_HW3 is not None:
+            top, left = (generator.randint(0, enlarged - size) for _ in range(2))
+            pixels_HW3 = pixels_HW3[top : top + size, left : left + size]
+    if pixels_HW3 is not None and view % 2:
+        pixels_HW3 = pixels_HW3[:, ::-1]
+    return None if pixels_HW3 is None else np.ascontiguousarray(pixels_HW3)
+
+
+class Features:
+    """Float16 features of images in files that are memory-mapped."""
+
+    def __init__(self, chunks: Sequence[np.ndarray], rows: np.ndarray | None = None):
+        self._chunks = chunks
+        self._rows = np.arange(sum(map(len, chunks))) if rows is None else rows
+
+    def __getitem__(self, image: int) -> np.ndarray:
+        """The features ``(h, w, C)`` of an image; all NaN where it cannot be decoded."""
+        chunk, row = divmod(int(self._rows[image]), _CHUNK)
+        return self._chunks[chunk][row]
+
+    def select(self, images: np.ndarray) -> "Features":
+        """The features of some of the images, which are counted anew."""
+        return Features(self._chunks, self._rows[images])
+
+    def decodable(self) -> np.ndarray:
+        """Whether each image could be decoded."""
+        everything = np.concatenate([~np.isnan(chunk[:, 0, 0, 0]) for chunk in self._chunks])
+        return everything[self._rows]  # type: ignore[no-any-return]
+
+
+def compute_features(
+    encoder: ImageEncoder,
+    examples: Sequence[CaptionedImage],
+    *,
+    image_size: int,
+    view: int = 0,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 32,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] | None = None,
+) -> Features:
+    """The features of each image, from the user's cache directory where they stand there already.
+
+    Args:
+        encoder: in eval mode.
+        examples: the images.
+        image_size: their height and width.
+        view: see :func:`load_view`.
+        dtype: to compute in.
+        batch_size: images a forward pass.
+        share: this process and how many there are on this machine: each computes some files.
+        wait: returns when all of them are done; needed where there are several.
+    """
+    cache = _cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    settings = f"{image_size} {view} {dtype} {images.PREPROCESSING_VERSION} "
+    encoder_key = settings + _fingerprint(encoder)
+    chunks = [examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK)]
+    paths = [cache / f"{_chunk_key(encoder_key, chunk)}.npy" for chunk in chunks]
+    rank, processes = share
+    mine = [(p, c) for p, c in list(zip(paths, chunks, strict=True))[rank::processes]]
+    missing = [(path, chunk) for path, chunk in mine if not path.exists()]
+    if missing:
+        weights = next(encoder.parameters()).dtype
+        encoder.to(dtype).to(memory_format=torch.channels_last)
+        total = sum(len(chunk) for _, chunk in missing)
+        description = "features" if view == 0 else f"features, view {view + 1}"
+        with tqdm(total=total, unit="image", desc=description, disable=None) as progress:
+            for path, chunk in missing:
+                features = _encode(encoder, chunk, image_size, view, batch_size, progress)
+                temporary = path.with_suffix(f".tmp-{os.getpid()}")
+                with open(temporary, "wb") as file:
+                    np.save(file, features)
+                os.replace(temporary, path)
+        encoder.to(weights).to(memory_format=torch.contiguous_format)
+    if wait is not None:
+        wait()
+    return Features([np.load(path, mmap_mode="r") for path in paths])
+
+
+def _encode(
+    encoder: ImageEncoder,
+    examples: Sequence[CaptionedImage],
+    image_size: int,
+    view: int,
+    batch_size: int,
+    progress: "tqdm[NoReturn]",
+) -> np.ndarray:
+    device = next(encoder.parameters()).device
+    blank = np.zeros((image_size, image_size, 3), np.uint8)
+    encoded = []
+    loaded = ahead(
+        lambda example: load_view(example.uri, image_size, view), examples, os.cpu_count() or 1
+    )
+    for begin in range(0, len(examples), batch_size):
+        pixels = [next(loaded) for _ in examples[begin : begin + batch_size]]
+        stacked = np.stack([blank if each is None else each for each in pixels])
+        with torch.inference_mode():
+            features = encoder(torch.from_numpy(stacked).to(device)).half().cpu().numpy()
+        features[[each is None for each in pixels]] = np.nan
+        encoded.append(features)
+        progress.update(len(pixels))
+    return np.concatenate(encoded)
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "captioner" / "features"
+
+
+def _fingerprint(encoder: ImageEncoder) -> str:
+    digest = hashlib.sha256()
+    tensors = {**encoder.state_dict(), "mean": encoder.mean, "std": encoder.std}
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _chunk_key(encoder_key: str, examples: Sequence[CaptionedImage]) -> str:
+    digest = hashlib.sha256(encoder_key.encode())
+    for example in examples:
+        digest.update(f"{example.uri} {storage.version(example.uri)}\n".encode())
+    return digest.hexdigest()[:32]
