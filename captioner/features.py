@@ -60,7 +60,7 @@ class Features:
     def __getitem__(self, image: int) -> np.ndarray:
         """The features ``(h, w, C)`` of an image; all NaN where it cannot be decoded."""
         chunk, row = divmod(int(self._rows[image]), _CHUNK)
-        return self._chunks[chunk][row]
+        return np.asarray(self._chunks[chunk][row])
 
     def select(self, images: np.ndarray) -> "Features":
         """The features of some of the images, which are counted anew."""
@@ -69,7 +69,7 @@ class Features:
     def decodable(self) -> np.ndarray:
         """Whether each image could be decoded."""
         everything = np.concatenate([~np.isnan(chunk[:, 0, 0, 0]) for chunk in self._chunks])
-        return everything[self._rows]  # type: ignore[no-any-return]
+        return everything[self._rows]
 
 
 def compute_features(

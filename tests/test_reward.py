@@ -5,7 +5,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from captioner.reward import ConsensusReward, content_words
 
-WORDS = "a the dog cat man runs on in red grass two big small with and".split()
+WORDS = ["a", "the", "dog", "cat", "man", "runs", "on", "in", "red", "grass", "two", "with"]
 
 
 def test_it_is_pycocoevalcaps_cider():
