@@ -110,11 +110,11 @@ def load(directory: str) -> Bundle:
     Raises:
         BundleError: something is missing, damaged, or does not fit the rest.
     """
-    contents = {
-        "config.json": _read(directory, "config.json", _LARGEST_CONFIG),
-        "tokenizer.json": _read(directory, "tokenizer.json", _LARGEST_TOKENIZER),
-    }
     try:
+        contents = {
+            "config.json": _read(directory, "config.json", _LARGEST_CONFIG),
+            "tokenizer.json": _read(directory, "tokenizer.json", _LARGEST_TOKENIZER),
+        }
         config = _parse_config(contents["config.json"])
         vocabulary = Vocabulary.from_json(contents["tokenizer.json"].decode())
         if len(vocabulary) != config.vocabulary_size:
@@ -147,7 +147,7 @@ def _opened(directory: str, name: str) -> Iterator[BinaryIO]:
         with storage.open_binary(storage.join(directory, name)) as file:
             yield file
     except FileNotFoundError as error:
-        raise BundleError(f"there is no {name}") from error
+        raise BundleError(f"it has no {name}") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise BundleError(f"{name} cannot be read: {reason}") from error
@@ -222,7 +222,7 @@ def _check_header(header: Any, expected: Mapping[str, Tensor]) -> int:
         entry = header[name] if isinstance(header[name], dict) else {}
         kind, shape = entry.get("dtype"), entry.get("shape")
         kinds = _FLOATING if tensor.is_floating_point() else {"I64": 8}
-        if kind not in kinds or shape != list(tensor.shape):
+        if kind not in tuple(kinds) or shape != list(tensor.shape):
             raise BundleError(
                 f"{name} is {kind} {shape}, not {' or '.join(kinds)} {list(tensor.shape)}"
             )
