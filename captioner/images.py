@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from captioner.schema import Status
 
@@ -103,7 +103,7 @@ def decode(
         # Pillow names the BytesIO object, whose address would differ from run to run.
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image in a known format"
-        return DecodedImage(None, width, height, "undecodable", reason)
+        return DecodedImage(None, width, height, "undecodable", reason[:300])
 
 
 def _silence() -> None:
@@ -117,7 +117,7 @@ def _silence() -> None:
 @functools.cache
 def _silence_once() -> None:
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    libraries = ctypes.CDLL(Image.core.__file__)  # with those that it is linked to
+    libraries = ctypes.CDLL(_imaging.__file__)  # with those that it is linked to
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with contextlib.suppress(AttributeError):  # a Pillow without libtiff
             getattr(libraries, name)(None)
@@ -148,7 +148,7 @@ def _memory(image: Image.Image) -> int:
         tags = image.tag_v2
         rows = min(tags.get(TiffImagePlugin.ROWSPERSTRIP, height), height)
         bits = sum(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-        return width * height * _PIXEL + width * rows * bits // 8
+        return int(width * height * _PIXEL + width * rows * bits // 8)
     copies = {"WEBP": 4, "AVIF": 4}.get(image.format or "", 1)
     return width * height * _PIXEL * copies
 
@@ -183,7 +183,7 @@ def _pixels(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
 
 
 def _reduced_rgb(image: Image.Image, across: int, down: int) -> Image.Image:
-    """RGB, every ``across×down`` pixels averaged; strip by strip, to save a large image's copies."""
+    """RGB, each ``across×down`` pixels averaged; in strips, to save a large image's copies."""
     width, height = image.size
     rows = max(1, _STRIP // (width * down)) * down
     peak = max(_peak(strip) for _, strip in _strips(image, rows)) if _is_deep(image) else None
@@ -203,10 +203,14 @@ def _strips(image: Image.Image, rows: int) -> Iterator[tuple[int, Image.Image]]:
 
 def _own_size(image: Image.Image) -> tuple[int, int]:
     """Width and height before the orientation is applied; Pillow tells a TIFF's after it."""
+    width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
-        return tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
-    return image.size
+        width, height = tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+    for side in (width, height):  # a file may claim anything; the row holds 32 bits
+        if not isinstance(side, int) or not 0 < side < 1 << 31:
+            raise ValueError("its width or height is not possible")
+    return width, height
 
 
 def _tile_pixels(image: Image.Image) -> int:

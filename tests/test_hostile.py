@@ -1,6 +1,7 @@
 """Files and names that are meant to do harm, one by one and a thousand at once."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -65,14 +66,19 @@ def _in_mode(mode: str) -> Image.Image:
 @cache
 def mode_files() -> dict[str, bytes]:
     """Each of Pillow's modes in each format that holds it, by file name."""
-    files = {}
-    for mode in MODES:
-        for ending, file_format in FORMATS.items():
-            try:
-                files[f"{mode.replace(';', '-')}.{ending}"] = _encoded(_in_mode(mode), file_format)
-            except (OSError, ValueError, KeyError):  # the format has no such mode
-                continue
-    return files
+    pairs = itertools.product(MODES, FORMATS.items())
+    return {
+        f"{mode.replace(';', '-')}.{ending}": data
+        for mode, (ending, file_format) in pairs
+        if (data := _encoded_if_possible(_in_mode(mode), file_format))
+    }
+
+
+def _encoded_if_possible(image: Image.Image, file_format: str) -> bytes | None:
+    try:
+        return _encoded(image, file_format)
+    except (OSError, ValueError, KeyError):  # the format has no such mode
+        return None
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -93,6 +99,14 @@ def _zeros(count: int) -> bytes:
 def _with_size(image: bytes, marker: bytes, offset: int, size: bytes) -> bytes:
     at = image.index(marker) + offset
     return image[:at] + size + image[at + len(size) :]
+
+
+def _tiff(kind: int, width: int, count: int = 1) -> bytes:
+    """A grey TIFF of 16×16 whose width is of any type."""
+    values = [(256, kind, count, width), (257, 3, 1, 16), (258, 3, 1, 8), (259, 3, 1, 1)]
+    values += [(262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1), (278, 3, 1, 16), (279, 4, 1, 256)]
+    tags = b"".join(struct.pack("<HHII", *value) for value in values)
+    return b"II*\0" + struct.pack("<IH", 8, len(values)) + tags + bytes(400)
 
 
 def _scans(count: int) -> bytes:
@@ -147,6 +161,11 @@ def bombs() -> dict[str, tuple[str, bytes]]:
         "nothing.bmp": ("undecodable", _with_size(bmp, b"BM", 18, bytes(8))),
         "nothing.gif": ("undecodable ok", _with_size(gif, b"GIF8", 6, bytes(4))),
         "negative.bmp": ("undecodable rejected", _with_size(bmp, b"BM", 18, b"\xff" * 8)),
+        "wide-tag.tif": ("undecodable rejected", _tiff(4, 2**32 - 1)),
+        "text-tag.tif": ("undecodable", _tiff(2, 16)),
+        "two-tag.tif": ("undecodable", _tiff(3, 16, count=2)),
+        "signed-tag.tif": ("undecodable", _tiff(9, 2**32 - 1)),
+        "rational-tag.tif": ("undecodable", _tiff(5, 8)),
         "frames.gif": (
             "ok",
             _encoded(white, "GIF", save_all=True, append_images=[_noise(16, 16)] * 2000),
@@ -215,16 +234,14 @@ def odd_files() -> dict[str, bytes]:
     sound = sound_files()
     for ours, theirs in (("jpg", "png"), ("png", "webp"), ("gif", "tif"), ("bmp", "jpg")):
         files[f"wrong-ending-{theirs}.{ours}"] = sound[f"plain.{theirs}"]
-    for name, data in {
+    return files | {
         "script.jpg": b"#!/bin/sh\nrm -rf /\n",
         "page.png": b"<html><script>alert(1)</script></html>",
         "drawing.gif": b"<svg xmlns='http://www.w3.org/2000/svg' onload='x()'/>",
         "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n",
         "pickle.png": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
         "archive.jpg": b"PK\x05\x06" + bytes(18),
-    }.items():
-        files[name] = data
-    return files
+    }
 
 
 def _outcome(data: bytes) -> images.DecodedImage:
@@ -386,14 +403,15 @@ def test_files_of_any_name_are_captioned_once_and_shown_safely(tmp_path, model_d
     folder = photos / "sub\n\x1b[2J?folder"
     folder.mkdir()
     (folder / "inside.jpg").write_bytes(data)
-    count = len(NAMES) + len(NOT_UTF8) + 1
+    os.symlink("nowhere", os.path.join(os.fsencode(photos), b"lost\xff.jpg"))
+    count = len(NAMES) + len(NOT_UTF8) + 2
     summary = caption_images(str(photos), str(output), str(model_directory), run=RUN)
-    assert summary.rows == {"ok": count}
+    assert summary.rows == {"ok": count - 1, "unreadable": 1}
     rows = _rows(output)
     uris = {row["uri"] for row in rows}
     assert len(uris) == len(rows) == count
     assert {str(photos / f"{name}.jpg") for name in NAMES} < uris
-    assert sum(uri.startswith("file://") and "%FF" in uri for uri in uris) == 2
+    assert sum(uri.startswith("file://") and "%FF" in uri for uri in uris) == 3
     for arguments in (
         ["report", str(output)],
         ["show", str(output), "\x1b[31mred.jpg", "-o", str(tmp_path / "a.png")],
