@@ -596,7 +596,7 @@ def test_a_thousand_files_each_have_their_row(thousand, captioned, capsys):
         assert (row["caption"] is None) == (row["status"] != "ok")
         assert (row["error"] is None) == (row["status"] == "ok")
         assert row["error"] is None or row["error"].isprintable(), row
-    assert mebibytes < 2048
+    assert mebibytes < 2500, "of which the largest image that is allowed takes 1100"
 
 
 @pytest.mark.slow
