@@ -5,16 +5,20 @@ All three are data: nothing in a bundle is unpickled or executed.
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from captioner import __version__, storage
-from captioner.config import ModelConfig, from_mapping
-from captioner.errors import BundleError, InputError
+from captioner.config import ModelConfig, from_mapping, parse_json
+from captioner.errors import BundleError, InputError, OutputError
 from captioner.model import CaptionModel
 from captioner.vocabulary import Vocabulary
 
@@ -22,6 +26,11 @@ __all__ = ["Bundle", "load", "save"]
 
 _FORMAT = "captioner-bundle-1"
 _HEAD = "decoder.head.weight"  # the embedding's weight where the two are tied: stored once
+_WEIGHTS = "model.safetensors"
+_FLOATING = {"F16": 2, "BF16": 2, "F32": 4}  # bytes of a weight
+_LARGEST_CONFIG = 1 << 20
+_LARGEST_TOKENIZER = 1 << 24
+_LARGEST_HEADER = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,56 +58,81 @@ class Bundle:
             return int(encoder(blank).size(1))
 
 
-def save(directory: str, model: CaptionModel, vocabulary: Vocabulary) -> None:
+def save(
+    directory: str,
+    model: CaptionModel,
+    vocabulary: Vocabulary,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Writes a bundle; config.json, which makes it one, comes last.
 
+    Args:
+        directory: where to; it is made.
+        model: the model.
+        vocabulary: its words.
+        dtype: what the weights are stored in, float32, float16 or bfloat16; None: as they are.
+
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or a weight is too large for the dtype.
     """
     state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+        name: _stored(name, tensor.detach().cpu(), dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tied_embeddings and name == _HEAD)
     }
-    if model.config.tied_embeddings:
-        del state[_HEAD]
     config = {
         "format": _FORMAT,
         "captioner_version": __version__,
         "model": asdict(model.config),
     }
-    storage.write(storage.join(directory, "model.safetensors"), safetensors.torch.save(state))
+    storage.write(storage.join(directory, _WEIGHTS), safetensors.torch.save(state))
     storage.write(storage.join(directory, "tokenizer.json"), vocabulary.to_json().encode())
     text = json.dumps(config, indent=2) + "\n"
     storage.write(storage.join(directory, "config.json"), text.encode())
 
 
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if overflowing := tensor[tensor.isfinite() & ~stored.isfinite()].tolist():
+        raise OutputError(f"{name} has a weight of {overflowing[0]:g}, too large for {dtype}")
+    return stored
+
+
 def load(directory: str) -> Bundle:
     """Reads a bundle; the model is in float32, on the CPU and in eval mode.
 
+    A bundle may come from anywhere: no name in it is looked up outside timm's registry, and
+    nothing is allocated that config.json asks for and model.safetensors does not hold.
+
     Raises:
-        BundleError: a file is missing, or holds what it must not.
+        BundleError: something is missing, damaged, or does not fit the rest.
     """
-    contents = {name: _read(directory, name) for name in ("config.json", "tokenizer.json")}
-    config = _parse_config(contents["config.json"], directory)
     try:
+        contents = {
+            "config.json": _read(directory, "config.json", _LARGEST_CONFIG),
+            "tokenizer.json": _read(directory, "tokenizer.json", _LARGEST_TOKENIZER),
+        }
+        config = _parse_config(contents["config.json"])
         vocabulary = Vocabulary.from_json(contents["tokenizer.json"].decode())
-    except (BundleError, UnicodeDecodeError) as error:
-        raise BundleError(f"the model {directory} is not sound: {error}") from error
-    if len(vocabulary) != config.vocabulary_size:
-        raise BundleError(
-            f"the model {directory} is not sound: tokenizer.json has {len(vocabulary)} words, "
-            f"config.json {config.vocabulary_size}"
-        )
-    contents["model.safetensors"] = _read(directory, "model.safetensors")
-    try:
-        model = CaptionModel(config)
-        state = safetensors.torch.load(contents["model.safetensors"])
-        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-            raise BundleError("a weight is not finite")
-        if config.tied_embeddings and "decoder.embedding.weight" in state:
+        if len(vocabulary) != config.vocabulary_size:
+            raise BundleError(
+                f"tokenizer.json has {len(vocabulary)} words, config.json {config.vocabulary_size}"
+            )
+        expected = _tensors(config)
+        contents[_WEIGHTS] = _read_weights(directory, expected)
+        state = safetensors.torch.load(contents[_WEIGHTS])
+        for name, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise BundleError(f"{name} has a weight that is not finite")
+        if config.tied_embeddings:
             state[_HEAD] = state["decoder.embedding.weight"]
+        model = CaptionModel(config)
         model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, InputError, BundleError) as error:
-        reason = " ".join(str(error).split())  # torch lists what does not fit line by line
+    except (SafetensorError, UnicodeDecodeError, InputError, BundleError) as error:
+        reason = " ".join(str(error).split())  # timm's and Rust's messages may have several lines
         raise BundleError(f"the model {directory} is not sound: {reason[:300]}") from error
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     # The version that wrote config.json does not change a caption.
@@ -107,21 +141,90 @@ def load(directory: str) -> Bundle:
     return Bundle(model.eval(), vocabulary, digests)
 
 
-def _read(directory: str, name: str) -> bytes:
+@contextmanager
+def _opened(directory: str, name: str) -> Iterator[BinaryIO]:
     try:
-        return storage.read(storage.join(directory, name))
+        with storage.open_binary(storage.join(directory, name)) as file:
+            yield file
     except FileNotFoundError as error:
-        raise BundleError(f"{directory} is not a model: it has no {name}") from error
+        raise BundleError(f"it has no {name}") from error
     except OSError as error:
-        raise BundleError(f"cannot read {name} of the model {directory}: {error}") from error
+        reason = error.strerror or str(error)
+        raise BundleError(f"{name} cannot be read: {reason}") from error
 
 
-def _parse_config(data: bytes, directory: str) -> ModelConfig:
+def _read(directory: str, name: str, limit: int) -> bytes:
+    with _opened(directory, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BundleError(f"{name} has more than {limit} bytes")
+    return data
+
+
+def _parse_config(data: bytes) -> ModelConfig:
     try:
-        parsed = json.loads(data)
+        parsed = parse_json(data)
         if parsed["format"] != _FORMAT:
-            raise BundleError(f"its format is {parsed['format']!r}, not {_FORMAT!r}")
+            raise InputError(f"its format is {parsed['format']!r}, not {_FORMAT!r}")
         return from_mapping(ModelConfig, parsed["model"])
-    except (ValueError, KeyError, TypeError, RecursionError, BundleError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise BundleError(f"config.json of the model {directory} is not sound: {reason}") from error
+    except (InputError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise BundleError(f"config.json: {reason}") from error
+
+
+def _tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors that a bundle of this model stores, without their memory."""
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = CaptionModel(config).eval()
+            side = config.image_size
+            features_BhwC = model.encoder(torch.zeros(1, side, side, 3))
+    except Exception as error:  # each of timm's backbones fails in its own way
+        raise BundleError(f"config.json: {error or type(error).__name__}") from error
+    _, height, width, channels = features_BhwC.shape
+    if height != width or channels != model.encoder.channels:
+        raise BundleError(f"config.json: {config.backbone} gives {height}×{width}×{channels}")
+    state = model.state_dict()
+    if config.tied_embeddings:
+        del state[_HEAD]
+    return state
+
+
+def _read_weights(directory: str, expected: Mapping[str, Tensor]) -> bytes:
+    """The bytes of model.safetensors, read only once its header has promised what is expected."""
+    with _opened(directory, _WEIGHTS) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise BundleError(f"{_WEIGHTS} has a header of {length} bytes")
+        try:
+            header = parse_json(file.read(length))
+        except InputError as error:
+            raise BundleError(f"{_WEIGHTS} has no header: {error}") from error
+        end = 8 + length + _check_header(header, expected)
+        file.seek(0)
+        data = file.read(end + 1)
+    if len(data) != end:
+        raise BundleError(f"{_WEIGHTS} is {'longer' if len(data) > end else 'shorter'} than {end}")
+    return data
+
+
+def _check_header(header: Any, expected: Mapping[str, Tensor]) -> int:
+    """Compares a safetensors header with the tensors that are expected; returns their bytes."""
+    if not isinstance(header, dict):
+        raise BundleError(f"{_WEIGHTS} has no header")
+    stored = header.keys() - {"__metadata__"}
+    if missing := sorted(expected.keys() - stored):
+        raise BundleError(f"{_WEIGHTS} has no {missing[0]}")
+    if extra := sorted(stored - expected.keys()):
+        raise BundleError(f"{_WEIGHTS} has {extra[0]!r}, which the model does not have")
+    total = 0
+    for name, tensor in expected.items():
+        entry = header[name] if isinstance(header[name], dict) else {}
+        kind, shape = entry.get("dtype"), entry.get("shape")
+        kinds = _FLOATING if tensor.is_floating_point() else {"I64": 8}
+        if kind not in tuple(kinds) or shape != list(tensor.shape):
+            raise BundleError(
+                f"{name} is {kind} {shape}, not {' or '.join(kinds)} {list(tensor.shape)}"
+            )
+        total += tensor.numel() * kinds[kind]
+    return total

@@ -5,6 +5,7 @@ from the fields, so that nothing is written twice. Torch and Ray are not needed 
 """
 
 import dataclasses
+import json
 import sys
 import types
 import typing
@@ -24,6 +25,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "from_mapping",
+    "parse_json",
 ]
 
 Config = TypeVar("Config")
@@ -97,6 +99,27 @@ def _describe(hint: Any) -> str:
     }.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON in which no object has a name twice.
+
+    Raises:
+        InputError: it is not, or it is nested too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_named_once)
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(error)) from error
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise InputError(f"{name[:100]!r} is there twice")
+        values[name] = value
+    return values
+
+
 def from_mapping(config: type[Config], values: Mapping[str, Any]) -> Config:
     """Makes settings out of parsed JSON.
 
@@ -116,7 +139,9 @@ class ModelConfig(_Checked):
     """The encoder-decoder. The defaults are the notebook's model."""
 
     backbone: str = setting("resnet50.tv_in1k", "name of the image encoder in timm")
-    image_size: int = setting(256, "height and width that images are resized to", minimum=32)
+    image_size: int = setting(
+        256, "height and width that images are resized to", minimum=32, maximum=2048
+    )
     mean: tuple[float, float, float] = setting(
         (0.485, 0.456, 0.406), "mean of the red, green and blue values, of 1"
     )
@@ -124,12 +149,15 @@ class ModelConfig(_Checked):
         (0.229, 0.224, 0.225), "standard deviation of the red, green and blue values, of 1"
     )
     grid: int | None = setting(
-        14, "the feature map is average-pooled to grid×grid; null keeps its own grid", minimum=1
+        14,
+        "the feature map is average-pooled to grid×grid; null keeps its own grid",
+        minimum=1,
+        maximum=128,
     )
     vocabulary_size: int = setting(4, "entries of the vocabulary", minimum=4)
-    max_length: int = setting(50, "positions the decoder knows", minimum=2)
+    max_length: int = setting(50, "positions the decoder knows", minimum=2, maximum=1024)
     width: int = setting(1024, "width of the decoder", minimum=1)
-    layers: int = setting(6, "blocks of the decoder", minimum=1)
+    layers: int = setting(6, "blocks of the decoder", minimum=1, maximum=128)
     heads: int = setting(8, "attention heads of a block", minimum=1)
     embedding_dropout: float = setting(0.2, "dropout after the embeddings", minimum=0, maximum=1)
     attention_dropout: float = setting(0.2, "dropout after both attentions", minimum=0, maximum=1)

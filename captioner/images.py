@@ -1,15 +1,24 @@
 """Bytes that claim to be an image → RGB pixels at the model's size, or a reason why not.
 
-Nothing here raises for what a file holds: the outcome is data. Files are parsed by an allow-list of
-Pillow's formats (it can also run Ghostscript), their size is checked before their pixels are
-decoded, and only the first frame of an animation is.
+Nothing here raises for what a file holds, nor prints: the outcome is data. Files are parsed by an
+allow-list of Pillow's formats (it can also run Ghostscript); their size, and the memory and work
+that they ask for, are checked before their pixels are decoded; only the first frame of an animation
+is; and a process decodes one large image at a time.
 """
 
+import contextlib
+import ctypes
+import functools
 import io
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from captioner.schema import Status
 
@@ -32,6 +41,14 @@ _TRANSPOSE = {
 # A JPEG is decoded at a half, a quarter or an eighth where that leaves at least this many times
 # the pixels needed along each side: the resize that follows then hides the difference.
 _REDUCING_GAP = 2.0
+_PIXEL = 4  # bytes that Pillow keeps of one in most modes
+_STRIP = 1 << 22  # pixels that are converted at a time
+_LARGE = 1 << 27  # bytes
+_one_large_image = threading.Lock()
+# Encoders write about ten scans; each costs a pass over the image, and may be a few bytes long.
+_MOST_SCANS = 100
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither a stuffed byte nor a restart
+_SCAN, _END = b"\xda", b"\xd9"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,41 +88,129 @@ def decode(
     if len(data) > max_bytes:
         return DecodedImage(None, status="rejected", error=f"more than {max_bytes} bytes")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns at first; ours is checked below
+    _silence()
     width = height = None
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = _own_size(image)
-            if width * height > max_pixels:
-                error = f"{width}×{height} is more than {max_pixels} pixels"
-                return DecodedImage(None, width, height, "rejected", error)
-            if _tile_pixels(image) > max_pixels:
-                error = f"its tiles have more than {max_pixels} pixels"
-                return DecodedImage(None, width, height, "rejected", error)
+            if problem := _too_much(image, data, max_pixels):
+                return DecodedImage(None, width, height, "rejected", problem)
             target = _fit(*image.size, size) if keep_aspect else (size, size)
-            least = int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)
-            drafted = image.draft(None, least)
-            box = drafted[1] if drafted else None  # in a fraction, the last pixel may be a part
-            image.load()
-            orientation = _orientation(image)  # after loading, which turns a TIFF upright itself
-            small = _to_rgb(image).resize(
-                target, Image.Resampling.BILINEAR, box, reducing_gap=_REDUCING_GAP
-            )
-            upright = small.transpose(orientation) if orientation is not None else small
-            return DecodedImage(np.array(upright), width, height)
+            with _one_large_image if _memory(image) > _LARGE else contextlib.nullcontext():
+                return DecodedImage(_pixels(image, target), width, height)
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow names the BytesIO object, whose address would differ from run to run.
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image in a known format"
-        return DecodedImage(None, width, height, "undecodable", reason)
+        return DecodedImage(None, width, height, "undecodable", reason[:300])
+
+
+def _silence() -> None:
+    """Keeps Pillow and libtiff from telling stderr what is wrong with a file: its row does."""
+    _silence_once()
+    quiet = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+    if quiet not in warnings.filters:  # they may have been reset since
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@functools.cache
+def _silence_once() -> None:
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    libraries = ctypes.CDLL(_imaging.__file__)  # with those that it is linked to
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        with contextlib.suppress(AttributeError):  # a Pillow without libtiff
+            getattr(libraries, name)(None)
+
+
+def _too_much(image: Image.Image, data: bytes, max_pixels: int) -> str | None:
+    """Why an image is not worth its memory or time; None where it is."""
+    width, height = _own_size(image)
+    if width * height > max_pixels:
+        return f"{width}×{height} is more than {max_pixels} pixels"
+    if _tile_pixels(image) > max_pixels:
+        return f"its tiles have more than {max_pixels} pixels"
+    if (memory := _memory(image)) > max_pixels * _PIXEL:
+        return f"decoding takes {memory} bytes, more than {max_pixels * _PIXEL}"
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and _scans(data) > _MOST_SCANS:
+        return f"it has more than {_MOST_SCANS} scans"
+    return None
+
+
+def _memory(image: Image.Image) -> int:
+    """Bytes that decoding takes at its peak, about."""
+    width, height = _own_size(image)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        # Its coefficients, where there are several scans; the pixels are a fraction of them.
+        samples = [across * down for _, across, down, _ in image.layer]
+        return 2 * width * height * sum(samples) // max(samples)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile[0][0] == "libtiff":
+        tags = image.tag_v2
+        rows = min(tags.get(TiffImagePlugin.ROWSPERSTRIP, height), height)
+        bits = sum(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+        return int(width * height * _PIXEL + width * rows * bits // 8)
+    copies = {"WEBP": 4, "AVIF": 4}.get(image.format or "", 1)
+    return width * height * _PIXEL * copies
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG, counted to one more than is allowed."""
+    scans = position = 0
+    while (marker := _MARKER.search(data, position)) and marker[1] != _END:
+        scans += marker[1] == _SCAN
+        if scans > _MOST_SCANS:
+            break
+        position = marker.end()
+        if marker[1] != b"\xd8":  # the start has no length
+            position += int.from_bytes(data[position : position + 2], "big")
+    return scans
+
+
+def _pixels(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
+    """Decodes, resizes to ``target`` and turns upright."""
+    least = int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)
+    drafted = image.draft(None, least)
+    image.load()
+    # In a fraction, the last pixel may be a part.
+    left, top, right, bottom = drafted[1] if drafted else (0, 0, *image.size)
+    orientation = _orientation(image)  # after loading, which turns a TIFF upright itself
+    across = int((right - left) / target[0] / _REDUCING_GAP) or 1
+    down = int((bottom - top) / target[1] / _REDUCING_GAP) or 1
+    small = _reduced_rgb(image, across, down)
+    box = left / across, top / down, right / across, bottom / down
+    resized = small.resize(target, Image.Resampling.BILINEAR, box)
+    return np.array(resized if orientation is None else resized.transpose(orientation))
+
+
+def _reduced_rgb(image: Image.Image, across: int, down: int) -> Image.Image:
+    """RGB, each ``across×down`` pixels averaged; in strips, to save a large image's copies."""
+    width, height = image.size
+    rows = max(1, _STRIP // (width * down)) * down
+    peak = max(_peak(strip) for _, strip in _strips(image, rows)) if _is_deep(image) else None
+    small = Image.new("RGB", (-(-width // across), -(-height // down)))
+    for top, strip in _strips(image, rows):
+        converted = _to_rgb(strip) if peak is None else _grey_to_rgb(strip, peak)
+        small.paste(converted.reduce((across, down)), (0, top // down))
+    return small
+
+
+def _strips(image: Image.Image, rows: int) -> Iterator[tuple[int, Image.Image]]:
+    """The image from its top in pieces of so many rows, each with where it begins."""
+    width, height = image.size
+    for top in range(0, height, rows):
+        yield top, image.crop((0, top, width, min(top + rows, height)))
 
 
 def _own_size(image: Image.Image) -> tuple[int, int]:
     """Width and height before the orientation is applied; Pillow tells a TIFF's after it."""
+    width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
-        return tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
-    return image.size
+        width, height = tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+    for side in (width, height):  # a file may claim anything; the row holds 32 bits
+        if not isinstance(side, int) or not 0 < side < 1 << 31:
+            raise ValueError("its width or height is not possible")
+    return width, height
 
 
 def _tile_pixels(image: Image.Image) -> int:
@@ -128,10 +233,12 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith(("I", "F"))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes to RGB; what is transparent is laid over white."""
-    if image.mode.startswith(("I", "F")):
-        return _grey_to_rgb(image)
+    """Any of Pillow's modes of bytes to RGB; what is transparent is laid over white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -139,13 +246,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_to_rgb(image: Image.Image) -> Image.Image:
+def _numbers(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+
+
+def _peak(image: Image.Image) -> float:
+    return 65535.0 if image.mode.startswith("I;16") else float(_numbers(image).max(initial=0))
+
+
+def _grey_to_rgb(image: Image.Image, largest: float) -> Image.Image:
     """16-bit, 32-bit and floating-point grey, scaled by the smallest usual range that holds it."""
-    grey_hw = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-    if image.mode.startswith("I;16"):
-        peak = 65535.0
-    else:
-        largest = float(grey_hw.max(initial=0))
-        peak = next((p for p in (1.0, 255.0, 65535.0) if largest <= p), largest)
-    scaled_hw = np.clip(np.rint(grey_hw * (255 / peak)), 0, 255).astype(np.uint8)
+    peak = next((p for p in (1.0, 255.0, 65535.0) if largest <= p), largest)
+    scaled_hw = np.clip(np.rint(_numbers(image) * (255 / peak)), 0, 255).astype(np.uint8)
     return Image.fromarray(scaled_hw).convert("RGB")

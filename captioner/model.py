@@ -11,6 +11,7 @@ projected, and read at every step, on the smaller ``h√ów`` grid: ``logits = q K·
 ``output = (softmax(logits) pooling) V`` equal attention over the pooled grid.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,6 +60,9 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: ModelConfig, *, pretrained: bool = False):
         super().__init__()
+        # timm also takes names of other people's repositories and local directories.
+        if not re.fullmatch(r"\w+(\.\w+)?", config.backbone, re.ASCII):
+            raise InputError(f"timm has no backbone {config.backbone!r}")
         try:
             fixed_size = timm.get_pretrained_cfg_value(config.backbone, "fixed_input_size")
             self.backbone = timm.create_model(

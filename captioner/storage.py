@@ -145,8 +145,8 @@ def read(uri: str, limit: int | None = None) -> bytes:
     """
     fs, path = _filesystem(uri)
     try:
-        with fs.open(path, "rb") as file:
-            return file.read(-1 if limit is None else limit + 1)  # type: ignore[no-any-return]
+        with _open(fs, path) as file:
+            return file.read(-1 if limit is None else limit + 1)
     except ValueError as error:  # no file can be called so: there is a zero byte in the name
         raise OSError(str(error)) from error
 
@@ -157,8 +157,22 @@ def open_binary(uri: str) -> BinaryIO:
     Raises:
         OSError: it cannot be opened.
     """
-    fs, path = _filesystem(uri)
-    return fs.open(path, "rb")  # type: ignore[no-any-return]
+    return _open(*_filesystem(uri))
+
+
+def _open(fs: Any, path: str) -> BinaryIO:
+    """Opens a file to be read; a pipe or a device, which may never end, is not one."""
+    if not isinstance(fs, LocalFileSystem):
+        return fs.open(path, "rb")  # type: ignore[no-any-return]
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is not a regular file")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer
 
 
 def is_directory(uri: str) -> bool:

@@ -1,12 +1,12 @@
 """Words ↔ ids: lower-cased, split on white space, rare words unknown (Hugging Face tokenizers)."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from captioner.errors import BundleError
+from captioner.config import parse_json
+from captioner.errors import BundleError, InputError
 
 __all__ = ["EOS", "PAD", "SPECIAL", "START", "UNKNOWN", "Vocabulary"]
 
@@ -41,9 +41,9 @@ class Vocabulary:
             BundleError: it is not a vocabulary of ours.
         """
         try:
-            model = json.loads(text)["model"]
+            model = parse_json(text)["model"]
             kind, vocabulary = model["type"], model["vocab"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (InputError, KeyError, TypeError) as error:
             raise BundleError(f"tokenizer.json cannot be read: {error}") from error
         if kind != "WordLevel" or not isinstance(vocabulary, dict):
             raise BundleError("tokenizer.json is not a WordLevel tokenizer")
