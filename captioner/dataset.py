@@ -50,10 +50,11 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class Split:
-    """The images to train on, and those to validate on."""
+    """The images to train on, those to validate on, and those to test on."""
 
     train: list[CaptionedImage]
     validation: list[CaptionedImage]
+    test: list[CaptionedImage]
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,13 @@ class Dataset:
     without_image: int
     without_caption: int
 
-    def split(self, train_list: str | None = None, validation_list: str | None = None) -> Split:
-        """By two files of image names, a line each; without them as the notebook does.
+    def split(
+        self,
+        train_list: str | None = None,
+        validation_list: str | None = None,
+        test_list: str | None = None,
+    ) -> Split:
+        """By files of image names, a line each; without them as the notebook does.
 
         The notebook's split: the last 100 images are for testing, the 200 before for validation.
 
@@ -76,18 +82,19 @@ class Dataset:
         if (train_list is None) != (validation_list is None):
             raise InputError("--train-list and --val-list go together")
         if train_list is not None and validation_list is not None:
-            train, validation = self._listed(train_list), self._listed(validation_list)
+            train, validation = self.listed(train_list), self.listed(validation_list)
             train_uris = {image.uri for image in train}
             if shared := sum(image.uri in train_uris for image in validation):
                 raise InputError(f"{shared} images are in both {train_list} and {validation_list}")
-            return Split(train, validation)
+            return Split(train, validation, self.listed(test_list) if test_list else [])
         held_out = _VALIDATION + _TEST
         if len(self.images) <= held_out:
             raise InputError(
                 f"{len(self.images)} images are too few to hold out the last {held_out}: "
-                "give --train-list and --val-list"
+                "give lists of the images"
             )
-        return Split(self.images[:-held_out], self.images[-held_out:-_TEST])
+        images = self.images
+        return Split(images[:-held_out], images[-held_out:-_TEST], images[-_TEST:])
 
     def describe(self, split: Split) -> str:
         """What is trained and validated on, and what was left out: one line for a person."""
@@ -101,7 +108,12 @@ class Dataset:
             [text, ", ".join(f"{n} {what}" for what, n in left_out.items() if n)]
         ).removesuffix("; left out: ")
 
-    def _listed(self, uri: str) -> list[CaptionedImage]:
+    def listed(self, uri: str) -> list[CaptionedImage]:
+        """The images that a file names, a line each.
+
+        Raises:
+            InputError: it cannot be read, or names none of the images.
+        """
         try:
             names = {line.strip() for line in storage.read(uri).decode().splitlines()}
         except (OSError, UnicodeDecodeError) as error:

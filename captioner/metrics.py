@@ -1,4 +1,4 @@
-"""Captions and references in, the scores that papers print out: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
+"""Captions and references in, scores out: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
 The scorers are pycocoevalcap's, which the extra ``eval`` installs. METEOR, SPICE and the PTB
 tokenizer are Java programs that come with it.
@@ -73,7 +73,7 @@ def _java_runs() -> bool:
     """Whether there is a Java; macOS has a ``java`` that only says where to get one."""
     if shutil.which("java") is None:
         return False
-    return subprocess.run(["java", "-version"], capture_output=True).returncode == 0
+    return subprocess.run(["java", "-version"], capture_output=True).returncode == 0  # noqa: S607
 
 
 def score(
@@ -182,7 +182,7 @@ print(json.dumps([float(mean), [each["All"]["f"] for each in images]], allow_nan
 
 
 def _spice(targets: dict[str, list[str]], hypotheses: dict[str, list[str]]) -> Any:
-    process = subprocess.run(
+    process = subprocess.run(  # noqa: S603
         [sys.executable, "-c", _SPICE],
         input=json.dumps([targets, hypotheses]),
         capture_output=True,
@@ -227,8 +227,9 @@ def _ptb(lines: list[str]) -> list[list[str]]:
     jar = os.path.join(folder, ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     program = "edu.stanford.nlp.process.PTBTokenizer"
     encoding = "-Dfile.encoding=UTF-8"
-    process = subprocess.run(
-        ["java", encoding, "-cp", jar, program, "-preserveLines", "-lowerCase"],
+    command = ["java", encoding, "-cp", jar, program, "-preserveLines", "-lowerCase"]
+    process = subprocess.run(  # noqa: S603
+        command,
         input="".join(f"{line}\n" for line in lines).encode(errors="replace"),
         capture_output=True,
     )
