@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
 import click
@@ -42,12 +42,16 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _options(config: type, *, from_preset: bool = False) -> Callable[[Any], Any]:
-    """An option for each field of a config, ``--field-name``."""
+def _options(
+    config: type, *, from_preset: bool = False, only: Container[str] | None = None
+) -> Callable[[Any], Any]:
+    """An option for each field of a config, or only for some: ``--field-name``."""
 
     def decorate(command: Any) -> Any:
         hints = typing.get_type_hints(config)
         for each in reversed(dataclasses.fields(config)):
+            if only is not None and each.name not in only:
+                continue
             name = each.metadata["option"] or "--" + each.name.replace("_", "-")
             hint = hints[each.name]
             choices = typing.get_args(hint)
@@ -224,6 +228,91 @@ def report_command(output: str, missing: bool) -> None:
         click.echo(_printable(line))
     if summary.accounts.missing:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("source")
+@click.option("--model", help="Caption the images of the dataset SOURCE with this model.")
+@click.option(
+    "--references",
+    metavar="DATA",
+    help="Score the captions in SOURCE, a caption job's output, against this dataset's.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test"]),
+    help="Images of the dataset.  [default: test with --model, all with --references]",
+)
+@click.option(
+    "--list", "names", metavar="FILE", help="Names of the images instead of a split, a line each."
+)
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["auto", "ptb", "simple"]),
+    default="auto",
+    show_default=True,
+    help="ptb needs Java, as METEOR does; simple needs none; auto takes ptb where Java runs.",
+)
+@click.option("--spice", is_flag=True, help="SPICE too: slow, and downloads its models once.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="JSON to write; - prints it, and no table."
+)
+@click.option("--per-image", metavar="FILE", help="Parquet to write: scores by image, worst first.")
+@_options(DecodeConfig, only=("beam", "length_penalty", "max_words", "allow_unknown"))
+@_options(RunConfig, only=("device", "precision", "batch_size", "decoders"))
+def evaluate(
+    source: str,
+    model: str | None,
+    references: str | None,
+    split: str | None,
+    names: str | None,
+    tokenizer: str,
+    spice: bool,
+    json_file: str | None,
+    per_image: str | None,
+    **options: Any,
+) -> None:
+    """Score captions against what people wrote: BLEU, METEOR, ROUGE-L, CIDEr.
+
+    With --model, SOURCE is a dataset as train takes it, whose images are captioned first. With
+    --references, SOURCE is the output of a caption job; images are joined by URI, or else by file
+    name.
+    """
+    if (model is None) == (references is None):
+        raise InputError("give one of --model and --references")
+    if split and names:
+        raise InputError("give one of --split and --list")
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if references is not None and given:
+        raise InputError(f"{given[0]} goes with --model: the captions in {source} are made already")
+    decode, run = (
+        _configure(DecodeConfig(attention="none"), options),
+        _configure(RunConfig(), options),
+    )
+    from captioner import dataset, evaluation, metrics, storage
+
+    chosen = metrics.choose_tokenizer(tokenizer)
+    images = evaluation.choose_images(
+        dataset.read_dataset(storage.absolute(references or source)),
+        split=split or ("test" if model and not names else None),
+        names=names,
+    )
+    if model is not None:
+        captioned = evaluation.caption_dataset(images, model, decode=decode, run=run)
+    else:
+        captioned = evaluation.join_output(storage.absolute(source), images)
+    for line in captioned.describe_left_out():
+        click.echo(_printable(line), err=True)
+    result = evaluation.evaluate(captioned, tokenizer=chosen, spice=spice)
+    if json_file == "-":
+        click.echo(result.to_json())
+    else:
+        for line in result.lines():
+            click.echo(_printable(line))
+    if json_file and json_file != "-":
+        storage.write(storage.absolute(json_file), (result.to_json() + "\n").encode())
+    if per_image:
+        storage.write(storage.absolute(per_image), result.to_parquet())
 
 
 if __name__ == "__main__":

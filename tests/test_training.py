@@ -305,7 +305,7 @@ def test_captions_of_an_image_stand_together(vocabulary):
 def test_the_notebooks_split_holds_out_the_last_300():
     images = [CaptionedImage(str(i), ["a"]) for i in range(1000)]
     split = dataset.Dataset(images, 0, 0, 0).split()
-    assert split == Split(images[:700], images[700:900])
+    assert split == Split(images[:700], images[700:900], images[900:])
     with pytest.raises(InputError, match="too few"):
         dataset.Dataset(images[:300], 0, 0, 0).split()
 

@@ -1,0 +1,233 @@
+"""Captions of a dataset's images, made now or by a caption job, and their scores."""
+
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from captioner import __version__, bundle, dataset, metrics
+from captioner.captioning import Captioner
+from captioner.config import DecodeConfig, RunConfig
+from captioner.dataset import CaptionedImage, Dataset
+from captioner.errors import InputError
+from captioner.manifest import OutputDirectory
+from captioner.metrics import Scores
+
+__all__ = [
+    "Captioned",
+    "Evaluation",
+    "caption_dataset",
+    "choose_images",
+    "evaluate",
+    "join_output",
+]
+
+_SHOWN = 10
+_DECODING = ("beam", "length_penalty", "max_words", "allow_unknown")  # what decides a caption
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Images with references, a caption for each, and how the captions were made.
+
+    ``left_out`` names what could not be scored, by reason.
+    """
+
+    images: list[CaptionedImage]
+    captions: list[str]
+    settings: dict[str, Any]
+    left_out: dict[str, list[str]]
+
+    def describe_left_out(self) -> list[str]:
+        """A line for each reason, with the first names."""
+        lines = []
+        for reason, uris in self.left_out.items():
+            more = ", …" if len(uris) > _SHOWN else ""
+            lines.append(f"left out: {len(uris)} {reason}: {', '.join(uris[:_SHOWN])}{more}")
+        return lines
+
+
+def choose_images(data: Dataset, *, split: str | None, names: str | None) -> list[CaptionedImage]:
+    """Some images of a dataset.
+
+    Args:
+        data: the dataset.
+        split: ``train``, ``val`` or ``test``.
+        names: a file of image names, a line each; where both are None, all images are taken.
+
+    Raises:
+        InputError: the dataset has no such images, or the file cannot be read.
+    """
+    if names is not None:
+        return data.listed(names)
+    if split is None:
+        return data.images
+    parts = data.split()
+    images = {"train": parts.train, "val": parts.validation, "test": parts.test}[split]
+    if not images:
+        raise InputError(f"the dataset has no images to {split}: use --list")
+    return images
+
+
+def caption_dataset(
+    images: Sequence[CaptionedImage], model: str, *, decode: DecodeConfig, run: RunConfig
+) -> Captioned:
+    """Captions images in this process.
+
+    Args:
+        images: what to caption.
+        model: a bundle's directory.
+        decode: what decides the captions.
+        run: its device, precision, batch size and decoders count.
+
+    Raises:
+        BundleError: the model cannot be loaded.
+        InputError: there is no such device.
+    """
+    captioner = Captioner(bundle.load(model), decode, device=run.device, precision=run.precision)
+    load = partial(dataset.load_pixels, size=captioner.image_size)
+    threads = run.decoders or os.cpu_count() or 1
+    loaded = dataset.ahead(load, [image.uri for image in images], threads)
+    kept: list[CaptionedImage] = []
+    captions: list[str] = []
+    undecodable: list[str] = []
+    with tqdm(total=len(images), unit="image", desc="captions", disable=None) as progress:
+        for begin in range(0, len(images), run.batch_size):
+            batch = images[begin : begin + run.batch_size]
+            pixels = []
+            for image in batch:
+                pixels_HW3 = next(loaded)
+                if pixels_HW3 is None:
+                    undecodable.append(image.uri)
+                else:
+                    kept.append(image)
+                    pixels.append(pixels_HW3)
+            if pixels:
+                captions += [caption.text for caption in captioner(np.stack(pixels))]
+            progress.update(len(batch))
+    settings = {"model": model, "precision": str(captioner.dtype).removeprefix("torch.")}
+    settings |= {name: asdict(decode)[name] for name in _DECODING}
+    reasons = {"images that cannot be decoded": undecodable}
+    return Captioned(kept, captions, settings, _without_empty(reasons))
+
+
+def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
+    """A caption job's captions of images, found by URI, or else by a file name that is unique.
+
+    Raises:
+        OutputError: it is no caption job's output, or a part of it cannot be read.
+    """
+    directory = OutputDirectory(output)
+    job = directory.read_json("run.json").get("settings", {})
+    captions: dict[str, str] = {}
+    for number in sorted(directory.done()):
+        part = directory.read_part(number, ["uri", "caption", "status"])
+        ok = part.filter(pc.equal(part["status"], "ok"))
+        captions.update(zip(ok["uri"].to_pylist(), ok["caption"].to_pylist(), strict=True))
+    found = {image.uri: image.uri for image in images if image.uri in captions}
+    by_name = _by_name(uri for uri in captions if uri not in found)
+    wanted = _by_name(image.uri for image in images if image.uri not in found)
+    found |= {uri: by_name[name] for name, uri in wanted.items() if name in by_name}
+    kept = [image for image in images if image.uri in found]
+    used = set(found.values())
+    reasons = {
+        "images without a caption": [image.uri for image in images if image.uri not in found],
+        "captions without references": [uri for uri in captions if uri not in used],
+    }
+    return Captioned(
+        images=kept,
+        captions=[captions[found[image.uri]] for image in kept],
+        settings={"output": output} | {name: job[name] for name in _DECODING if name in job},
+        left_out=_without_empty(reasons),
+    )
+
+
+def _by_name(uris: Iterable[str]) -> dict[str, str]:
+    """URIs by file name, those left out that share one."""
+    named = [(uri.rsplit("/", 1)[-1], uri) for uri in uris]
+    count = Counter(name for name, _ in named)
+    return {name: uri for name, uri in named if count[name] == 1}
+
+
+def _without_empty(reasons: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {reason: uris for reason, uris in reasons.items() if uris}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Captions and their scores, for a person, a program or a closer look."""
+
+    captioned: Captioned
+    scores: Scores
+
+    def lines(self) -> list[str]:
+        """An aligned table: scores times 100, the number of images, how the captions were made."""
+        rows = [
+            (metrics.NAMES[name], f"{100 * value:.1f}")
+            for name, value in self.scores.corpus.items()
+        ]
+        rows += [("images", str(len(self.captioned.images))), ("tokenizer", self.scores.tokenizer)]
+        rows += [
+            (name.replace("_", " "), "none" if value is None else str(value))
+            for name, value in self.captioned.settings.items()
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        left_out = self.scores.left_out.items()
+        return lines + [f"{metrics.NAMES[name]} left out: {reason}" for name, reason in left_out]
+
+    def to_json(self) -> str:
+        """The same figures as they are, not times 100, with every name that was left out."""
+        values = {
+            "scores": self.scores.corpus,
+            "images": len(self.captioned.images),
+            "tokenizer": self.scores.tokenizer,
+            "settings": self.captioned.settings,
+            "left_out": self.captioned.left_out,
+            "metrics_left_out": self.scores.left_out,
+            "captioner_version": __version__,
+        }
+        return json.dumps(values, indent=2)
+
+    def to_parquet(self) -> bytes:
+        """A Parquet file with a row an image, the lowest CIDEr first.
+
+        The columns are ``uri``, ``caption``, ``references`` and the scores but BLEU-1 to 3.
+        """
+        columns = {
+            "uri": [image.uri for image in self.captioned.images],
+            "caption": self.captioned.captions,
+            "references": [image.captions for image in self.captioned.images],
+        }
+        shown = {
+            name: values
+            for name, values in self.scores.images.items()
+            if name not in ("bleu_1", "bleu_2", "bleu_3")
+        }
+        order = np.argsort(self.scores.images["cider"], kind="stable")
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns | shown).take(order), sink, compression="zstd")
+        return sink.getvalue()
+
+
+def evaluate(captioned: Captioned, *, tokenizer: str = "auto", spice: bool = False) -> Evaluation:
+    """Scores captions; see :func:`captioner.metrics.score`.
+
+    Raises:
+        InputError: there is nothing to score, or see there.
+    """
+    if not captioned.images:
+        raise InputError("no image has both a caption and references")
+    references = [image.captions for image in captioned.images]
+    scores = metrics.score(captioned.captions, references, tokenizer=tokenizer, spice=spice)
+    return Evaluation(captioned, scores)

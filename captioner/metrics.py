@@ -1,0 +1,300 @@
+"""Captions and references in, scores out: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
+
+The scorers are pycocoevalcap's, which the extra ``eval`` installs. METEOR, SPICE and the PTB
+tokenizer are Java programs that come with it.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from captioner.errors import CaptionerError, InputError
+
+__all__ = ["NAMES", "Scores", "Tokenizer", "choose_tokenizer", "score", "tokenize"]
+
+Tokenizer = Literal["ptb", "simple"]
+
+#: The metrics in the order in which papers print them, and what they call them.
+NAMES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "spice": "SPICE",
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of captions, by the keys of :data:`NAMES`.
+
+    ``corpus`` holds those of all captions together; all lie between 0 and 1, but for CIDEr, which
+    reaches 10. ``images`` holds a list for each metric, a value a caption, in the captions' order.
+    ``left_out`` says which metrics could not be computed, and why.
+    """
+
+    corpus: dict[str, float]
+    images: dict[str, list[float]]
+    tokenizer: Tokenizer
+    left_out: dict[str, str]
+
+
+def choose_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of that name; for ``auto``, ``ptb`` where Java runs, else ``simple``.
+
+    Raises:
+        InputError: pycocoevalcap is not installed, or ``ptb`` is asked for where no Java runs.
+    """
+    try:
+        import pycocoevalcap.cider.cider  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "scores need pycocoevalcap: install the extra eval (pip install 'captioner[eval]')"
+        ) from error
+    if name == "simple":
+        return "simple"
+    if _java_runs():
+        return "ptb"
+    if name == "ptb":
+        raise InputError("the tokenizer ptb needs Java, and no java runs here: use simple")
+    return "simple"
+
+
+def _java_runs() -> bool:
+    """Whether there is a Java; macOS has a ``java`` that only says where to get one."""
+    if shutil.which("java") is None:
+        return False
+    return subprocess.run(["java", "-version"], capture_output=True).returncode == 0  # noqa: S607
+
+
+def score(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    tokenizer: str = "auto",
+    spice: bool = False,
+) -> Scores:
+    """Scores captions against what people wrote about the same images.
+
+    CIDEr weighs words by how many of these images have them in their references, so scores of
+    different sets of images do not compare, and those of a single image are 0.
+
+    Args:
+        captions: one an image.
+        references: one or more an image, in the captions' order.
+        tokenizer: ``ptb``; ``simple``, which needs no Java, and leaves METEOR and SPICE out; or
+            ``auto``, see :func:`choose_tokenizer`.
+        spice: compute SPICE, which is slow, and downloads its models when it is first used.
+
+    Raises:
+        InputError: see :func:`choose_tokenizer`; or an image has no reference; or no reference of
+            any image has a word.
+        CaptionerError: Java failed to tokenize.
+    """
+    chosen = choose_tokenizer(tokenizer)
+    if len(captions) != len(references) or not all(references):
+        raise InputError("every caption needs one reference or more")
+    flat = tokenize([*captions, *(each for image in references for each in image)], chosen)
+    tokenized = iter(flat)
+    # The keys sort in order, also as text.
+    hypotheses = {f"{i:012d}": [next(tokenized)] for i in range(len(captions))}
+    targets = {
+        key: [next(tokenized) for _ in image]
+        for key, image in zip(hypotheses, references, strict=True)
+    }
+    if not any(flat[len(captions) :]):
+        raise InputError("no reference has a word")
+    return _score_tokenized(hypotheses, targets, chosen, spice)
+
+
+def _score_tokenized(
+    hypotheses: dict[str, list[str]],
+    targets: dict[str, list[str]],
+    tokenizer: Tokenizer,
+    spice: bool,
+) -> Scores:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    results: dict[str, tuple[float, Sequence[float]]] = {}
+    bleu, bleu_images = Bleu(4).compute_score(targets, hypotheses, verbose=0)
+    for n in range(4):
+        results[f"bleu_{n + 1}"] = bleu[n], bleu_images[n]
+    results["rouge_l"] = Rouge().compute_score(targets, hypotheses)
+    results["cider"] = Cider().compute_score(targets, hypotheses)
+    left_out: dict[str, str] = {}
+    java = {"meteor": _meteor} | ({"spice": _spice} if spice else {})
+    for name, compute in java.items():
+        if tokenizer == "simple":
+            left_out[name] = "it needs Java and the tokenizer ptb"
+            continue
+        try:
+            results[name] = compute(targets, hypotheses)
+        except _JavaError as error:
+            left_out[name] = str(error)
+    ordered = [name for name in NAMES if name in results]
+    return Scores(
+        corpus={name: float(results[name][0]) for name in ordered},
+        images={name: [float(each) for each in results[name][1]] for name in ordered},
+        tokenizer=tokenizer,
+        left_out=left_out,
+    )
+
+
+class _JavaError(Exception):
+    """A metric's Java program, or the download of its models, failed."""
+
+
+def _meteor(targets: dict[str, list[str]], hypotheses: dict[str, list[str]]) -> Any:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    meteor = Meteor()
+    try:
+        return meteor.compute_score(targets, hypotheses)
+    except (OSError, ValueError) as error:  # the pipe broke, or it answered with no number
+        raise _JavaError(f"its Java program failed ({type(error).__name__})") from error
+    finally:
+        if meteor.lock.locked():  # it failed while it held the lock, which its end waits for
+            meteor.lock.release()
+        meteor.meteor_p.kill()
+        meteor.meteor_p.communicate()
+
+
+# In a process of its own, since the program and its Java write to both streams as they like.
+_SPICE = """
+import json, socket, sys
+from pycocoevalcap.spice.spice import Spice
+socket.setdefaulttimeout(30)
+mean, images = Spice().compute_score(*json.load(sys.stdin))
+print()
+print(json.dumps([float(mean), [each["All"]["f"] for each in images]], allow_nan=False))
+"""
+
+
+def _spice(targets: dict[str, list[str]], hypotheses: dict[str, list[str]]) -> Any:
+    process = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", _SPICE],
+        input=json.dumps([targets, hypotheses]),
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        raise _JavaError(_reason(process.stderr))
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def _reason(stderr: str) -> str:
+    """The line of a traceback, Python's or Java's, that says what happened."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    java = [line for line in lines if line.startswith(("Exception in", "Caused by", "Error:"))]
+    return (java or lines or ["it failed without a message"])[-1][:200]
+
+
+def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """Captions as words with spaces between them: lower case, without most punctuation.
+
+    ``ptb`` is Stanford's PTBTokenizer, run and cleaned as pycocoevalcap does. ``simple`` is a
+    regular expression that gives the same but for oddities (smileys, web addresses, tags, rare
+    contractions).
+
+    Raises:
+        CaptionerError: Java failed.
+    """
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
+
+    # One line each: the Java program answers line by line.
+    lines = [" ".join(caption.split()) for caption in captions]
+    tokenized = _ptb(lines) if tokenizer == "ptb" else map(_simple, lines)
+    removed = frozenset(PUNCTUATIONS)
+    return [" ".join(word for word in each if word not in removed) for each in tokenized]
+
+
+def _ptb(lines: list[str]) -> list[list[str]]:
+    """Not by pycocoevalcap's class: it writes into its own folder, and to stderr."""
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    folder = os.path.dirname(ptbtokenizer.__file__)
+    jar = os.path.join(folder, ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+    program = "edu.stanford.nlp.process.PTBTokenizer"
+    encoding = "-Dfile.encoding=UTF-8"
+    command = ["java", encoding, "-cp", jar, program, "-preserveLines", "-lowerCase"]
+    process = subprocess.run(  # noqa: S603
+        command,
+        input="".join(f"{line}\n" for line in lines).encode(errors="replace"),
+        capture_output=True,
+    )
+    tokenized = process.stdout.decode().split("\n")[:-1]
+    if process.returncode or len(tokenized) != len(lines):
+        reason = _reason(process.stderr.decode(errors="replace"))
+        raise CaptionerError(f"the PTB tokenizer failed: {reason}")
+    return [line.split(" ") for line in tokenized]
+
+
+_TRANSLATED = str.maketrans(
+    {
+        "‘": "`",
+        "’": "'",
+        '"': " ",
+        "“": " ",
+        "”": " ",
+        "«": " ",
+        "»": " ",
+        "…": "...",
+        "–": "--",
+        "—": "--",
+        "½": "1/2",
+        "¼": "1/4",
+        "¾": "3/4",
+        "€": "$",
+        "£": "#",
+        "(": " -lrb- ",
+        ")": " -rrb- ",
+        "[": " -lsb- ",
+        "]": " -rsb- ",
+        "{": " -lcb- ",
+        "}": " -rcb- ",
+    }
+)
+_SPLIT = re.compile(
+    r"(?<=\w)(?=n't\b)|(?<=\bcan)(?=not\b)|(?<=\bgon)(?=na\b)|(?<=\bgot)(?=ta\b)"
+    r"|(?<=\bwan)(?=na\b)|(?<=\bgim)(?=me\b)|(?<=\blem)(?=me\b)",
+    re.IGNORECASE,
+)
+_WORD = re.compile(
+    r"""
+      -[lr][rsc]b-
+    | (?i:n't|'(?:s|m|d|re|ve|ll|em|til|cause)\b|(?<!\d)'\d\ds?\b|'n\b'?|y'(?=all\b)|ma'am\b)
+    | (?i:\b(?:mr|mrs|ms|dr|st|jr|sr|vs|etc|mt|ft|rd|ave|blvd|co|corp|inc|ltd|bros|dept|univ|prof
+        |sgt|lt|capt|col|cpl|gen|maj|gov|rev|hon|sen|rep|pres|ph\.d|no(?=\.\ ?\d)
+        |jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri)\.)
+    | [^\W\d_](?:\.[^\W\d_])*\.(?![^\W_])         # U.S., p.m., plan B.
+    | \.?\d+(?:[.,:]\d+)+(?:-[^\W_]+)*            # 3,000 and 10:30
+    | \.\d+
+    | [#@][^\W\d_]\w*
+    | [^\W_]+
+      (?: (?: [-/_]
+            | (?<=[^\W\d_])[.!?](?=[^\W\d_])      # jumps.A
+            | (?<=\b[odl])'(?=\w\w)               # o'clock
+            | (?<=\b[ODL])'(?=\w\w)
+            | (?<=[A-Z])&(?=[A-Z])                # AT&T
+          ) [^\W_]+ )*
+    | [!?]{2,} | _+ | \*+
+    | [^\s\U00010000-\U0010FFFF]
+    """,
+    re.VERBOSE,
+)
+
+
+def _simple(line: str) -> list[str]:
+    split = _SPLIT.sub(" ", line.translate(_TRANSLATED))
+    return [word.lower() for word in _WORD.findall(split)]
