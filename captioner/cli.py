@@ -17,7 +17,7 @@ from captioner.config import (
     RunConfig,
     TrainConfig,
 )
-from captioner.errors import CaptionerError
+from captioner.errors import CaptionerError, InputError
 
 __all__ = ["main"]
 
@@ -120,6 +120,8 @@ def main(debug: bool) -> None:
     show_default=True,
     help="The model, and how it is trained unless an option says otherwise.",
 )
+@click.option("--images", metavar="DIR", help="Where the images of DATA are.")
+@click.option("--val-data", metavar="FILE", help="COCO's captions of the images to validate on.")
 @click.option("--train-list", metavar="FILE", help="Names of the images to train on, a line each.")
 @click.option("--val-list", metavar="FILE", help="Names of the images to validate on.")
 @click.option(
@@ -134,6 +136,8 @@ def train(
     data: str,
     output: str,
     preset: str,
+    images: str | None,
+    val_data: str | None,
     train_list: str | None,
     val_list: str | None,
     encoder_weights: str | None,
@@ -142,17 +146,25 @@ def train(
 ) -> None:
     """Train a model on DATA and write it to the directory OUTPUT.
 
-    DATA is a folder with Images/ and captions.txt, a CSV with the columns image and caption.
-    Without lists the last 100 images of the table are left for testing and the 200 before them
-    are validated on.
+    DATA is a folder with Images/ and captions.txt, a CSV with the columns image and caption; or
+    Karpathy's split, a JSON file; or COCO's captions, a JSON file. Its images are in --images, or
+    beside it. A folder without lists is split as the notebook does: the last 100 images are left
+    for testing and the 200 before them are validated on.
     """
+    if val_data and (train_list or val_list):
+        raise InputError("give lists, or --val-data")
     config = _configure(PRESETS[preset].train, options)
     launch = _configure(LaunchConfig(), options)
     from captioner import dataset, storage, training
 
     output = storage.absolute(output)
-    captioned = dataset.read_dataset(storage.absolute(data))
-    split = captioned.split(train_list, val_list)
+    images = images and storage.absolute(images)
+    captioned = dataset.read_dataset(storage.absolute(data), images)
+    if val_data:
+        validation = dataset.read_dataset(storage.absolute(val_data), images)
+        split = dataset.Split(captioned.images, validation.images, [])
+    else:
+        split = captioned.split(train_list, val_list)
     click.echo(captioned.describe(split), err=True)
     epochs = training.train(
         split,
@@ -238,6 +250,7 @@ def report_command(output: str, missing: bool) -> None:
     metavar="DATA",
     help="Score the captions in SOURCE, a caption job's output, against this dataset's.",
 )
+@click.option("--images", metavar="DIR", help="Where the dataset's images are.  [as for train]")
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test"]),
@@ -264,6 +277,7 @@ def evaluate(
     source: str,
     model: str | None,
     references: str | None,
+    images: str | None,
     split: str | None,
     names: str | None,
     tokenizer: str,
@@ -292,15 +306,16 @@ def evaluate(
     from captioner import dataset, evaluation, metrics, storage
 
     chosen = metrics.choose_tokenizer(tokenizer)
-    images = evaluation.choose_images(
-        dataset.read_dataset(storage.absolute(references or source)),
+    data = storage.absolute(references or source)
+    chosen_images = evaluation.choose_images(
+        dataset.read_dataset(data, images and storage.absolute(images)),
         split=split or ("test" if model and not names else None),
         names=names,
     )
     if model is not None:
-        captioned = evaluation.caption_dataset(images, model, decode=decode, run=run)
+        captioned = evaluation.caption_dataset(chosen_images, model, decode=decode, run=run)
     else:
-        captioned = evaluation.join_output(storage.absolute(source), images)
+        captioned = evaluation.join_output(storage.absolute(source), chosen_images)
     for line in captioned.describe_left_out():
         click.echo(_printable(line), err=True)
     result = evaluation.evaluate(captioned, tokenizer=chosen, spice=spice)

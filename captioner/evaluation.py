@@ -20,6 +20,7 @@ from captioner.captioning import Captioner
 from captioner.config import DecodeConfig, RunConfig
 from captioner.dataset import CaptionedImage, Dataset
 from captioner.errors import InputError
+from captioner.features import load_view
 from captioner.manifest import OutputDirectory
 from captioner.metrics import Scores
 
@@ -95,7 +96,7 @@ def caption_dataset(
         InputError: there is no such device.
     """
     captioner = Captioner(bundle.load(model), decode, device=run.device, precision=run.precision)
-    load = partial(dataset.load_pixels, size=captioner.image_size)
+    load = partial(load_view, size=captioner.image_size, view=0)
     threads = run.decoders or os.cpu_count() or 1
     loaded = dataset.ahead(load, [image.uri for image in images], threads)
     kept: list[CaptionedImage] = []

@@ -302,14 +302,6 @@ def test_captions_of_an_image_stand_together(vocabulary):
     assert ids[1, 3] == 2
 
 
-def test_the_notebooks_split_holds_out_the_last_300():
-    images = [CaptionedImage(str(i), ["a"]) for i in range(1000)]
-    split = dataset.Dataset(images, 0, 0, 0).split()
-    assert split == Split(images[:700], images[700:900], images[900:])
-    with pytest.raises(InputError, match="too few"):
-        dataset.Dataset(images[:300], 0, 0, 0).split()
-
-
 def test_what_is_left_out_of_a_dataset_is_counted(data: Path):
     with open(data / "captions.txt", "a") as table:
         table.write("00.png,  \nghost.png,A ghost .\n")
