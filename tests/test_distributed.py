@@ -1,7 +1,17 @@
 """Training on several workers: the same steps as one, and no run lost."""
 
 import dataclasses
+import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +19,9 @@ import torch
 from torch import distributed, multiprocessing
 
 from captioner import dataset
-from captioner.config import TrainConfig
+from captioner.config import PRESETS, TrainConfig
 from captioner.dataset import Split
+from captioner.model import CaptionModel
 from captioner.trainer import Source, Trainer
 from captioner.vocabulary import Vocabulary
 from conftest import TINY, tiny_model, write_photos
@@ -104,3 +115,137 @@ def test_two_workers_take_the_same_steps_as_one(tmp_path: Path):
     torch.testing.assert_close(first["kept"], second["kept"], rtol=0, atol=0)
     assert first["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert {**first["captions"], **second["captions"]} == one["captions"]
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Ray head of its own with two logical CPUs: the environment to reach it with."""
+    ports = []
+    sockets = [socket.socket() for _ in range(2)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+        ports.append(str(each.getsockname()[1]))
+    for each in sockets:
+        each.close()
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    temporary = tempfile.mkdtemp(prefix="ray-")  # a socket's path must be short
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}"]
+    command += [f"--dashboard-port={ports[1]}", "--include-dashboard=true"]
+    command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats", "--min-worker-port=0"]
+    command += ["--object-store-memory=200000000", f"--temp-dir={temporary}"]
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{ports[1]}"
+    try:
+        _wait_until(lambda: _answers(f"{address}/api/version"), seconds=120)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": address}
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _wait_until(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def _submit(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    """``ray job submit`` of ``jobs/train.py``, from the checkout."""
+    root = Path(__file__).resolve().parents[1]
+    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", "."]
+    command += ["--", sys.executable, "jobs/train.py", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def _pids(command: str, below: str) -> list[int]:
+    """Processes with that in their command line and environment: only those that we started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            ours = below in (path / "environ").read_bytes().decode()
+        except OSError:
+            continue
+        if command in line and ours:
+            found.append(int(path.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_submitted_job_whose_processes_are_killed_ends_as_one_that_was_left_alone(
+    head: dict[str, str], tmp_path: Path
+):
+    """Two workers: one is killed, then the driver; the same command goes on and ends."""
+    data = write_data(tmp_path / "data", 60)
+    small = PRESETS["small"].model
+    weights = tmp_path / "encoder.pth"
+    torch.save(CaptionModel(small).encoder.backbone.state_dict(), weights)
+    options = ["--train-list", str(data / "train.txt"), "--val-list", str(data / "val.txt")]
+    options += ["--encoder-weights", str(weights), "--minimum-count", "1", "--warmup-steps", "2"]
+    options += ["--epochs", "5", "--views", "1", "--batch-size", "8", "--workers", "2"]
+    options += ["--device", "cpu", "--precision", "fp32"]
+    marker = head["XDG_CACHE_HOME"]
+
+    def epochs(output: Path) -> list[dict[str, object]]:
+        path = output / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def run(output: Path) -> subprocess.Popen[str]:
+        return _submit(head, str(data), str(output), *options)
+
+    whole = run(tmp_path / "whole")
+    printed, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, printed
+    assert "epoch 5/5" in printed
+
+    output = tmp_path / "killed"
+    job = run(output)
+    _wait_until(lambda: len(epochs(output)) >= 1, seconds=200)
+    os.kill(_pids("RayTrainWorker", marker)[0], signal.SIGKILL)
+    _wait_until(lambda: len(epochs(output)) >= 3, seconds=200)
+    [driver, *_] = _pids("jobs/train.py", marker)
+    os.kill(driver, signal.SIGKILL)
+    printed, _ = job.communicate(timeout=100)
+    assert job.returncode != 0, printed
+    assert len(epochs(output)) < 5
+    job = run(output)
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, printed
+    assert "epoch 1/5" not in printed
+
+    figures = ("train_loss", "validation_loss", "validation_cider")
+    expected = [[each[name] for name in figures] for each in epochs(tmp_path / "whole")]
+    assert [[each[name] for name in figures] for each in epochs(output)] == expected
