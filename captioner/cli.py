@@ -294,9 +294,9 @@ def evaluate(
         captioned = evaluation.caption_dataset(images, model, decode=decode, run=run)
     else:
         captioned = evaluation.join_output(storage.absolute(source), images)
-    for line in captioned.describe_left_out():
-        click.echo(_printable(line), err=True)
     result = evaluation.evaluate(captioned, tokenizer=chosen, spice=spice)
+    for line in captioned.describe_left_out() + result.scores.describe_left_out():
+        click.echo(_printable(line), err=True)
     if json_file == "-":
         click.echo(result.to_json())
     else:
