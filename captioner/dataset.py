@@ -66,13 +66,8 @@ class Dataset:
     without_image: int
     without_caption: int
 
-    def split(
-        self,
-        train_list: str | None = None,
-        validation_list: str | None = None,
-        test_list: str | None = None,
-    ) -> Split:
-        """By files of image names, a line each; without them as the notebook does.
+    def split(self, train_list: str | None = None, validation_list: str | None = None) -> Split:
+        """By two files of image names, a line each; without them as the notebook does.
 
         The notebook's split: the last 100 images are for testing, the 200 before for validation.
 
@@ -86,7 +81,7 @@ class Dataset:
             train_uris = {image.uri for image in train}
             if shared := sum(image.uri in train_uris for image in validation):
                 raise InputError(f"{shared} images are in both {train_list} and {validation_list}")
-            return Split(train, validation, self.listed(test_list) if test_list else [])
+            return Split(train, validation, [])
         held_out = _VALIDATION + _TEST
         if len(self.images) <= held_out:
             raise InputError(

@@ -63,7 +63,7 @@ def test_a_model_on_a_list_of_a_dataset(data: Path, tmp_path: Path, model_direct
     assert parsed["left_out"] == {}
     lines = result.stdout.splitlines()
     assert len(set(map(len, lines))) == 1, "the table is aligned"
-    table = {name: value for name, value in (re.split(" {2,}", line) for line in lines)}
+    table = dict(re.split(" {2,}", line) for line in lines)
     shown = {metrics.NAMES[name]: f"{100 * v:.1f}" for name, v in expected.corpus.items()}
     assert {name: table.pop(name) for name in shown} == shown
     assert table == {
