@@ -234,7 +234,8 @@ def report_command(output: str, missing: bool) -> None:
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test"]),
-    help="Images of the dataset.  [default: test with --model, all with --references]",
+    help="Images, split as train does without lists.  "
+    "[default: test with --model, all with --references]",
 )
 @click.option(
     "--list", "names", metavar="FILE", help="Names of the images instead of a split, a line each."
@@ -278,10 +279,8 @@ def evaluate(
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if references is not None and given:
         raise InputError(f"{given[0]} goes with --model: the captions in {source} are made already")
-    decode, run = (
-        _configure(DecodeConfig(attention="none"), options),
-        _configure(RunConfig(), options),
-    )
+    decode = _configure(DecodeConfig(attention="none"), options)
+    run = _configure(RunConfig(), options)
     from captioner import dataset, evaluation, metrics, storage
 
     chosen = metrics.choose_tokenizer(tokenizer)
