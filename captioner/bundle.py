@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
@@ -22,7 +23,10 @@ from captioner.errors import BundleError, InputError, OutputError
 from captioner.model import CaptionModel
 from captioner.vocabulary import Vocabulary
 
-__all__ = ["Bundle", "load", "save"]
+__all__ = ["DEFAULT", "Bundle", "load", "save"]
+
+#: The model that comes with captioner.
+DEFAULT = str(Path(__file__).parent / "models" / "flickr8k")
 
 _FORMAT = "captioner-bundle-1"
 _HEAD = "decoder.head.weight"  # the embedding's weight where the two are tied: stored once

@@ -185,12 +185,12 @@ def train(
 @main.command()
 @click.argument("source")
 @click.argument("output")
-@click.option("--model", required=True, help="Model directory, local or in a bucket.")
+@click.option("--model", help="Model directory, local or in a bucket.  [default: captioner's own]")
 @click.option("--overwrite", is_flag=True, help="Delete what an earlier job wrote to OUTPUT first.")
 @_options(ListingConfig)
 @_options(DecodeConfig)
 @_options(RunConfig)
-def caption(source: str, output: str, model: str, overwrite: bool, **options: Any) -> None:
+def caption(source: str, output: str, model: str | None, overwrite: bool, **options: Any) -> None:
     """Caption every image of SOURCE into Parquet files in OUTPUT.
 
     SOURCE is a directory, which is searched recursively, or a .txt, .csv or .parquet file of
@@ -200,12 +200,26 @@ def caption(source: str, output: str, model: str, overwrite: bool, **options: An
     listing = _configure(ListingConfig(), options)
     decode = _configure(DecodeConfig(), options)
     run = _configure(RunConfig(), options)
+    from captioner import bundle
     from captioner.pipeline import caption_images
 
+    model = model or bundle.DEFAULT
     summary = caption_images(
         source, output, model, listing=listing, decode=decode, run=run, overwrite=overwrite
     )
     click.echo(summary.describe())
+
+
+@main.command()
+@click.argument("output", default="captioner-demo")
+@click.option("--model", help="Model directory.  [default: captioner's own]")
+def demo(output: str, model: str | None) -> None:
+    """Caption the photos that scikit-image carries into OUTPUT, and draw where the model looked."""
+    from captioner import bundle, storage
+    from captioner.demo import run_demo
+
+    for drawing, text in run_demo(storage.absolute(output), model or bundle.DEFAULT):
+        click.echo(f"{_printable(text)}  {_printable(drawing)}")
 
 
 @main.command()
@@ -254,7 +268,8 @@ def report_command(output: str, missing: bool) -> None:
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test"]),
-    help="Images of the dataset.  [default: test with --model, all with --references]",
+    help="Images, split as train does without lists.  "
+    "[default: test with --model, all with --references]",
 )
 @click.option(
     "--list", "names", metavar="FILE", help="Names of the images instead of a split, a line each."
@@ -299,10 +314,8 @@ def evaluate(
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if references is not None and given:
         raise InputError(f"{given[0]} goes with --model: the captions in {source} are made already")
-    decode, run = (
-        _configure(DecodeConfig(attention="none"), options),
-        _configure(RunConfig(), options),
-    )
+    decode = _configure(DecodeConfig(attention="none"), options)
+    run = _configure(RunConfig(), options)
     from captioner import dataset, evaluation, metrics, storage
 
     chosen = metrics.choose_tokenizer(tokenizer)
@@ -316,9 +329,9 @@ def evaluate(
         captioned = evaluation.caption_dataset(chosen_images, model, decode=decode, run=run)
     else:
         captioned = evaluation.join_output(storage.absolute(source), chosen_images)
-    for line in captioned.describe_left_out():
-        click.echo(_printable(line), err=True)
     result = evaluation.evaluate(captioned, tokenizer=chosen, spice=spice)
+    for line in captioned.describe_left_out() + result.scores.describe_left_out():
+        click.echo(_printable(line), err=True)
     if json_file == "-":
         click.echo(result.to_json())
     else:

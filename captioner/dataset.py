@@ -72,13 +72,8 @@ class Dataset:
     without_caption: int
     sides: list[str] | None = None
 
-    def split(
-        self,
-        train_list: str | None = None,
-        validation_list: str | None = None,
-        test_list: str | None = None,
-    ) -> Split:
-        """By files of image names, a line each; without them as the file or the notebook does.
+    def split(self, train_list: str | None = None, validation_list: str | None = None) -> Split:
+        """By two files of image names, a line each; without them as the file or the notebook does.
 
         The notebook's split: the last 100 images are for testing, the 200 before for validation.
 
@@ -90,7 +85,7 @@ class Dataset:
             raise InputError("--train-list and --val-list go together")
         if train_list is not None and validation_list is not None:
             train, validation = self.listed(train_list), self.listed(validation_list)
-            return Split(train, validation, self.listed(test_list) if test_list else [])
+            return Split(train, validation, [])
         if self.sides is not None:
             by_side = [
                 [image for image, own in zip(self.images, self.sides, strict=True) if own == side]

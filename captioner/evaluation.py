@@ -178,14 +178,13 @@ class Evaluation:
             for name, value in self.scores.corpus.items()
         ]
         rows += [("images", str(len(self.captioned.images))), ("tokenizer", self.scores.tokenizer)]
+        decoding = {name: v for name, v in self.captioned.settings.items() if name in _DECODING}
         rows += [
             (name.replace("_", " "), "none" if value is None else str(value))
-            for name, value in self.captioned.settings.items()
+            for name, value in decoding.items()
         ]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        left_out = self.scores.left_out.items()
-        return lines + [f"{metrics.NAMES[name]} left out: {reason}" for name, reason in left_out]
+        name_width, value_width = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return [f"{name:<{name_width}}  {value:>{value_width}}" for name, value in rows]
 
     def to_json(self) -> str:
         """The same figures as they are, not times 100, with every name that was left out."""

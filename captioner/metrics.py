@@ -47,6 +47,10 @@ class Scores:
     tokenizer: Tokenizer
     left_out: dict[str, str]
 
+    def describe_left_out(self) -> list[str]:
+        """A line for each metric that could not be computed."""
+        return [f"left out: {NAMES[name]}: {reason}" for name, reason in self.left_out.items()]
+
 
 def choose_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of that name; for ``auto``, ``ptb`` where Java runs, else ``simple``.

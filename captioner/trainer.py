@@ -41,7 +41,7 @@ from captioner.vocabulary import EOS, PAD, SPECIAL, START, UNKNOWN, Vocabulary
 __all__ = ["Source", "Trainer", "caption_loss", "learning_rate_factor", "plan_batches"]
 
 _SIDES = frozenset({"left", "right", "leftmost", "rightmost", "left-hand", "right-hand"})
-_LONGEST_SAMPLE = 30  # words
+_LONGEST_SAMPLE, _LONGEST_GREEDY = 22, 30  # words
 
 
 def caption_loss(logits_RTV: Tensor, ids_RT: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -250,6 +250,7 @@ class Trainer:
         if epoch == self.config.epochs + 1:
             if self.average is not None:
                 self.model.load_state_dict(self.average.module.state_dict())
+                self.average.n_averaged.zero_()
             self.begin_phase()
         # Dropout and samples depend on the epoch alone, so that a resumed run draws them again.
         torch.manual_seed((self.config.seed * 1_000 + epoch) * 1_000 + self.rank)
@@ -408,7 +409,7 @@ class Trainer:
         """
         model = self.kept.eval()
         self._refresh_writer(model)
-        decode = DecodeConfig(attention="none", max_words=_LONGEST_SAMPLE)
+        decode = DecodeConfig(attention="none", max_words=_LONGEST_GREEDY)
         mine = range(self.rank, len(source.examples), self.workers)
         size = self.config.batch_size
         batches = [

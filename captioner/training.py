@@ -126,7 +126,8 @@ def train(
     """Trains a model, and writes the one with the highest validation CIDEr as a bundle.
 
     Beside the bundle stand the last epoch's in ``last/``, and what :mod:`captioner.journal` writes.
-    The same call goes on where a run that was killed stopped; ``scst_epochs`` may have grown.
+    The same call goes on where a run that was killed stopped. The settings of self-critical
+    training may have changed meanwhile, where none of it is done; ``scst_epochs`` always.
 
     Args:
         split: the images.
@@ -171,8 +172,12 @@ def train(
         _train_on_ray(job, launch)
     else:
         _train_loop(job, _alone(job))
-    lines = storage.read(storage.join(output, "epochs.json"))
-    return [Epoch(**each) for each in json.loads(lines)]
+    return _read_epochs(output)
+
+
+def _read_epochs(output: str) -> list[Epoch]:
+    data = storage.read(storage.join(output, "epochs.json"))
+    return [Epoch(**each) for each in json.loads(data)]
 
 
 def _used(image: CaptionedImage, config: TrainConfig) -> list[str]:
@@ -194,7 +199,7 @@ def _begun(output: str, settings: dict[str, Any], *, overwrite: bool) -> bool:
     """
     names = storage.names(output)
     if overwrite:
-        for name in ("training.json", _PRIVATE):
+        for name in ("training.json", "epochs.json", _PRIVATE):
             if name in names:
                 storage.delete(storage.join(output, name))
         return False
@@ -205,14 +210,17 @@ def _begun(output: str, settings: dict[str, Any], *, overwrite: bool) -> bool:
         return False
     try:
         earlier = json.loads(storage.read(storage.join(output, "training.json")))
+        epochs = len(_read_epochs(output)) if "epochs.json" in names else 0
+        begun_critical = epochs > settings["train"]["epochs"]
         differing = [
             name
             for part in ("model", "train")
             for name, value in json.loads(json.dumps(settings[part])).items()
-            if earlier[part][name] != value and name != "scst_epochs"
+            if earlier[part][name] != value
+            and not name.startswith("scst_" if not begun_critical else "scst_epochs")
         ]
         differing += [n for n in ("encoder_weights", "captions") if earlier[n] != settings[n]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{output}/training.json cannot be read: {advice}") from error
     if differing:
         names_differing = ", ".join(differing)

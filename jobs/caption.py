@@ -1,4 +1,4 @@
-"""``captioner caption`` for ``ray job submit --working-dir . -- python jobs/caption.py SOURCE OUTPUT …``.
+"""``captioner caption`` for ``ray job submit --working-dir . -- python jobs/caption.py SOURCE …``.
 
 Works from a checkout, without an installed captioner.
 """

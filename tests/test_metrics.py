@@ -2,6 +2,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -103,43 +104,38 @@ def test_simple_scores_are_the_librarys_and_nothing_is_printed(capfd):
 
 
 @needs_java
+@pytest.mark.slow
 def test_scores_with_java_are_the_librarys_and_nothing_is_printed(capfd):
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    scores = score(CAPTIONS, REFERENCES, tokenizer="ptb")
+    # The library reads Java's output in the locale's encoding.
+    captions = [each.replace("é", "e") for each in CAPTIONS]
+    references = [[each.replace("é", "e") for each in image] for image in REFERENCES]
+    scores = score(captions, references, tokenizer="ptb")
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
     assert list(scores.corpus) == [name for name in metrics.NAMES if name != "spice"]
     assert scores.left_out == {}
-    ascii_only = [each.replace("é", "e") for each in CAPTIONS]  # its encoding is the locale's
-    ascii_references = [[each.replace("é", "e") for each in image] for image in REFERENCES]
-    scores = score(ascii_only, ascii_references, tokenizer="ptb")
-    rows = {i: [{"caption": each}] for i, each in enumerate(ascii_only)}
-    captions = PTBTokenizer().tokenize(rows)
-    rows = {i: [{"caption": each} for each in all_] for i, all_ in enumerate(ascii_references)}
-    references = PTBTokenizer().tokenize(rows)
-    expected = _library([each for [each] in captions.values()], list(references.values()))
+    hypotheses = PTBTokenizer().tokenize({i: [{"caption": c}] for i, c in enumerate(captions)})
+    targets = PTBTokenizer().tokenize(
+        {i: [{"caption": each} for each in image] for i, image in enumerate(references)}
+    )
+    expected = _library([each for [each] in hypotheses.values()], list(targets.values()))
     _assert_the_librarys(scores, expected)
     meteor = Meteor()
-    mean, images = meteor.compute_score(references, captions)
+    mean, images = meteor.compute_score(targets, hypotheses)
     meteor.meteor_p.kill()
     meteor.meteor_p.communicate()
     assert (scores.corpus["meteor"], scores.images["meteor"]) == (mean, images)
+    assert scores.images["meteor"][CAPTIONS.index("")] == 0
 
 
-@pytest.mark.parametrize("caption", ["", " ", ".", "?! , .".replace("?!", "?")])
+@pytest.mark.parametrize("caption", ["", " ", ".", "? , ."])
 def test_a_caption_without_a_word_scores_nothing(caption):
     scores = score([caption, "a dog"], [["a cat", "the cat"], ["a dog"]], tokenizer="simple")
     assert all(values[0] == pytest.approx(0, abs=1e-6) for values in scores.images.values())
     assert scores.images["bleu_1"][1] == pytest.approx(1)
-
-
-@needs_java
-def test_meteor_of_a_caption_without_a_word():
-    scores = score(["", "...", "a dog"], [["a cat"], ["a man", "!"], ["a dog"]], tokenizer="ptb")
-    assert scores.images["meteor"][:2] == [0, 0]
-    assert scores.images["meteor"][2] > 0.3
 
 
 def test_what_cannot_be_scored():
@@ -176,33 +172,25 @@ def test_without_the_extra():
 
 
 @needs_java
-def test_spice_without_its_models_is_left_out(monkeypatch: pytest.MonkeyPatch, capfd):
-    from pycocoevalcap.spice import get_stanford_models
+def test_a_metric_whose_program_fails_is_left_out(monkeypatch, tmp_path, capfd):
+    from pycocoevalcap.spice import get_stanford_models as models
 
-    jar = (
-        f"{get_stanford_models.SPICEDIR}/{get_stanford_models.SPICELIB}/stanford-corenlp-3.6.0.jar"
-    )
-    if metrics.os.path.exists(jar):
-        pytest.skip("SPICE's models are here")
+    if (Path(models.SPICEDIR) / models.SPICELIB / f"{models.JAR}.jar").exists():
+        pytest.skip("SPICE has its models")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
-    scores = score(["a dog"], [["a dog"]], spice=True)
-    assert "spice" not in scores.corpus
+    broken = tmp_path / "java"
+    java = shutil.which("java")
+    broken.write_text(f'#!/bin/sh\ncase "$*" in *meteor*) exit 1;; esac\nexec {java} "$@"\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    scores = score(CAPTIONS, REFERENCES, tokenizer="ptb", spice=True)
+    assert set(scores.left_out) == {"meteor", "spice"}
+    assert "its Java program failed" in scores.left_out["meteor"]
     assert "URLError" in scores.left_out["spice"]
     assert len(scores.left_out["spice"].splitlines()) == 1
+    assert scores.corpus["cider"] > 0
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
-
-
-@needs_java
-def test_a_java_program_that_breaks_leaves_its_metric_out(monkeypatch, tmp_path):
-    java = metrics.shutil.which("java")
-    fake = tmp_path / "java"
-    fake.write_text(f'#!/bin/sh\ncase "$*" in *meteor*) exit 1;; esac\nexec {java} "$@"\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    scores = score(CAPTIONS, REFERENCES, tokenizer="ptb")
-    assert "its Java program failed" in scores.left_out["meteor"]
-    assert scores.corpus["cider"] > 0
 
 
 def test_words_of_the_simple_tokenizer():

@@ -1,0 +1,54 @@
+"""The photos that scikit-image carries, captioned: a first look that needs no network."""
+
+from collections.abc import Iterator
+from importlib import resources
+
+from captioner import report, storage
+from captioner.config import DecodeConfig, RunConfig
+from captioner.errors import InputError
+from captioner.pipeline import caption_images
+
+__all__ = ["PHOTOS", "run_demo"]
+
+#: Those of scikit-image's pictures that are photographs of everyday things.
+PHOTOS = (
+    "astronaut.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+)
+
+
+def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
+    """Captions the photos, and draws where the model looked.
+
+    Args:
+        output: a directory: the photos go to ``photos/`` in it, the captions to ``captions/``, the
+            drawings to ``overlays/``.
+        model: a bundle's directory.
+
+    Yields:
+        The URI of each drawing and the caption.
+
+    Raises:
+        InputError: scikit-image is not installed.
+        CaptionerError: see :func:`captioner.pipeline.caption_images`.
+    """
+    try:
+        pictures = resources.files("skimage") / "data"
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "the photos come with scikit-image: install the extra demo (pip install -e '.[demo]')"
+        ) from error
+    photos, captions = storage.join(output, "photos"), storage.join(output, "captions")
+    for name in PHOTOS:
+        storage.write(storage.join(photos, name), (pictures / name).read_bytes())
+    decode, run = DecodeConfig(beam=3), RunConfig(engine="local")
+    caption_images(photos, captions, model, decode=decode, run=run, overwrite=True)
+    for name in PHOTOS:
+        row = report.find_row(captions, name)
+        target = storage.join(output, f"overlays/{name.rsplit('.', 1)[0]}.png")
+        storage.write(target, report.draw(row))
+        yield target, row.caption
