@@ -1,0 +1,446 @@
+"""Buckets: a real S3 server (moto's, in a process of its own) behind a proxy that injects faults."""
+
+import http.client
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from captioner import bundle, storage
+from captioner.cli import main
+from captioner.config import RunConfig
+from captioner.errors import InputError, OutputError
+from captioner.pipeline import caption_images
+from captioner.storage import Listed
+from conftest import tiny_model, write_photos
+from test_storage import NAMES
+
+s3fs = pytest.importorskip("s3fs")
+
+IMAGES = (".jpg", ".png")
+RUN = RunConfig(engine="local", shard_size=8, batch_size=4, precision="fp32", device="cpu")
+KEY, SECRET = "AKIAEXAMPLE", "wJalr/SECRET+example"  # made up
+READ_TIMEOUT = 2  # seconds
+
+
+# The server, and the proxy in front of it.
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start_moto(**environment: str) -> tuple[subprocess.Popen, int]:
+    port = _free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return server, port
+        except OSError:
+            assert server.poll() is None, "moto does not start"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+FAULTS = ("500", "503", "reset", "no answer", "truncated")
+
+
+class _Proxy(ThreadingHTTPServer):
+    """Passes requests on, but for some.
+
+    Which ones hangs on the seed, the request and how often it came before, not on the threads'
+    order: a run is repeatable.
+    """
+
+    daemon_threads = True
+    request_queue_size = 100
+
+    def __init__(self, upstream: int):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = upstream
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.reset()
+
+    def reset(self) -> None:
+        self.rate, self.seed = 0.0, 0
+        self.permanent: dict[str, str] = {}  # the end of a path: its fault, each time
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self.faults: Counter[str] = Counter()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away is no news."""
+
+    def fault(self, method: str, target: str) -> str | None:
+        path = urllib.parse.unquote(target.split("?")[0])
+        with self.lock:
+            self.requests[method, path] += 1
+            time_of = self.requests[method, path]
+            found = next((f for end, f in self.permanent.items() if path.endswith(end)), None)
+            if found is None:
+                generator = random.Random(f"{self.seed} {method} {path} {time_of}")
+                found = generator.choice(FAULTS) if generator.random() < self.rate else None
+            if found:
+                self.faults[found] += 1
+            return found
+
+    def count(self, method: str) -> int:
+        return sum(count for (each, _), count in self.requests.items() if each == method)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Proxy
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        """Silent."""
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.fault(self.command, self.path)
+        if fault in ("500", "503"):
+            self._refuse(int(fault))
+        elif fault == "no answer":
+            self.server.closing.wait(2 * READ_TIMEOUT)
+            self.close_connection = True
+        elif fault == "reset":
+            self._reset()
+        else:
+            self._answer(body, truncated=fault == "truncated")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815
+
+    def _refuse(self, status: int) -> None:
+        code = {500: "InternalError", 503: "SlowDown"}[status]
+        text = f"<Error><Code>{code}</Code><Message>Please try again.</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(text)
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def _answer(self, body: bytes, *, truncated: bool) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        response = connection.getresponse()
+        data = response.read()
+        connection.close()
+        if truncated and not data:  # nothing to cut off, but the answer itself
+            self._reset()
+            return
+        self.send_response(response.status)
+        for name, value in response.getheaders():
+            if name.lower() not in ("connection", "content-length", "transfer-encoding"):
+                self.send_header(name, value)
+        stated = response.getheader("Content-Length") if self.command == "HEAD" else len(data)
+        self.send_header("Content-Length", str(stated or 0))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if truncated else data)
+        self.close_connection = truncated
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[_Proxy]:
+    moto, port = _start_moto()
+    try:
+        with _Proxy(port) as server:
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+            thread.start()
+            yield server
+            server.closing.set()
+            server.shutdown()
+            thread.join()
+    finally:
+        moto.terminate()
+        moto.wait(20)
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """What a user's environment says, and nothing of the machine's own; for child processes too."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    settings = {"config_kwargs": {"connect_timeout": 2, "read_timeout": READ_TIMEOUT}}
+    values = {
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "FSSPEC_S3": json.dumps(settings),
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield values
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(
+    proxy: _Proxy, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """The URI of a new bucket."""
+    proxy.reset()
+    more = {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
+    }
+    for name, value in more.items():
+        monkeypatch.setenv(name, value)
+    environment |= more
+    name = f"bucket-{next(_numbers)}"
+    fsspec.filesystem("s3").mkdir(name)
+    proxy.reset()
+    yield f"s3://{name}"
+    proxy.reset()
+
+
+def _upload(directory: Path, uri: str) -> None:
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(8) as pool:
+        relative = [path.relative_to(directory).as_posix() for path in paths]
+        uris = [storage.join(uri, name) for name in relative]
+        list(pool.map(storage.write, uris, [path.read_bytes() for path in paths]))
+
+
+def _rows(output: str) -> list[dict]:
+    parts = [name for name in storage.names(output) if name.startswith("part-")]
+    return [
+        row
+        for part in parts
+        for row in pq.read_table(storage.open_binary(f"{output}/{part}")).to_pylist()
+    ]
+
+
+# Files.
+
+
+def test_objects_are_written_listed_read_and_deleted(bucket):
+    photos = f"{bucket}/photos"
+    storage.write(f"{photos}/b.jpg", b"22")
+    storage.write(f"{photos}/a/c d%.PNG", b"333")
+    storage.write(f"{photos}/notes.txt", b"4")
+    storage.write(f"{bucket}/photos2/elsewhere.jpg", b"5")
+    expected = [Listed(f"{photos}/a/c d%.PNG", 3), Listed(f"{photos}/b.jpg", 2)]
+    assert storage.find(photos, IMAGES) == storage.find(f"{photos}/", IMAGES) == expected
+    assert [storage.read(each.uri) for each in expected] == [b"333", b"22"]
+    assert storage.names(photos) == ["a", "b.jpg", "notes.txt"]
+    assert storage.names(bucket) == ["photos", "photos2"]
+    assert storage.is_directory(photos)
+    assert storage.is_directory(bucket)
+    assert not storage.is_directory(f"{photos}/b.jpg")
+    first = storage.version(f"{photos}/b.jpg")
+    storage.write(f"{photos}/b.jpg", b"23")
+    assert len({storage.version(f"{photos}/b.jpg"), first, ""}) == 3
+    with storage.open_binary(f"{photos}/a/c d%.PNG") as file:
+        assert file.read() == b"333"
+    storage.delete(f"{photos}/b.jpg")
+    storage.delete(f"{photos}/a")
+    storage.delete(f"{photos}/none")
+    assert storage.names(photos) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "a::b.jpg"])
+def test_an_object_of_any_name_is_written_listed_read_and_deleted(bucket, name):
+    storage.write(f"{bucket}/photos/{name}", b"pixels")
+    assert storage.find(f"{bucket}/photos", IMAGES) == [Listed(f"{bucket}/photos/{name}", 6)]
+    assert storage.read(f"{bucket}/photos/{name}") == b"pixels"
+    storage.delete(f"{bucket}/photos/{name}")
+    assert storage.names(f"{bucket}/photos") == []
+
+
+def test_what_is_not_there_is_an_error(bucket):
+    storage.write(f"{bucket}/file", b"1")
+    with pytest.raises(InputError, match=rf"^{bucket}/none does not exist$"):
+        storage.find(f"{bucket}/none", IMAGES)
+    with pytest.raises(InputError, match=rf"^{bucket}/file is not a directory$"):
+        storage.find(f"{bucket}/file", IMAGES)
+    with pytest.raises(NotADirectoryError):
+        storage.names(f"{bucket}/file")
+    assert storage.names(f"{bucket}/none") == []
+    assert storage.version(f"{bucket}/none") == ""
+    for limit in (None, 10):
+        with pytest.raises(FileNotFoundError, match="^The specified key does not exist"):
+            storage.read(f"{bucket}/none.jpg", limit)
+    assert storage.find(bucket, IMAGES) == []
+
+
+def test_a_folder_that_a_console_made_is_no_file(bucket):
+    storage.write(f"{bucket}/photos/a.jpg", b"1")
+    s3 = fsspec.filesystem("s3")
+    s3.call_s3("put_object", Bucket=bucket[5:], Key="photos/x.jpg/", Body=b"")
+    s3.call_s3("put_object", Bucket=bucket[5:], Key="photos/", Body=b"")
+    assert storage.find(f"{bucket}/photos", IMAGES) == [Listed(f"{bucket}/photos/a.jpg", 1)]
+
+
+def test_more_than_a_page_of_objects_is_listed(bucket, proxy):
+    names = [f"{bucket}/photos/{number:04d}.jpg" for number in range(1203)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda uri: storage.write(uri, b"1"), names))
+    proxy.requests.clear()
+    assert storage.find(f"{bucket}/photos", IMAGES) == [Listed(uri, 1) for uri in names]
+    assert proxy.count("GET") == 2, "one request a page"
+    assert len(storage.names(f"{bucket}/photos")) == 1203
+    proxy.rate, proxy.seed = 0.3, 1
+    assert len(storage.find(f"{bucket}/photos", IMAGES)) == 1203
+    assert proxy.faults
+
+
+def test_a_listing_is_never_stale(bucket):
+    photos = f"{bucket}/photos"
+    storage.write(f"{photos}/a.jpg", b"1")
+    assert len(storage.find(photos, IMAGES)) == len(storage.names(photos)) == 1
+    others = "import fsspec, sys; fsspec.filesystem('s3').pipe_file(sys.argv[1], b'22')"
+    subprocess.run([sys.executable, "-c", others, f"{photos}/b.jpg"], check=True)
+    assert [each.size for each in storage.find(photos, IMAGES)] == [1, 2]
+    assert storage.names(photos) == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize(("limit", "length"), [(None, 100), (0, 1), (99, 100), (100, 100)])
+def test_an_object_is_read_with_one_request(bucket, proxy, limit, length):
+    storage.write(f"{bucket}/a", b"x" * 100)
+    storage.write(f"{bucket}/empty", b"")
+    proxy.requests.clear()
+    assert storage.read(f"{bucket}/a", limit) == b"x" * length
+    assert storage.read(f"{bucket}/empty", limit) == b""
+    path = bucket.removeprefix("s3:/")
+    assert proxy.requests == {("GET", f"{path}/a"): 1, ("GET", f"{path}/empty"): 1}
+
+
+def test_threads_and_forked_processes_read(bucket):
+    for number in range(16):
+        storage.write(f"{bucket}/{number}", b"%d" % number)
+
+    def read_all() -> bool:
+        with ThreadPoolExecutor(8) as pool:
+            uris = [f"{bucket}/{number % 16}" for number in range(64)]
+            return list(pool.map(storage.read, uris)) == [b"%d" % (n % 16) for n in range(64)]
+
+    assert read_all()
+    code = """
+import multiprocessing, sys
+from captioner import storage
+uri = sys.argv[1]
+assert storage.read(uri) == b"3"
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(storage.read, [uri] * 20) == [b"3"] * 20
+assert storage.read(uri) == b"3"
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, f"{bucket}/3"]
+    subprocess.run(command, check=True, timeout=60)
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_pass_is_an_oserror_of_one_line(bucket, proxy, fault):
+    storage.write(f"{bucket}/a.jpg", b"x" * 5000)
+    proxy.permanent["a.jpg"] = fault
+    with pytest.raises(OSError, match=".") as caught:
+        storage.read(f"{bucket}/a.jpg", 10_000, retries=1)
+    assert "\n" not in str(caught.value)
+    assert SECRET not in str(caught.value)
+    # botocore tries a request three times in all, but no body; we everything once more.
+    assert sum(proxy.faults.values()) == (2 if fault == "truncated" else 6)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 4])
+def test_a_truncated_body_is_never_taken_for_an_object(bucket, proxy, retries):
+    storage.write(f"{bucket}/a.jpg", b"x" * 5000)
+    proxy.rate, proxy.seed = 0.5, 5
+    outcomes: Counter[bool] = Counter()
+    for _ in range(10):
+        try:
+            data = storage.read(f"{bucket}/a.jpg", 10_000, retries=retries)
+        except OSError:
+            outcomes[False] += 1
+        else:
+            assert data == b"x" * 5000
+            outcomes[True] += 1
+    assert proxy.faults["truncated"]
+    assert (outcomes[False] == 0) == (retries == 4)
+
+
+def test_what_will_not_pass_is_not_tried_again(bucket, proxy):
+    for uri in (f"{bucket}/none.jpg", f"{bucket}-none/a.jpg"):
+        proxy.requests.clear()
+        with pytest.raises(FileNotFoundError):
+            storage.read(uri, retries=5)
+        assert proxy.count("GET") == 1
+
+
+def test_a_write_that_fails_leaves_no_object(bucket, proxy):
+    for fault in ("500", "503", "reset", "no answer"):
+        proxy.permanent["part-000000.parquet"] = fault
+        with pytest.raises(OutputError, match=rf"^cannot write {bucket}/part-000000.parquet: "):
+            storage.write(f"{bucket}/part-000000.parquet", b"x" * 5000)
+        proxy.permanent.clear()
+        assert storage.names(bucket) == []
+
+
+@pytest.mark.slow
+def test_a_large_write_that_fails_leaves_no_object(bucket, proxy):
+    """From 100 MB on it is an upload of several parts."""
+    proxy.permanent["large"] = "reset"
+    with pytest.raises(OutputError):
+        storage.write(f"{bucket}/large", bytes(100 * 2**20))
+    proxy.permanent.clear()
+    original, count = proxy.fault, itertools.count()
+
+    def fail_after_a_part(method: str, target: str) -> str | None:
+        fault = original(method, target)
+        return "500" if "uploadId" in target and method == "PUT" and next(count) else fault
+
+    proxy.fault = fail_after_a_part
+    try:
+        with pytest.raises(OutputError):
+            storage.write(f"{bucket}/large", bytes(100 * 2**20))
+    finally:
+        del proxy.fault
+    assert next(count) > 2
+    assert storage.names(bucket) == []
+    uploads = fsspec.filesystem("s3").call_s3("list_multipart_uploads", Bucket=bucket[5:])
+    assert "Uploads" not in uploads
+    storage.write(f"{bucket}/large", bytes(100 * 2**20))
+    assert storage.find(f"{bucket}", ("large",)) == [Listed(f"{bucket}/large", 100 * 2**20)]
