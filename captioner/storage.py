@@ -162,15 +162,14 @@ def _attempt(uri: str, action: Callable[[Any, str], Result], *, retries: int = _
 
 
 def _is_transient(error: Exception) -> bool:
+    names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     if isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)):
         return True
-    status = _status(error)
-    if status is not None:
-        return status in _TRANSIENT_STATUSES
-    if isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS:
+    if names & _TRANSIENT_NAMES:
         return True
-    names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
-    return bool(names & _TRANSIENT_NAMES)
+    if (status := _status(error)) is not None:
+        return status in _TRANSIENT_STATUSES
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS
 
 
 def _status(error: Exception) -> int | None:

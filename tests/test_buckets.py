@@ -1,5 +1,6 @@
 """Buckets: a real S3 server (moto's, in a process of its own) behind a proxy that injects faults."""
 
+import dataclasses
 import http.client
 import itertools
 import json
@@ -22,16 +23,17 @@ from pathlib import Path
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from captioner import bundle, storage
+from captioner import dataset, storage, training
 from captioner.cli import main
-from captioner.config import RunConfig
+from captioner.config import RunConfig, TrainConfig
 from captioner.errors import InputError, OutputError
 from captioner.pipeline import caption_images
 from captioner.storage import Listed
-from conftest import tiny_model, write_photos
+from conftest import TINY, tiny_model, write_photos
 from test_storage import NAMES
 
 s3fs = pytest.importorskip("s3fs")
@@ -280,7 +282,7 @@ def test_objects_are_written_listed_read_and_deleted(bucket):
     assert storage.names(photos) == ["notes.txt"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "a::b.jpg"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "\n" not in name])  # moto's own limit
 def test_an_object_of_any_name_is_written_listed_read_and_deleted(bucket, name):
     storage.write(f"{bucket}/photos/{name}", b"pixels")
     assert storage.find(f"{bucket}/photos", IMAGES) == [Listed(f"{bucket}/photos/{name}", 6)]
@@ -385,9 +387,16 @@ def test_what_does_not_pass_is_an_oserror_of_one_line(bucket, proxy, fault):
     assert sum(proxy.faults.values()) == (2 if fault == "truncated" else 6)
 
 
-@pytest.mark.parametrize("retries", [0, 1, 4])
-def test_a_truncated_body_is_never_taken_for_an_object(bucket, proxy, retries):
+def _attempt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without botocore's own attempts, which the user's environment may set."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("retries", [0, 1, 6])
+def test_a_truncated_body_is_never_taken_for_an_object(bucket, proxy, retries, monkeypatch):
     storage.write(f"{bucket}/a.jpg", b"x" * 5000)
+    _attempt_once(monkeypatch)
     proxy.rate, proxy.seed = 0.5, 5
     outcomes: Counter[bool] = Counter()
     for _ in range(10):
@@ -399,7 +408,7 @@ def test_a_truncated_body_is_never_taken_for_an_object(bucket, proxy, retries):
             assert data == b"x" * 5000
             outcomes[True] += 1
     assert proxy.faults["truncated"]
-    assert (outcomes[False] == 0) == (retries == 4)
+    assert (outcomes[False] == 0) == (retries == 6)
 
 
 def test_what_will_not_pass_is_not_tried_again(bucket, proxy):
@@ -410,7 +419,8 @@ def test_what_will_not_pass_is_not_tried_again(bucket, proxy):
         assert proxy.count("GET") == 1
 
 
-def test_a_write_that_fails_leaves_no_object(bucket, proxy):
+def test_a_write_that_fails_leaves_no_object(bucket, proxy, monkeypatch):
+    _attempt_once(monkeypatch)
     for fault in ("500", "503", "reset", "no answer"):
         proxy.permanent["part-000000.parquet"] = fault
         with pytest.raises(OutputError, match=rf"^cannot write {bucket}/part-000000.parquet: "):
@@ -444,3 +454,329 @@ def test_a_large_write_that_fails_leaves_no_object(bucket, proxy):
     assert "Uploads" not in uploads
     storage.write(f"{bucket}/large", bytes(100 * 2**20))
     assert storage.find(f"{bucket}", ("large",)) == [Listed(f"{bucket}/large", 100 * 2**20)]
+
+
+# Whole jobs.
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred sound photos, an empty one and one that is none."""
+    directory = tmp_path_factory.mktemp("photos")
+    write_photos(directory, 200)
+    (directory / "empty.jpg").touch()
+    (directory / "text.jpg").write_text("this is no image")
+    return directory
+
+
+@pytest.fixture
+def source(bucket: str, photos: Path, model_directory: Path) -> str:
+    _upload(photos, f"{bucket}/in")
+    _upload(model_directory, f"{bucket}/model")
+    return f"{bucket}/in"
+
+
+def _command(bucket: str, engine: str) -> list[str]:
+    command = [sys.executable, "-m", "captioner.cli", "caption", f"{bucket}/in", f"{bucket}/out"]
+    command += ["--model", f"{bucket}/model", "--engine", engine, "--device", "cpu"]
+    return [*command, "--shard-size", "8", "--batch-size", "4", "--precision", "fp32"]
+
+
+def _tally(output: str, expected: list[str]) -> dict[str, int]:
+    """Rows by status, and how many images have no row, or more than one."""
+    rows = _rows(output)
+    counts = Counter(row["uri"] for row in rows)
+    assert counts.keys() <= set(expected)
+    return {
+        **Counter(row["status"] for row in rows),
+        "lost": len(set(expected) - counts.keys()),
+        "twice": sum(count > 1 for count in counts.values()),
+    }
+
+
+def _uris(source: str, photos: Path) -> list[str]:
+    return [f"{source}/{path.name}" for path in sorted(photos.iterdir())]
+
+
+SOUND = {"ok": 200, "undecodable": 2, "lost": 0, "twice": 0}
+
+
+def test_a_job_from_bucket_to_bucket_asks_for_an_image_once(source, bucket, proxy, photos):
+    proxy.requests.clear()
+    summary = caption_images(source, f"{bucket}/out", f"{bucket}/model", run=RUN)
+    assert summary.rows == {"ok": 200, "undecodable": 2}
+    path = source.removeprefix("s3:/")
+    asked = {each: n for each, n in proxy.requests.items() if each[1].startswith(f"{path}/")}
+    assert asked == {("GET", f"{path}/{image.name}"): 1 for image in photos.iterdir()}
+    expected = _uris(source, photos)
+    assert [row["uri"] for row in _rows(f"{bucket}/out")] == expected
+    assert _tally(f"{bucket}/out", expected) == SOUND
+    result = CliRunner().invoke(main, ["report", f"{bucket}/out"])
+    assert result.exit_code == 0, result.output
+    assert "202 images listed" in result.output
+    assert "0 images have no row" in result.output
+    arguments = ["caption", source, f"{bucket}/out", "--model", f"{bucket}/model", "--overwrite"]
+    result = CliRunner().invoke(main, [*arguments, "--limit", "3", "--engine", "local"])
+    assert result.exit_code == 0, result.output
+    assert _tally(f"{bucket}/out", expected[:3])["lost"] == 0
+    assert len(_rows(f"{bucket}/out")) == 3, "what was there before is gone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_no_row_is_lost_or_doubled_by_faults(engine, source, bucket, proxy, photos, capsys):
+    """Prints what it counted: ``pytest tests/test_buckets.py -k no_row_is_lost``."""
+    proxy.requests.clear()
+    proxy.rate, proxy.seed = 0.15, 3
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    command = [*_command(bucket, engine), "--decoders", "4"]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    rate, proxy.rate = proxy.rate, 0.0
+    assert ran.returncode == 0, ran.stderr
+    tally = _tally(f"{bucket}/out", _uris(source, photos))
+    counted = {"engine": engine, "rate": rate, "requests": sum(proxy.requests.values())}
+    with capsys.disabled():
+        print("\n" + json.dumps(counted | {"faults": dict(proxy.faults), "rows": tally}))
+    assert tally == SOUND
+    assert set(proxy.faults) == set(FAULTS)
+
+
+def test_an_image_that_cannot_be_had_is_the_only_one_unreadable(
+    source, bucket, proxy, photos, monkeypatch
+):
+    _attempt_once(monkeypatch)
+    images = sorted(photos.iterdir())
+    proxy.permanent = {images[3].name: "truncated", images[50].name: "500", images[99].name: "503"}
+    summary = caption_images(source, f"{bucket}/out", f"{bucket}/model", run=RUN)
+    assert summary.rows == {"ok": 197, "undecodable": 2, "unreadable": 3}
+    unreadable = [row for row in _rows(f"{bucket}/out") if row["status"] == "unreadable"]
+    uris = _uris(source, photos)
+    assert [row["uri"] for row in unreadable] == [uris[3], uris[50], uris[99]]
+    assert all(row["error"] and "\n" not in row["error"] for row in unreadable)
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_where_it_was(source, bucket, proxy, photos):
+    job = subprocess.Popen(
+        _command(bucket, "local"), start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not [name for name in storage.names(f"{bucket}/out") if name.startswith("part-")]:
+            assert time.monotonic() < deadline
+            assert job.poll() is None, "the job ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    parts = [name for name in storage.names(f"{bucket}/out") if name.startswith("part-")]
+    before = {name: storage.version(f"{bucket}/out/{name}") for name in parts}
+    assert len(before) < 26
+    done = sum(len(pq.read_table(storage.open_binary(f"{bucket}/out/{name}"))) for name in parts)
+    proxy.requests.clear()
+    ran = subprocess.run(
+        _command(bucket, "local"), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    path = source.removeprefix("s3:/")
+    read = sum(each.startswith(f"{path}/") for _, each in proxy.requests)
+    assert read == 202 - done, "a finished image was read again"
+    assert {name: storage.version(f"{bucket}/out/{name}") for name in parts} == before
+    assert _tally(f"{bucket}/out", _uris(source, photos)) == SOUND
+
+
+@pytest.mark.slow
+def test_rays_workers_get_the_variables_of_the_runtime_environment(
+    source, bucket, environment, photos
+):
+    """As ``ray job submit --runtime-env-json`` gives them: the workers inherit none here."""
+    code = """
+import json, os, sys
+import ray
+variables = json.loads(sys.stdin.read())
+runtime = {"env_vars": variables}
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000,
+         log_to_driver=False, runtime_env=runtime)
+os.environ.update(variables)  # the job's own process has them, too
+from captioner.config import RunConfig
+from captioner.pipeline import caption_images
+run = RunConfig(engine="ray", device="cpu")
+print(caption_images(*sys.argv[1:], run=run).rows)
+"""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in environment and not name.startswith(("AWS_", "FSSPEC_"))
+    }
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, source, f"{bucket}/out", f"{bucket}/model"],
+        input=json.dumps(environment),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=clean | {"RAY_AUTH_MODE": "disabled"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert _tally(f"{bucket}/out", _uris(source, photos)) == SOUND
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_from_bucket_to_bucket(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    (data / "Images").mkdir(parents=True)
+    lines, names = ["image,caption"], [f"{number:02d}.png" for number in range(12)]
+    for number, name in enumerate(names):
+        word, colour = [("red", (220, 30, 30)), ("blue", (30, 30, 220))][number % 2]
+        Image.new("RGB", (64, 64), colour).save(data / "Images" / name)
+        lines.append(f"{name},A {word} square .")
+    (data / "captions.txt").write_text("\n".join(lines) + "\n")
+    (data / "train.txt").write_text("\n".join(names[:8]))
+    (data / "val.txt").write_text("\n".join(names[8:]))
+    _upload(data, f"{bucket}/data")
+    split = dataset.read_dataset(f"{bucket}/data").split(
+        f"{bucket}/data/train.txt", f"{bucket}/data/val.txt"
+    )
+    assert (len(split.train), len(split.validation)) == (8, 4)
+    weights = tmp_path / "encoder.pth"
+    torch.save(tiny_model().encoder.backbone.state_dict(), weights)
+    training.train(
+        split,
+        f"{bucket}/model",
+        model_config=dataclasses.replace(TINY, pre_norm=True),
+        config=TrainConfig(epochs=2, batch_size=4, minimum_count=1, fine_tune_from=None),
+        encoder_weights=str(weights),
+        device="cpu",
+    )
+    expected = ["config.json", "loss.png", "metrics.jsonl", "model.safetensors", "tokenizer.json"]
+    assert set(expected) <= set(storage.names(f"{bucket}/model"))
+    summary = caption_images(f"{bucket}/data", f"{bucket}/out", f"{bucket}/model", run=RUN)
+    assert summary.rows == {"ok": 12}
+    result = CliRunner().invoke(main, ["train", f"{bucket}/data", f"{bucket}/model"])
+    assert result.exit_code == 2
+    assert "holds a model already" in result.output
+
+
+# Mistakes.
+
+
+def _mistake(*arguments: str) -> str:
+    """The one line that the command line answers with."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    result = CliRunner().invoke(main, [*arguments, "--engine", "local"])
+    assert result.exit_code == 2, result.output
+    [line] = result.output.splitlines()
+    assert SECRET not in line
+    return line
+
+
+def test_a_bucket_that_is_not_there_is_one_line(bucket, source, proxy):
+    model = ("--model", f"{bucket}/model")
+    line = _mistake("caption", f"{bucket}-none/in", f"{bucket}/out", *model)
+    assert line == f"captioner: {bucket}-none/in does not exist"
+    line = _mistake("caption", source, f"{bucket}-none/out", *model)
+    assert line.startswith(f"captioner: cannot write {bucket}-none/out/_captioner/run.json: ")
+    assert "The specified bucket does not exist" in line
+    line = _mistake("caption", source, f"{bucket}/out", "--model", f"{bucket}-none/model")
+    assert line == f"captioner: {bucket}-none/model is not a model: it has no config.json"
+
+
+def test_wrong_credentials_are_one_line(environment, model_directory, tmp_path, monkeypatch):
+    """A server that knows nobody."""
+    strict, port = _start_moto(INITIAL_NO_AUTH_ACTION_COUNT="0")
+    photos = str(write_photos(tmp_path / "photos", 1)[0].parent)
+    model = ("--model", str(model_directory))
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+        cases = {"Unable to locate credentials": {}}
+        cases["Access Key Id"] = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        cases["profile (nobody) could not be found"] = {"AWS_PROFILE": "nobody"}
+        for message, variables in cases.items():
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            line = _mistake("caption", "s3://bucket/in", str(tmp_path / "out"), *model)
+            assert line.startswith("captioner: cannot list s3://bucket/in: ")
+            assert message in line
+            line = _mistake("caption", photos, "s3://bucket/out", *model)
+            assert line.startswith("captioner: cannot use s3://bucket/out for output: ")
+            assert message in line
+            line = _mistake("caption", photos, "s3://bucket/out", "--model", "s3://bucket/model")
+            assert line.startswith("captioner: cannot read config.json of the model s3://")
+            assert message in line
+    finally:
+        strict.terminate()
+        strict.wait(20)
+
+
+def test_an_endpoint_where_nothing_listens_is_one_line_soon(
+    bucket, model_directory, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:{_free_port()}")
+    begin = time.monotonic()
+    line = _mistake("caption", f"{bucket}/in", f"{tmp_path}/out", "--model", str(model_directory))
+    assert time.monotonic() - begin < 40
+    assert line.startswith(f"captioner: cannot list {bucket}/in: Could not connect to the endpoint")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"s3://{KEY}:{SECRET}@bucket/a.jpg",
+        "s3://KEY:SECRET+example@bucket/a.jpg",
+        "https://user:SECRET@host/a.jpg",
+        "https://user:SECRET@host:80/a.jpg",
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri, tmp_path, model_directory):
+    photos, model = str(write_photos(tmp_path / "photos", 1)[0].parent), str(model_directory)
+    output, listing = str(tmp_path / "out"), tmp_path / "list.txt"
+    listing.write_text(f"{photos}/photo-0000.jpg\n{uri}\n")
+    cases = [(uri, output, model), (photos, uri, model), (photos, output, uri)]
+    for source, target, bundle_uri in [*cases, (str(listing), output, model)]:
+        line = _mistake("caption", source, target, "--model", bundle_uri)
+        assert "has credentials in it: give them by the environment" in line
+        assert "SECRET" not in line
+        assert KEY not in line
+    assert not Path(output).exists()
+    with pytest.raises(InputError) as caught:
+        storage.read(uri)
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/12:30@noon.jpg",
+        "s3://bucket/photo@2x.jpg",
+        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/name/photo@2x.jpg",
+        "abfs://container@account.dfs.core.windows.net/a.jpg",
+        "https://host:8080/photo@2x.jpg",
+        "/photos/a:b@c.jpg",
+    ],
+)
+def test_what_only_looks_like_credentials_is_left(uri):
+    assert storage.absolute(uri) == uri
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package", "extra"),
+    [
+        ("s3", "s3fs", "s3"),
+        ("gs", "gcsfs", "gcs"),
+        ("gcs", "gcsfs", "gcs"),
+        ("abfs", "adlfs", "azure"),
+        ("az", "adlfs", "azure"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(scheme, package, extra, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    result = CliRunner().invoke(
+        main, ["caption", f"{scheme}://bucket/in", str(tmp_path), "--model", f"{scheme}://bucket/m"]
+    )
+    assert result.exit_code == 2
+    expected = f"captioner: cannot open {scheme}:// URIs: install captioner[{extra}]\n"
+    assert result.output == expected
