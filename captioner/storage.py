@@ -47,7 +47,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # has colons, and what follows a port is an object's name.
 _CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)(?!arn:)[^/:@]*:(?!\d+/)[^@]*@")
 # In a client's message, the query of a URL may hold a signature, and its authority a password.
-_SECRETS = re.compile(r"(?<=://)[^/\s@\"']+@|(?<=\S)\?[^\s\"'?]*=[^\s\"']*")
+_SECRETS = re.compile(r"(?<=://)(?:[^/\s@]*:[^\s@]*|[^/\s@]+)@|(?<=\S)\?[^\s\"'?]*=[^\s\"']*")
 
 _EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), "s3"),

@@ -1,4 +1,4 @@
-"""Buckets: a real S3 server (moto's, in a process of its own) behind a proxy that injects faults."""
+"""Buckets: a real S3 server (moto's, in its own process) behind a proxy that injects faults."""
 
 import dataclasses
 import http.client
@@ -39,7 +39,7 @@ from test_storage import NAMES
 s3fs = pytest.importorskip("s3fs")
 
 IMAGES = (".jpg", ".png")
-RUN = RunConfig(engine="local", shard_size=8, batch_size=4, precision="fp32", device="cpu")
+RUN = RunConfig(engine="local", shard_size=8, batch_size=8, precision="fp32", device="cpu")
 KEY, SECRET = "AKIAEXAMPLE", "wJalr/SECRET+example"  # made up
 READ_TIMEOUT = 2  # seconds
 
@@ -64,13 +64,12 @@ def _start_moto(**environment: str) -> tuple[subprocess.Popen, int]:
     )
     deadline = time.monotonic() + 60
     while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return server, port
-        except OSError:
-            assert server.poll() is None, "moto does not start"
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return server, port
+        assert server.poll() is None, "moto does not start"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 FAULTS = ("500", "503", "reset", "no answer", "truncated")
@@ -94,7 +93,7 @@ class _Proxy(ThreadingHTTPServer):
         self.reset()
 
     def reset(self) -> None:
-        self.rate, self.seed = 0.0, 0
+        self.rate, self.seed, self.kinds = 0.0, 0, FAULTS
         self.permanent: dict[str, str] = {}  # the end of a path: its fault, each time
         self.requests: Counter[tuple[str, str]] = Counter()
         self.faults: Counter[str] = Counter()
@@ -109,8 +108,9 @@ class _Proxy(ThreadingHTTPServer):
             time_of = self.requests[method, path]
             found = next((f for end, f in self.permanent.items() if path.endswith(end)), None)
             if found is None:
-                generator = random.Random(f"{self.seed} {method} {path} {time_of}")
-                found = generator.choice(FAULTS) if generator.random() < self.rate else None
+                inside = path.split("/", 2)[-1]  # the bucket's name depends on the tests before
+                generator = random.Random(f"{self.seed} {method} {inside} {time_of}")
+                found = generator.choice(self.kinds) if generator.random() < self.rate else None
             if found:
                 self.faults[found] += 1
             return found
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(body, truncated=fault == "truncated")
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward
 
     def _refuse(self, status: int) -> None:
         code = {500: "InternalError", 503: "SlowDown"}[status]
@@ -302,7 +302,7 @@ def test_what_is_not_there_is_an_error(bucket):
     assert storage.names(f"{bucket}/none") == []
     assert storage.version(f"{bucket}/none") == ""
     for limit in (None, 10):
-        with pytest.raises(FileNotFoundError, match="^The specified key does not exist"):
+        with pytest.raises(FileNotFoundError, match=r"^The specified key does not exist"):
             storage.read(f"{bucket}/none.jpg", limit)
     assert storage.find(bucket, IMAGES) == []
 
@@ -379,7 +379,7 @@ assert storage.read(uri) == b"3"
 def test_what_does_not_pass_is_an_oserror_of_one_line(bucket, proxy, fault):
     storage.write(f"{bucket}/a.jpg", b"x" * 5000)
     proxy.permanent["a.jpg"] = fault
-    with pytest.raises(OSError, match=".") as caught:
+    with pytest.raises(OSError, match=r".") as caught:
         storage.read(f"{bucket}/a.jpg", 10_000, retries=1)
     assert "\n" not in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -394,19 +394,19 @@ def _attempt_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("retries", [0, 1, 6])
-def test_a_truncated_body_is_never_taken_for_an_object(bucket, proxy, retries, monkeypatch):
+def test_a_truncated_body_is_never_taken_for_an_object(bucket, proxy, retries):
     storage.write(f"{bucket}/a.jpg", b"x" * 5000)
-    _attempt_once(monkeypatch)
-    proxy.rate, proxy.seed = 0.5, 5
-    outcomes: Counter[bool] = Counter()
-    for _ in range(10):
+    proxy.rate, proxy.kinds = 0.5, ("truncated",)
+
+    def whole() -> bool:
         try:
             data = storage.read(f"{bucket}/a.jpg", 10_000, retries=retries)
         except OSError:
-            outcomes[False] += 1
-        else:
-            assert data == b"x" * 5000
-            outcomes[True] += 1
+            return False
+        assert data == b"x" * 5000
+        return True
+
+    outcomes = Counter(whole() for _ in range(10))
     assert proxy.faults["truncated"]
     assert (outcomes[False] == 0) == (retries == 6)
 
@@ -461,9 +461,9 @@ def test_a_large_write_that_fails_leaves_no_object(bucket, proxy):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hundred sound photos, an empty one and one that is none."""
+    """A hundred and twenty sound photos, an empty one and one that is none."""
     directory = tmp_path_factory.mktemp("photos")
-    write_photos(directory, 200)
+    write_photos(directory, 120)
     (directory / "empty.jpg").touch()
     (directory / "text.jpg").write_text("this is no image")
     return directory
@@ -479,7 +479,7 @@ def source(bucket: str, photos: Path, model_directory: Path) -> str:
 def _command(bucket: str, engine: str) -> list[str]:
     command = [sys.executable, "-m", "captioner.cli", "caption", f"{bucket}/in", f"{bucket}/out"]
     command += ["--model", f"{bucket}/model", "--engine", engine, "--device", "cpu"]
-    return [*command, "--shard-size", "8", "--batch-size", "4", "--precision", "fp32"]
+    return [*command, "--shard-size", "8", "--batch-size", "8", "--precision", "fp32"]
 
 
 def _tally(output: str, expected: list[str]) -> dict[str, int]:
@@ -498,13 +498,13 @@ def _uris(source: str, photos: Path) -> list[str]:
     return [f"{source}/{path.name}" for path in sorted(photos.iterdir())]
 
 
-SOUND = {"ok": 200, "undecodable": 2, "lost": 0, "twice": 0}
+SOUND = {"ok": 120, "undecodable": 2, "lost": 0, "twice": 0}
 
 
 def test_a_job_from_bucket_to_bucket_asks_for_an_image_once(source, bucket, proxy, photos):
     proxy.requests.clear()
     summary = caption_images(source, f"{bucket}/out", f"{bucket}/model", run=RUN)
-    assert summary.rows == {"ok": 200, "undecodable": 2}
+    assert summary.rows == {"ok": 120, "undecodable": 2}
     path = source.removeprefix("s3:/")
     asked = {each: n for each, n in proxy.requests.items() if each[1].startswith(f"{path}/")}
     assert asked == {("GET", f"{path}/{image.name}"): 1 for image in photos.iterdir()}
@@ -513,7 +513,7 @@ def test_a_job_from_bucket_to_bucket_asks_for_an_image_once(source, bucket, prox
     assert _tally(f"{bucket}/out", expected) == SOUND
     result = CliRunner().invoke(main, ["report", f"{bucket}/out"])
     assert result.exit_code == 0, result.output
-    assert "202 images listed" in result.output
+    assert "122 images listed" in result.output
     assert "0 images have no row" in result.output
     arguments = ["caption", source, f"{bucket}/out", "--model", f"{bucket}/model", "--overwrite"]
     result = CliRunner().invoke(main, [*arguments, "--limit", "3", "--engine", "local"])
@@ -527,7 +527,7 @@ def test_a_job_from_bucket_to_bucket_asks_for_an_image_once(source, bucket, prox
 def test_no_row_is_lost_or_doubled_by_faults(engine, source, bucket, proxy, photos, capsys):
     """Prints what it counted: ``pytest tests/test_buckets.py -k no_row_is_lost``."""
     proxy.requests.clear()
-    proxy.rate, proxy.seed = 0.15, 3
+    proxy.rate, proxy.seed = 0.2, 3
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     command = [*_command(bucket, engine), "--decoders", "4"]
     ran = subprocess.run(
@@ -550,7 +550,7 @@ def test_an_image_that_cannot_be_had_is_the_only_one_unreadable(
     images = sorted(photos.iterdir())
     proxy.permanent = {images[3].name: "truncated", images[50].name: "500", images[99].name: "503"}
     summary = caption_images(source, f"{bucket}/out", f"{bucket}/model", run=RUN)
-    assert summary.rows == {"ok": 197, "undecodable": 2, "unreadable": 3}
+    assert summary.rows == {"ok": 117, "undecodable": 2, "unreadable": 3}
     unreadable = [row for row in _rows(f"{bucket}/out") if row["status"] == "unreadable"]
     uris = _uris(source, photos)
     assert [row["uri"] for row in unreadable] == [uris[3], uris[50], uris[99]]
@@ -573,7 +573,7 @@ def test_a_killed_job_goes_on_where_it_was(source, bucket, proxy, photos):
         job.wait()
     parts = [name for name in storage.names(f"{bucket}/out") if name.startswith("part-")]
     before = {name: storage.version(f"{bucket}/out/{name}") for name in parts}
-    assert len(before) < 26
+    assert len(before) < 16
     done = sum(len(pq.read_table(storage.open_binary(f"{bucket}/out/{name}"))) for name in parts)
     proxy.requests.clear()
     ran = subprocess.run(
@@ -582,7 +582,7 @@ def test_a_killed_job_goes_on_where_it_was(source, bucket, proxy, photos):
     assert ran.returncode == 0, ran.stderr
     path = source.removeprefix("s3:/")
     read = sum(each.startswith(f"{path}/") for _, each in proxy.requests)
-    assert read == 202 - done, "a finished image was read again"
+    assert read == 122 - done, "a finished image was read again"
     assert {name: storage.version(f"{bucket}/out/{name}") for name in parts} == before
     assert _tally(f"{bucket}/out", _uris(source, photos)) == SOUND
 
@@ -676,7 +676,8 @@ def _mistake(*arguments: str) -> str:
 def test_a_bucket_that_is_not_there_is_one_line(bucket, source, proxy):
     model = ("--model", f"{bucket}/model")
     line = _mistake("caption", f"{bucket}-none/in", f"{bucket}/out", *model)
-    assert line == f"captioner: {bucket}-none/in does not exist"
+    assert line.startswith(f"captioner: cannot list {bucket}-none/in: ")
+    assert "The specified bucket does not exist" in line
     line = _mistake("caption", source, f"{bucket}-none/out", *model)
     assert line.startswith(f"captioner: cannot write {bucket}-none/out/_captioner/run.json: ")
     assert "The specified bucket does not exist" in line
@@ -714,9 +715,12 @@ def test_wrong_credentials_are_one_line(environment, model_directory, tmp_path, 
 def test_an_endpoint_where_nothing_listens_is_one_line_soon(
     bucket, model_directory, tmp_path, monkeypatch
 ):
+    arguments = ["caption", f"{bucket}/in", f"{tmp_path}/out", "--model", str(model_directory)]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:{_free_port()}")
+    assert "was not a valid URI" in _mistake(*arguments)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{_free_port()}")
     begin = time.monotonic()
-    line = _mistake("caption", f"{bucket}/in", f"{tmp_path}/out", "--model", str(model_directory))
+    line = _mistake(*arguments)
     assert time.monotonic() - begin < 40
     assert line.startswith(f"captioner: cannot list {bucket}/in: Could not connect to the endpoint")
 
@@ -773,7 +777,7 @@ def test_what_only_looks_like_credentials_is_left(uri):
 )
 def test_a_package_that_is_missing_is_named(scheme, package, extra, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
     result = CliRunner().invoke(
         main, ["caption", f"{scheme}://bucket/in", str(tmp_path), "--model", f"{scheme}://bucket/m"]
     )
