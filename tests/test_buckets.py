@@ -531,7 +531,7 @@ def test_no_row_is_lost_or_doubled_by_faults(engine, source, bucket, proxy, phot
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     command = [*_command(bucket, engine), "--decoders", "4"]
     ran = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+        command, capture_output=True, text=True, timeout=600, check=False, env=environment
     )
     rate, proxy.rate = proxy.rate, 0.0
     assert ran.returncode == 0, ran.stderr
@@ -563,7 +563,7 @@ def test_a_killed_job_goes_on_where_it_was(source, bucket, proxy, photos):
         _command(bucket, "local"), start_new_session=True, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not [name for name in storage.names(f"{bucket}/out") if name.startswith("part-")]:
             assert time.monotonic() < deadline
             assert job.poll() is None, "the job ended before it could be killed"
@@ -577,7 +577,7 @@ def test_a_killed_job_goes_on_where_it_was(source, bucket, proxy, photos):
     done = sum(len(pq.read_table(storage.open_binary(f"{bucket}/out/{name}"))) for name in parts)
     proxy.requests.clear()
     ran = subprocess.run(
-        _command(bucket, "local"), capture_output=True, text=True, timeout=240, check=False
+        _command(bucket, "local"), capture_output=True, text=True, timeout=600, check=False
     )
     assert ran.returncode == 0, ran.stderr
     path = source.removeprefix("s3:/")
@@ -615,7 +615,7 @@ print(caption_images(*sys.argv[1:], run=run).rows)
         input=json.dumps(environment),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
         env=clean | {"RAY_AUTH_MODE": "disabled"},
     )
