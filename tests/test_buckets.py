@@ -315,6 +315,7 @@ def test_a_folder_that_a_console_made_is_no_file(bucket):
     assert storage.find(f"{bucket}/photos", IMAGES) == [Listed(f"{bucket}/photos/a.jpg", 1)]
 
 
+@pytest.mark.slow
 def test_more_than_a_page_of_objects_is_listed(bucket, proxy):
     names = [f"{bucket}/photos/{number:04d}.jpg" for number in range(1203)]
     with ThreadPoolExecutor(8) as pool:
@@ -375,7 +376,10 @@ assert storage.read(uri) == b"3"
 # Faults.
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=[pytest.mark.slow] if f == "no answer" else []) for f in FAULTS],
+)
 def test_what_does_not_pass_is_an_oserror_of_one_line(bucket, proxy, fault):
     storage.write(f"{bucket}/a.jpg", b"x" * 5000)
     proxy.permanent["a.jpg"] = fault
@@ -421,7 +425,7 @@ def test_what_will_not_pass_is_not_tried_again(bucket, proxy):
 
 def test_a_write_that_fails_leaves_no_object(bucket, proxy, monkeypatch):
     _attempt_once(monkeypatch)
-    for fault in ("500", "503", "reset", "no answer"):
+    for fault in ("500", "503", "reset"):
         proxy.permanent["part-000000.parquet"] = fault
         with pytest.raises(OutputError, match=rf"^cannot write {bucket}/part-000000.parquet: "):
             storage.write(f"{bucket}/part-000000.parquet", b"x" * 5000)
@@ -685,6 +689,7 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, source, proxy):
     assert line == f"captioner: {bucket}-none/model is not a model: it has no config.json"
 
 
+@pytest.mark.slow
 def test_wrong_credentials_are_one_line(environment, model_directory, tmp_path, monkeypatch):
     """A server that knows nobody."""
     strict, port = _start_moto(INITIAL_NO_AUTH_ACTION_COUNT="0")
