@@ -2,22 +2,28 @@
 
 A URI is a local path, a ``file://`` URI (percent-encoded, RFC 8089) or anything that fsspec has a
 file system for (``s3://``, ``gs://``, ``abfs://``, ``memory://``). Credentials are the file
-system's own business: they come from the environment, and are never part of a message.
+system's own business: they come from the environment, and are never part of a message. What a
+bucket's client raises comes out as an OSError, after what may pass has been tried again.
 """
 
+import asyncio
+import errno
+import io
 import os
+import random
 import re
 import secrets
 import stat
+import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from captioner.errors import InputError, OutputError
+from captioner.errors import CaptionerError, InputError, OutputError
 
 __all__ = [
     "Listed",
@@ -35,7 +41,56 @@ __all__ = [
     "write",
 ]
 
+Result = TypeVar("Result")
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# USER:PASSWORD@ before a host or a bucket. A secret may have a slash in it; an access point's ARN
+# has colons, and what follows a port is an object's name.
+_CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)(?!arn:)[^/:@]*:(?!\d+/)[^@]*@")
+# In a client's message, the query of a URL may hold a signature, and its authority a password.
+_SECRETS = re.compile(r"(?<=://)(?:[^/\s@]*:[^\s@]*|[^/\s@]+)@|(?<=\S)\?[^\s\"'?]*=[^\s\"']*")
+
+_EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("abfs", "abfss", "az", "adl"), "azure"),
+}
+
+# What may pass when it is tried again.
+_RETRIES = 2
+_FIRST_WAIT = 0.2  # seconds, doubled each time
+_TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}
+_TRANSIENT_NUMBERS = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ESTALE,
+}
+# By name: none of these packages has to be there.
+_TRANSIENT_NAMES = {
+    "aiohttp.ClientConnectionError",
+    "aiohttp.ClientPayloadError",
+    "azure.IncompleteReadError",
+    "azure.ServiceRequestError",
+    "azure.ServiceResponseError",
+    "botocore.HTTPClientError",
+    "botocore.IncompleteReadError",
+    "botocore.ResponseParserError",
+    "google.TransportError",
+    "requests.ConnectionError",
+    "requests.Timeout",
+}
+_KINDS = (
+    FileNotFoundError,
+    PermissionError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    TimeoutError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +107,84 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         return LocalFileSystem(), os.fsdecode(urllib.parse.unquote_to_bytes(uri[len("file://") :]))
     if not _SCHEME.match(uri):
         return LocalFileSystem(), uri
+    _refuse_credentials(uri)
     scheme = uri.split("://")[0]
     try:
         # Not fsspec.url_to_fs: it would take an object's name with "::" in it for several URIs.
         kind = fsspec.get_filesystem_class(scheme)
-        return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
-    except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
-        raise InputError(f"cannot open {scheme}:// URIs: {error}") from error
+        # What others write meanwhile is to be listed: no cache.
+        settings = {**kind._get_kwargs_from_urls(uri), "use_listings_cache": False}
+        if _EXTRAS.get(scheme) != "s3":
+            return kind(**settings), kind._strip_protocol(uri)
+        # botocore tries a request again, in its standard mode three times in all unless the
+        # environment says otherwise, and so do we: s3fs, in between, would multiply the two.
+        if not os.environ.keys() & {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"}:
+            given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            settings["config_kwargs"] = {"retries": {"mode": "standard"}, **given}
+        fs = kind(**settings)
+        fs.retries = 1
+        return fs, kind._strip_protocol(uri)
+    except ImportError as error:
+        hint = f"install captioner[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else _reason(error)
+        raise InputError(f"cannot open {scheme}:// URIs: {hint}") from error
+    except Exception as error:  # no such protocol, or its client lacks an account's name
+        raise InputError(f"cannot open {scheme}:// URIs: {_reason(error)}") from error
+
+
+def _refuse_credentials(uri: str) -> None:
+    if match := _CREDENTIALS.match(uri):
+        redacted = f"{match[1]}…@{uri[match.end() :]}"
+        raise InputError(f"{redacted} has credentials in it: give them by the environment")
+
+
+def _attempt(uri: str, action: Callable[[Any, str], Result], *, retries: int = _RETRIES) -> Result:
+    """``action(file system, path)``, again after a growing wait while what it raises may pass.
+
+    Raises:
+        InputError: there is no such file system.
+        OSError: what the action raised last; a bucket's client's own errors, too.
+    """
+    fs, path = _filesystem(uri)
+    attempt = 0
+    while True:
+        try:
+            return action(fs, path)
+        except CaptionerError:
+            raise
+        except Exception as error:
+            if attempt >= retries or not _is_transient(error):
+                if isinstance(fs, LocalFileSystem):
+                    raise
+                kind = next((kind for kind in _KINDS if isinstance(error, kind)), OSError)
+                raise kind(_reason(error)) from error
+        # Jitter, so that workers which failed together do not come back together.
+        time.sleep(_FIRST_WAIT * 2**attempt * random.uniform(0.5, 1))  # noqa: S311
+        attempt += 1
+
+
+def _is_transient(error: Exception) -> bool:
+    names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    if isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)):
+        return True
+    if names & _TRANSIENT_NAMES:
+        return True
+    if (status := _status(error)) is not None:
+        return status in _TRANSIENT_STATUSES
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error, or its cause, stands for."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        # botocore's, aiohttp's, Azure's and gcsfs's, in this order
+        found = [metadata.get("HTTPStatusCode")]
+        found += [getattr(each, name, None) for name in ("status", "status_code", "code")]
+        for status in found:
+            if isinstance(status, int):
+                return status
+    return None
 
 
 def arrow_filesystem(uri: str) -> tuple[Any, str]:
@@ -70,7 +196,12 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
 
 
 def absolute(uri: str, base: str | None = None) -> str:
-    """A local path made absolute, from ``base`` or the working directory; else the URI as it is."""
+    """A local path made absolute, from ``base`` or the working directory; else the URI as it is.
+
+    Raises:
+        InputError: there are credentials in the URI.
+    """
+    _refuse_credentials(uri)
     return uri if _SCHEME.match(uri) else os.path.abspath(os.path.join(base or "", uri))
 
 
@@ -94,22 +225,31 @@ def find(directory: str, endings: tuple[str, ...]) -> list[Listed]:
     Raises:
         InputError: there is no such directory, or it cannot be listed.
     """
-    fs, path = _filesystem(directory)
-    try:
-        if not fs.isdir(path):
-            problem = "is not a directory" if fs.exists(path) else "does not exist"
-            raise InputError(f"{directory} {problem}")
+
+    def list_files(fs: Any, path: str) -> list[Listed]:
         if isinstance(fs, LocalFileSystem):
-            listed = list(_find_local(path, endings))
-        else:
-            listed = [
-                Listed(fs.unstrip_protocol(name), info.get("size"))
-                for name, info in fs.find(path, detail=True).items()
-                if info["type"] == "file" and name.lower().endswith(endings)
-            ]
+            if not os.path.isdir(path):
+                raise _no_directory(directory, exists=os.path.exists(path))
+            return list(_find_local(path, endings))
+        found = fs.find(path, detail=True)
+        if not found and not fs.isdir(path):
+            raise _no_directory(directory, exists=False)
+        if list(found) == [path.rstrip("/")]:
+            raise _no_directory(directory, exists=True)
+        return [
+            Listed(fs.unstrip_protocol(name), info.get("size"))
+            for name, info in found.items()
+            if info["type"] == "file" and name.lower().endswith(endings)
+        ]
+
+    try:
+        return sorted(_attempt(directory, list_files), key=lambda each: each.uri)
     except OSError as error:
         raise InputError(f"cannot list {directory}: {_reason(error)}") from error
-    return sorted(listed, key=lambda each: each.uri)
+
+
+def _no_directory(directory: str, *, exists: bool) -> InputError:
+    return InputError(f"{directory} {'is not a directory' if exists else 'does not exist'}")
 
 
 def _find_local(directory: str, endings: tuple[str, ...]) -> Iterator[Listed]:
@@ -137,33 +277,49 @@ def _find_local(directory: str, endings: tuple[str, ...]) -> Iterator[Listed]:
                 yield Listed(_readable(path), status.st_size)
 
 
-def read(uri: str, limit: int | None = None) -> bytes:
-    """A file's bytes; with a limit, at most ``limit + 1`` of them, so that the caller sees more.
+def read(uri: str, limit: int | None = None, *, retries: int = _RETRIES) -> bytes:
+    """A file's bytes, all that the store said there are, in one request of a bucket.
+
+    Args:
+        uri: the file.
+        limit: at most ``limit + 1`` bytes are read, so that the caller sees more.
+        retries: how often an error that may pass is tried again.
 
     Raises:
         OSError: it cannot be read.
     """
-    fs, path = _filesystem(uri)
-    try:
-        with _open(fs, path) as file:
-            return file.read(-1 if limit is None else limit + 1)
-    except ValueError as error:  # no file can be called so: there is a zero byte in the name
-        raise OSError(str(error)) from error
+    end = None if limit is None else limit + 1
+
+    def read_bytes(fs: Any, path: str) -> bytes:
+        if isinstance(fs, LocalFileSystem):
+            try:
+                with _open_local(path) as file:
+                    return file.read(end)
+            except ValueError as error:  # there is a zero byte in the name
+                raise OSError(str(error)) from error
+        try:
+            # With a start, s3fs does not ask for the size first.
+            return fs.cat_file(path, start=0, end=end)  # type: ignore[no-any-return]
+        except Exception as error:
+            if _status(error) == 416:  # an empty object has no byte 0
+                return b""
+            raise
+
+    return _attempt(uri, read_bytes, retries=retries)
 
 
 def open_binary(uri: str) -> BinaryIO:
-    """A file to read parts of.
+    """A file to read parts of; a bucket's is read at once.
 
     Raises:
         OSError: it cannot be opened.
     """
-    return _open(*_filesystem(uri))
+    fs, path = _filesystem(uri)
+    return _open_local(path) if isinstance(fs, LocalFileSystem) else io.BytesIO(read(uri))
 
 
-def _open(fs: Any, path: str) -> BinaryIO:
+def _open_local(path: str) -> BinaryIO:
     """Opens a file to be read; a pipe or a device, which may never end, is not one."""
-    if not isinstance(fs, LocalFileSystem):
-        return fs.open(path, "rb")  # type: ignore[no-any-return]
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -176,16 +332,18 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def is_directory(uri: str) -> bool:
-    """Whether there is such a directory."""
-    fs, path = _filesystem(uri)
-    return bool(fs.isdir(path))
+    """Whether there is such a directory.
+
+    Raises:
+        OSError: that cannot be told.
+    """
+    return _attempt(uri, lambda fs, path: bool(fs.isdir(path)))
 
 
 def version(uri: str) -> str:
     """What changes when a file does: its size, and its time or ETag; empty where it is gone."""
-    fs, path = _filesystem(uri)
     try:
-        info = fs.info(path)
+        info = _attempt(uri, lambda fs, path: fs.info(path))
     except OSError:
         return ""
     return f"{info.get('size')} {info.get('mtime') or info.get('ETag') or info.get('etag')}"
@@ -197,15 +355,20 @@ def names(directory: str) -> list[str]:
     Raises:
         OSError: it is not a directory, or cannot be listed.
     """
-    fs, path = _filesystem(directory)
-    try:
+
+    def list_names(fs: Any, path: str) -> list[str]:
         if isinstance(fs, LocalFileSystem):
-            return sorted(os.listdir(path))
-        fs.invalidate_cache(path)
-        entries = fs.ls(path, detail=False)
+            return os.listdir(path)
+        if not fs.isdir(path):  # asked first: where nothing is, s3fs would list what is beside it
+            if fs.exists(path):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory)
+            return []
+        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+
+    try:
+        return sorted(_attempt(directory, list_names))
     except FileNotFoundError:
         return []
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
 
 def write(uri: str, data: bytes) -> None:
@@ -217,12 +380,15 @@ def write(uri: str, data: bytes) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    fs, path = _filesystem(uri)
-    try:
+
+    def write_bytes(fs: Any, path: str) -> None:
         if isinstance(fs, LocalFileSystem):
             _write_local(path, data)
         else:
             fs.pipe_file(path, data)
+
+    try:
+        _attempt(uri, write_bytes)
     except OSError as error:
         raise OutputError(f"cannot write {uri}: {_reason(error)}") from error
 
@@ -262,17 +428,22 @@ def delete(uri: str) -> None:
     Raises:
         OutputError: it cannot be deleted.
     """
-    fs, path = _filesystem(uri)
-    try:
-        if fs.isfile(path):
-            fs.rm_file(path)  # rm would take a name with brackets or a star in it for a pattern
-        else:
+
+    def remove(fs: Any, path: str) -> None:
+        if fs.info(path)["type"] == "directory":
             fs.rm(path, recursive=True)
+        else:
+            fs.rm_file(path)  # rm would take a name with brackets or a star in it for a pattern
+
+    try:
+        _attempt(uri, remove)
     except FileNotFoundError:
         return
     except OSError as error:
         raise OutputError(f"cannot delete {uri}: {_reason(error)}") from error
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+def _reason(error: Exception) -> str:
+    """One line, without what may be a secret in it."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return _SECRETS.sub("…", text) or type(error).__name__
