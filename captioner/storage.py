@@ -294,7 +294,7 @@ def read(uri: str, limit: int | None = None, *, retries: int = _RETRIES) -> byte
         if isinstance(fs, LocalFileSystem):
             try:
                 with _open_local(path) as file:
-                    return file.read(end)
+                    return file.read(-1 if end is None else end)
             except ValueError as error:  # there is a zero byte in the name
                 raise OSError(str(error)) from error
         try:
