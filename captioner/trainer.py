@@ -41,7 +41,7 @@ from captioner.vocabulary import EOS, PAD, SPECIAL, START, UNKNOWN, Vocabulary
 __all__ = ["Source", "Trainer", "caption_loss", "learning_rate_factor", "plan_batches"]
 
 _SIDES = frozenset({"left", "right", "leftmost", "rightmost", "left-hand", "right-hand"})
-_LONGEST_SAMPLE, _LONGEST_GREEDY = 22, 30  # words
+_LONGEST_SAMPLE, _LONGEST_GREEDY = 18, 30  # words
 
 
 def caption_loss(logits_RTV: Tensor, ids_RT: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -254,7 +254,8 @@ class Trainer:
             self.begin_phase()
         # Dropout and samples depend on the epoch alone, so that a resumed run draws them again.
         torch.manual_seed((self.config.seed * 1_000 + epoch) * 1_000 + self.rank)
-        self.model.train()
+        # Samples come from the model without dropout, and so must their gradient.
+        self.model.train(not critical)
         plan = plan_batches(source.lengths, self.config, epoch)
         views = random.Random(f"{self.config.seed} {epoch} views")  # noqa: S311
         chosen = [[(i, views.randrange(self.config.views)) for i in batch] for batch in plan]

@@ -120,11 +120,10 @@ def test_two_workers_take_the_same_steps_as_one(tmp_path: Path):
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Ray head of its own with two logical CPUs: the environment to reach it with."""
-    ports = []
-    sockets = [socket.socket() for _ in range(2)]
+    sockets = [socket.socket() for _ in range(4)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
-        ports.append(str(each.getsockname()[1]))
+    ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
         each.close()
     environment = {
@@ -136,9 +135,10 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     environment.pop("RAY_ADDRESS", None)
     temporary = tempfile.mkdtemp(prefix="ray-")  # a socket's path must be short
     command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}"]
-    command += [f"--dashboard-port={ports[1]}", "--include-dashboard=true"]
-    command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats", "--min-worker-port=0"]
-    command += ["--object-store-memory=200000000", f"--temp-dir={temporary}"]
+    command += [f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}"]
+    command += [f"--ray-client-server-port={ports[3]}", "--node-ip-address=127.0.0.1"]
+    command += ["--disable-usage-stats", "--object-store-memory=200000000"]
+    command += [f"--temp-dir={temporary}"]
     process = subprocess.Popen(
         [str(Path(sys.executable).parent / command[0]), *command[1:]],
         env=environment,
