@@ -19,7 +19,14 @@ from captioner.errors import FingerprintError
 from captioner.pipeline import caption_images, choose_engine
 from conftest import tiny_model, write_photos
 
-RUN = RunConfig(engine="local", shard_size=4, batch_size=3, precision="fp32", device="cpu")
+RUN = RunConfig(
+    engine="local",
+    shard_size=4,
+    batch_size=3,
+    precision="fp32",
+    device="cpu",
+    max_error_rate=1,
+)
 
 
 def _rows(output: Path) -> list[dict]:
