@@ -10,12 +10,12 @@ import secrets
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from captioner import images, storage
+from captioner import errors, images, storage
 from captioner.bundle import Bundle
 from captioner.bundle import load as load_bundle
 from captioner.captioning import Captioner
@@ -38,13 +38,16 @@ from captioner.errors import (
 from captioner.manifest import OutputDirectory, Shard, list_source
 from captioner.schema import COLUMNS, SCHEMA_VERSION, CaptionRow, rows_to_table
 from captioner.stages import CaptionJob, Loaded, load_image, write_part
-from captioner.stopping import Signals, catch_signals
+from captioner.stopping import Signals, catch_signals, keep_handlers
 
 __all__ = ["Summary", "caption_images", "choose_engine"]
 
 # Threads of a decode task on Ray: reading waits for the network, and Pillow decodes without
 # Python's lock.
 _READERS = 4
+
+# A shard's rows by status, when its part is written.
+_Counts = Generator[dict[str, int], None, None]
 
 
 @dataclass(frozen=True)
@@ -220,8 +223,9 @@ def _run(
     """Runs the engine with a progress bar; counts in ``written`` the rows written, by status."""
     engine = _run_ray if choose_engine(job.run) == "ray" else _run_local
     done = total - sum(len(shard.uris) for shard in shards)
-    with tqdm(total=total, initial=done, unit="image", disable=None) as progress:
-        for counts in engine(job, bundle, shards):
+    bar = tqdm(total=total, initial=done, unit="image", disable=None)
+    with bar as progress, closing(engine(job, bundle, shards)) as running:
+        for counts in running:
             written.update(counts)
             if bad := sum(written.values()) - written["ok"]:
                 progress.set_postfix(bad=bad, refresh=False)
@@ -257,7 +261,7 @@ def _now() -> str:
 # In this process: threads read and decode the next shard while the model captions this one.
 
 
-def _run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Iterator[dict[str, int]]:
+def _run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> _Counts:
     captioner = _captioner(job, bundle)
     attempts = Attempts(job.output)
     suspects = attempts.suspects()
@@ -324,12 +328,17 @@ _SHARD = pa.schema(
         "redone": pa.list_(pa.int64()),
         "rows": pa.list_(pa.struct(list(COLUMNS))),
         "pixels": pa.list_(pa.large_binary()),
+        "problem": pa.list_(pa.string()),
     }
 )
 
 
-def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Iterator[dict[str, int]]:
-    ray = _connect()
+def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> _Counts:
+    with _connected() as ray:
+        yield from _chain(ray, job, bundle, shards)
+
+
+def _chain(ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> _Counts:
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
@@ -342,7 +351,7 @@ def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Iterator[d
     threads = None if gpus else max(1, cpus // actors)
     one_shard = {"batch_size": 1, "batch_format": "pyarrow"}
     # Fractions of a CPU: whole ones would let the actors keep the tasks from ever being scheduled.
-    yield from (
+    chain = (
         ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
         .map_batches(_load_stage, fn_kwargs={"job": job}, num_cpus=0.5, **one_shard)
         .map_batches(
@@ -354,11 +363,16 @@ def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Iterator[d
             **one_shard,
         )
         .map_batches(_write_stage, fn_kwargs={"job": job}, num_cpus=0.25, **one_shard)
-        .iter_rows()
     )
+    for row in chain.iter_rows():
+        if problem := row.pop("problem"):
+            name, message = problem
+            raise getattr(errors, name)(message)
+        yield row
 
 
-def _connect() -> Any:
+@contextmanager
+def _connected() -> Iterator[Any]:
     """Joins the cluster that RAY_ADDRESS names, or starts Ray here for this job alone."""
     if not os.environ.get("RAY_ADDRESS"):
         # Read when Ray is imported. Without a token of our own Ray leaves one in the home
@@ -367,11 +381,37 @@ def _connect() -> Any:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        local = {"include_dashboard": False} if address == "local" else {}
+    if ray.is_initialized():
+        yield ray
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False} if address == "local" else {}
+    with keep_handlers():  # Ray puts its own in their place
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
-    return ray
+    try:
+        yield ray
+    finally:
+        ray.shutdown(wait_for_processes=True)
+
+
+def _with_problems(stage: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
+    """A stage whose errors come out in its row, and go through the stages after it as they are.
+
+    Raised in a stage they would reach the driver as pages of Ray's own frames.
+    """
+
+    @wraps(stage)
+    def run(*arguments: Any, **keywords: Any) -> pa.Table:
+        table = arguments[-1]
+        if "problem" in table.column_names and table["problem"][0].is_valid:
+            return table
+        try:
+            return stage(*arguments, **keywords)
+        except CaptionerError as error:
+            problem = [type(error).__name__, str(error)]
+            return pa.Table.from_pylist([{"problem": problem}], schema=_SHARD)
+
+    return run
 
 
 def _pack(shard: Shard, images_of: Sequence[Loaded] | None) -> pa.Table:
@@ -401,6 +441,7 @@ def _unpack(table: pa.Table, image_size: int) -> tuple[Shard, list[Loaded] | Non
     ]
 
 
+@_with_problems
 def _load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
     """A shard in; its images loaded out, unless a process died with it."""
     [shard] = (Shard(**row) for row in table.to_pylist())
@@ -426,6 +467,7 @@ class _CaptionStage:
         self.attempts = Attempts(job.output)
         self.captioner = _captioner(job, ray.get(bundle))
 
+    @_with_problems
     def __call__(self, table: pa.Table) -> pa.Table:
         shard, loaded = _unpack(table, self.job.image_size)
         try:
@@ -441,9 +483,11 @@ class _CaptionStage:
         return _pack(shard, loaded)
 
 
+@_with_problems
 def _write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
     """A captioned shard in; the number of its rows by status out."""
     shard, captioned = _unpack(table, job.image_size)
     assert captioned is not None
     rows = rows_to_table([image.row for image in captioned])
-    return pa.Table.from_pylist([write_part(job, shard, rows)])
+    counts: dict[str, Any] = dict(write_part(job, shard, rows))
+    return pa.Table.from_pylist([counts | {"problem": None}])

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-__all__ = ["Signals", "catch_signals"]
+__all__ = ["Signals", "catch_signals", "keep_handlers"]
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass
@@ -41,15 +44,20 @@ def catch_signals() -> Iterator[Signals]:
         signals.received = number
         raise KeyboardInterrupt
 
-    before = {
-        number: signal.getsignal(number) or signal.SIG_DFL
-        for number in (signal.SIGTERM, signal.SIGINT)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    for number in before:
-        signal.signal(number, stop)
-    try:
+    with keep_handlers():
+        for number in _STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, stop)
         yield signals
+
+
+@contextmanager
+def keep_handlers() -> Iterator[None]:
+    """Puts the handlers of SIGTERM and Ctrl-C back in the end, whatever was done to them."""
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _STOPPING}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
