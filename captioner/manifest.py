@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from captioner import __version__, storage
 from captioner.config import ListingConfig
 from captioner.errors import FingerprintError, InputError, OutputError
-from captioner.schema import MANIFEST, SCHEMA_VERSION
+from captioner.schema import MANIFEST, SCHEMA_VERSION, STATUSES
 from captioner.storage import Listed
 
 __all__ = ["PRIVATE", "Accounts", "OutputDirectory", "Shard", "list_source", "part_name"]
@@ -356,7 +356,8 @@ class OutputDirectory:
         rows: Counter[str] = Counter()
         for _, _, part in self._parts(manifest):
             rows.update(part["status"].to_pylist())
-        return Accounts(len(manifest), dict(rows), missing)
+        by_status = {status: rows[status] for status in STATUSES if status in rows}
+        return Accounts(len(manifest), by_status, missing)
 
     def _parts(self, manifest: pa.Table) -> Iterator[tuple[int, pa.Table, pa.Table]]:
         """The parts there are: number, the shard's images, the part's URIs and statuses."""

@@ -78,7 +78,7 @@ def _parts(output: Path) -> int:
 def _processes() -> dict[int, tuple[int, str]]:
     """Every process's parent and command line."""
     found = {}
-    for entry in Path("/proc").iterdir():
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             command = (entry / "cmdline").read_text().replace("\0", " ")
@@ -153,16 +153,15 @@ def test_an_image_that_kills_its_process_is_set_aside(
 # Kills from outside.
 
 
-def _kill_drivers(
-    command: list[str], output: Path, engine: str, kills: int, generator: random.Random
-) -> None:
+def _kill_drivers(command: list[str], output: Path, kills: int, generator: random.Random) -> None:
     for _ in range(kills):
-        before = _parts(output)
+        before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
         with _started(command) as job:
-            _wait(job, lambda before=before: _parts(output) > before)
+            _wait(job, lambda before=before: _parts(output) > len(before))
             time.sleep(generator.uniform(0, 0.3))
             assert job.poll() is None, job.communicate()
             os.kill(job.pid, signal.SIGKILL)
+        assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def _kill_workers(
@@ -197,7 +196,7 @@ def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_
     for engine, drivers in (("local", 12), ("ray", 4)):
         output = tmp_path / engine
         command = _command(photos, output, model_directory, engine)
-        _kill_drivers(command, output, engine, drivers, generator)
+        _kill_drivers(command, output, drivers, generator)
         survived[f"{engine}: driver"] = drivers
         if engine == "ray":
             _kill_workers(command, output, r"^ray::.*_CaptionStage", 4, generator)
