@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from captioner import attention, storage
-from captioner.captioning import Caption
+from captioner.bundle import Bundle
+from captioner.captioning import Caption, Captioner
 from captioner.config import DecodeConfig
 from captioner.manifest import PRIVATE, Shard
 from captioner.schema import CaptionRow
@@ -100,6 +101,13 @@ class BatchCaptioner:
         self._captioner = captioner
         self._decode = decode
         self.batch_size = batch_size
+
+    @classmethod
+    def load(cls, job: CaptionJob, bundle: Bundle) -> "BatchCaptioner":
+        """With a bundle's model, on the device that the job names."""
+        run = job.run
+        captioner = Captioner(bundle, job.decode, device=run.device, precision=run.precision)
+        return cls(captioner, job.decode, run.batch_size)
 
     def __call__(self, images: Sequence[Loaded]) -> None:
         """Captions those of the images that are ok: fills their rows and drops their pixels.

@@ -356,7 +356,7 @@ class OutputDirectory:
         rows: Counter[str] = Counter()
         for _, _, part in self._parts(manifest):
             rows.update(part["status"].to_pylist())
-        by_status = {status: rows[status] for status in STATUSES if status in rows}
+        by_status: dict[str, int] = {status: rows[status] for status in STATUSES if status in rows}
         return Accounts(len(manifest), by_status, missing)
 
     def _parts(self, manifest: pa.Table) -> Iterator[tuple[int, pa.Table, pa.Table]]:

@@ -9,9 +9,9 @@ import os
 import secrets
 import signal
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -26,18 +26,13 @@ from tqdm import tqdm
 from captioner import errors, images, storage
 from captioner.bundle import Bundle
 from captioner.bundle import load as load_bundle
-from captioner.captioning import Captioner
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.containment import Attempts, BatchCaptioner, caption_alone
-from captioner.errors import (
-    CaptionerError,
-    ErrorRateError,
-    IncompleteError,
-    StoppedError,
-)
+from captioner.errors import CaptionerError, ErrorRateError, IncompleteError, StoppedError
+from captioner.inprocess import run_local
 from captioner.manifest import OutputDirectory, Shard, list_source
 from captioner.schema import COLUMNS, SCHEMA_VERSION, CaptionRow, rows_to_table
-from captioner.stages import CaptionJob, Loaded, load_image, write_part
+from captioner.stages import CaptionJob, Counts, Loaded, load_image, write_part
 from captioner.stopping import Signals, catch_signals, keep_handlers
 
 __all__ = ["Summary", "caption_images", "choose_engine"]
@@ -45,9 +40,6 @@ __all__ = ["Summary", "caption_images", "choose_engine"]
 # Threads of a decode task on Ray: reading waits for the network, and Pillow decodes without
 # Python's lock.
 _READERS = 4
-
-# A shard's rows by status, when its part is written.
-_Counts = Generator[dict[str, int], None, None]
 
 
 @dataclass(frozen=True)
@@ -184,7 +176,7 @@ def _caption(
             directory.tidy()
             if isinstance(problem, (CaptionerError, KeyboardInterrupt)):
                 attempts.forgive()
-            close(type(problem).__name__ if not str(problem) else str(problem))
+            close(str(problem) or ("stopped" if signals.received else type(problem).__name__))
         raise
     directory.tidy()
     summary, missing = close()
@@ -221,7 +213,7 @@ def _run(
     total: int,
 ) -> None:
     """Runs the engine with a progress bar; counts in ``written`` the rows written, by status."""
-    engine = _run_ray if choose_engine(job.run) == "ray" else _run_local
+    engine = _run_ray if choose_engine(job.run) == "ray" else run_local
     done = total - sum(len(shard.uris) for shard in shards)
     bar = tqdm(total=total, initial=done, unit="image", disable=None)
     with bar as progress, closing(engine(job, bundle, shards)) as running:
@@ -258,66 +250,6 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-# In this process: threads read and decode the next shard while the model captions this one.
-
-
-def _run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> _Counts:
-    captioner = _captioner(job, bundle)
-    attempts = Attempts(job.output)
-    suspects = attempts.suspects()
-    for shard in shards:
-        if shard.number in suspects:  # before all others, so that nothing else goes on meanwhile
-            rows = caption_alone(job, captioner, shard, attempts)
-            yield write_part(job, shard, rows_to_table(rows))
-    others = (shard for shard in shards if shard.number not in suspects)
-    decoders = job.run.decoders or os.cpu_count() or 1
-    readers = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-    writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-    try:
-        writing: Future[dict[str, int]] | None = None
-        for shard, loading in _load_ahead(job, others, readers, attempts):
-            rows = []
-            for futures in _batches(loading, job.run.batch_size):
-                batch = [future.result() for future in futures]
-                captioner(batch)
-                rows += [loaded.row for loaded in batch]
-            attempts.end(shard.number)
-            if writing:
-                yield writing.result()
-            writing = writer.submit(write_part, job, shard, rows_to_table(rows))
-        if writing:
-            yield writing.result()
-    finally:
-        for pool in (readers, writer):
-            pool.shutdown(cancel_futures=True)
-
-
-def _captioner(job: CaptionJob, bundle: Bundle) -> BatchCaptioner:
-    run = job.run
-    captioner = Captioner(bundle, job.decode, device=run.device, precision=run.precision)
-    return BatchCaptioner(captioner, job.decode, run.batch_size)
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
-
-
-def _load_ahead(
-    job: CaptionJob, shards: Iterable[Shard], readers: ThreadPoolExecutor, attempts: Attempts
-) -> Iterator[tuple[Shard, list[Future[Loaded]]]]:
-    """Shards and their images' futures; the next shard is begun before one is handed out."""
-    ahead: deque[tuple[Shard, list[Future[Loaded]]]] = deque()
-    for shard in shards:
-        attempts.begin(shard.number)
-        images_of = zip(shard.uris, shard.sizes, strict=True)
-        futures = [readers.submit(load_image, job, uri, size) for uri, size in images_of]
-        ahead.append((shard, futures))
-        if len(ahead) > 1:
-            yield ahead.popleft()
-    yield from ahead
-
-
 # On Ray: one chain. A shard is one row in one block all the way, so that it stays together.
 
 _SHARD = pa.schema(
@@ -333,12 +265,12 @@ _SHARD = pa.schema(
 )
 
 
-def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> _Counts:
+def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
     with _connected() as ray:
         yield from _chain(ray, job, bundle, shards)
 
 
-def _chain(ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> _Counts:
+def _chain(ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
@@ -465,7 +397,7 @@ class _CaptionStage:
             torch.set_num_threads(threads)
         self.job = job
         self.attempts = Attempts(job.output)
-        self.captioner = _captioner(job, ray.get(bundle))
+        self.captioner = BatchCaptioner.load(job, ray.get(bundle))
 
     @_with_problems
     def __call__(self, table: pa.Table) -> pa.Table:

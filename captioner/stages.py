@@ -10,6 +10,7 @@ import itertools
 import random
 import time
 from collections import Counter
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from captioner.errors import InputError
 from captioner.manifest import OutputDirectory, Shard, part_name
 from captioner.schema import STATUSES, CaptionRow, part_schema
 
-__all__ = ["CaptionJob", "Loaded", "load_image", "one_line", "write_part"]
+__all__ = ["CaptionJob", "Counts", "Loaded", "load_image", "one_line", "write_part"]
 
 # What trying again does not change. The numbers are of names that no file can have.
 _PERMANENT = (
@@ -34,6 +35,9 @@ _PERMANENT = (
 )
 _PERMANENT_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _FIRST_WAIT = 0.5  # seconds, doubled for every further try
+
+#: What an engine yields: a shard's rows by status, when its part is written.
+Counts = Generator[dict[str, int], None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
