@@ -265,7 +265,7 @@ def test_a_node_that_dies_costs_nothing(model_directory, tmp_path):
     code = [sys.executable, "-c", _CLUSTER, str(photos), str(output), str(model_directory)]
     done = _run(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["killed", "1 alive"]
+    assert {"killed", "1 alive"} <= set(done.stdout.split("\n"))  # between lines of Ray's
     assert _check(output, photos) == {"ok": 300}
 
 
