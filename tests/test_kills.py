@@ -98,8 +98,8 @@ def _descendants(pid: int) -> dict[int, str]:
     return found
 
 
-def _check(output: Path, photos: Path) -> Counter[str]:
-    """Every image exactly once, in order, and nothing left behind; returns rows by status."""
+def _books(output: Path, photos: Path) -> tuple[int, int, Counter[str]]:
+    """Images without a row, images with more than one, and the rows by status."""
     rows = [
         row
         for part in sorted(output.glob("part-*"))
@@ -107,11 +107,16 @@ def _check(output: Path, photos: Path) -> Counter[str]:
     ]
     expected = {str(path) for path in photos.iterdir()}
     counted = Counter(row["uri"] for row in rows)
-    assert not expected - counted.keys(), "rows lost"
-    assert max(counted.values()) == 1, "rows twice"
-    assert counted.keys() == expected
+    assert counted.keys() <= expected
+    twice = sum(count > 1 for count in counted.values())
+    return len(expected - counted.keys()), twice, Counter(row["status"] for row in rows)
+
+
+def _check(output: Path, photos: Path) -> Counter[str]:
+    """Every image exactly once, and nothing left behind; returns the rows by status."""
+    lost, twice, statuses = _books(output, photos)
+    assert (lost, twice) == (0, 0)
     _check_tidy(output)
-    statuses = Counter(row["status"] for row in rows)
     summary = json.loads((output / "_captioner" / "summary.json").read_text())
     assert summary["rows"] == statuses
     assert summary["missing"] == 0
@@ -190,9 +195,9 @@ def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # with which a failure's moments can be drawn again
     generator = random.Random(seed)
-    survived = {}
+    survived, lost, twice = {}, 0, 0
     photos = tmp_path / "photos"
-    write_photos(photos, 900)
+    write_photos(photos, 500)
     for engine, drivers in (("local", 14), ("ray", 2)):
         output = tmp_path / engine
         command = _command(photos, output, model_directory, engine)
@@ -204,8 +209,11 @@ def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_
         else:
             done = _run(command)
             assert done.returncode == 0, done.stderr
-        assert _check(output, photos) == {"ok": 900}
-    print(json.dumps({"kills": survived, "rows_lost": 0, "rows_twice": 0, "seed": seed}))
+        books = _books(output, photos)
+        lost, twice = lost + books[0], twice + books[1]
+        _check_tidy(output)
+    print(json.dumps({"kills": survived, "rows_lost": lost, "rows_twice": twice, "seed": seed}))
+    assert (lost, twice) == (0, 0)
     assert sum(survived.values()) >= 20
 
 
