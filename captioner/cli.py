@@ -35,6 +35,9 @@ class _Commands(click.Group):
                 raise
             click.echo(f"captioner: {_printable(str(error))}", err=True)
             context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("captioner: stopped by SIGINT", err=True)
+            context.exit(130)
 
 
 def _printable(text: str) -> str:

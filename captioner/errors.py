@@ -7,7 +7,9 @@
     ├── BundleError            2   a model directory that is not a sound bundle
     ├── OutputError            2   an output directory that cannot be used for this job
     │   └── FingerprintError   2   ... because another job's settings made it
-    └── IncompleteError        1   the job ended with images unaccounted for
+    ├── IncompleteError        1   the job ended with images unaccounted for
+    ├── ErrorRateError         3   the job ended, but too many of its rows are not ok
+    └── StoppedError     130, 143  the job was stopped by Ctrl-C or SIGTERM
 
 The command line prints the message as one line and exits with ``exit_code``. Everything else
 that is raised is a bug, or the machine's.
@@ -16,10 +18,12 @@ that is raised is a bug, or the machine's.
 __all__ = [
     "BundleError",
     "CaptionerError",
+    "ErrorRateError",
     "FingerprintError",
     "IncompleteError",
     "InputError",
     "OutputError",
+    "StoppedError",
 ]
 
 
@@ -53,3 +57,17 @@ class FingerprintError(OutputError):
 
 class IncompleteError(CaptionerError):
     """The job ended, but not every listed image has its row."""
+
+
+class ErrorRateError(CaptionerError):
+    """Every image has its row, but too many rows are not ``ok``."""
+
+    exit_code = 3
+
+
+class StoppedError(CaptionerError):
+    """A signal stopped the job; what was done stays done."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal

@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -25,24 +26,31 @@ import pyarrow.parquet as pq
 from captioner import __version__, storage
 from captioner.config import ListingConfig
 from captioner.errors import FingerprintError, InputError, OutputError
-from captioner.schema import MANIFEST, SCHEMA_VERSION
+from captioner.schema import MANIFEST, SCHEMA_VERSION, STATUSES
 from captioner.storage import Listed
 
-__all__ = ["Accounts", "OutputDirectory", "Shard", "list_source", "part_name"]
+__all__ = ["PRIVATE", "Accounts", "OutputDirectory", "Shard", "list_source", "part_name"]
 
-_PRIVATE = "_captioner"
+#: The folder of an output directory that holds its books.
+PRIVATE = "_captioner"
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 _READERS = 16  # threads that read parts: mostly waiting, for a bucket
+_READ_AHEAD = 256  # parts in memory at most
 _TABLES = (".txt", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some consecutive images of the manifest: one part file. ``sizes`` are in bytes, or None."""
+    """Some consecutive images of the manifest: one part file. ``sizes`` are in bytes, or None.
+
+    Where ``redone`` is not empty, these are only some of a part's images, to be captioned again:
+    the numbers of their rows in the part.
+    """
 
     number: int
     uris: list[str]
     sizes: list[int | None]
+    redone: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -145,13 +153,15 @@ class OutputDirectory:
         _captioner/run.json                  settings and fingerprint of the job that began it
         _captioner/manifest-0000.parquet …   uri, size, shard, row; one more when images turn up
         _captioner/summary.json              the last run's counts and times
+        _captioner/lock                      locked while a job runs; not in a bucket
+        _captioner/attempts/…                see :mod:`captioner.containment`
     """
 
     def __init__(self, uri: str):
         self.uri = uri
 
     def _private(self, name: str) -> str:
-        return storage.join(storage.join(self.uri, _PRIVATE), name)
+        return storage.join(storage.join(self.uri, PRIVATE), name)
 
     def begin(self, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         """Makes the directory this job's: new, or begun before with the same settings.
@@ -164,18 +174,11 @@ class OutputDirectory:
             FingerprintError: it was begun with other settings.
             OutputError: it holds files that are not ours, or it cannot be written.
         """
-        try:
-            present = storage.names(self.uri)
-            ours = "run.json" in self._private_names()
-        except OSError as error:
-            reason = error.strerror or _one_line(error)
-            raise OutputError(f"cannot use {self.uri} for output: {reason}") from error
+        ours = self._is_ours()
         if ours and overwrite:
             self._delete()
         elif ours:
             self._compare(settings)
-        elif any(not name.startswith(".") for name in present if name != _PRIVATE):
-            raise OutputError(f"{self.uri} is not empty, and no caption job's output")
         if overwrite or not ours:
             run = {
                 "schema_version": SCHEMA_VERSION,
@@ -185,12 +188,44 @@ class OutputDirectory:
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
             self._write_json("run.json", run)
-        for directory in (self.uri, storage.join(self.uri, _PRIVATE)):
+        self.tidy()
+
+    def _is_ours(self) -> bool:
+        """Whether a caption job began it; False where nobody did, an error where others use it."""
+        try:
+            present = storage.names(self.uri)
+            if "run.json" in self._private_names():
+                return True
+        except OSError as error:
+            reason = error.strerror or _one_line(error)
+            raise OutputError(f"cannot use {self.uri} for output: {reason}") from error
+        if any(not name.startswith(".") for name in present if name != PRIVATE):
+            raise OutputError(f"{self.uri} is not empty, and no caption job's output")
+        return False
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While entered, no other job can use the directory. In a bucket there is no such lock.
+
+        The lock is the kernel's, on a file: it goes when its process does, however that ends.
+
+        Raises:
+            OutputError: another job uses it, it holds files that are not ours, or it cannot be
+                written.
+        """
+        self._is_ours()
+        with storage.locked(self._private("lock")):
+            yield
+
+    def tidy(self) -> None:
+        """Deletes the temporary files that killed writers left."""
+        private = storage.join(self.uri, PRIVATE)
+        for directory in (self.uri, private, storage.join(private, "attempts")):
             for name in storage.leftovers(directory):
                 storage.delete(storage.join(directory, name))
 
     def _private_names(self) -> list[str]:
-        return storage.names(storage.join(self.uri, _PRIVATE))
+        return storage.names(storage.join(self.uri, PRIVATE))
 
     def _delete(self) -> None:
         """Parts first, run.json last: an interrupted deletion is still recognised as ours.
@@ -201,7 +236,8 @@ class OutputDirectory:
             storage.delete(storage.join(self.uri, part_name(number)))
         in_order = sorted(self._private_names(), key=lambda name: (name != "run.json", name))
         for name in reversed(in_order):
-            storage.delete(self._private(name))
+            if name != "lock":  # another job would lock the next file of that name
+                storage.delete(self._private(name))
 
     def _compare(self, settings: dict[str, Any]) -> None:
         before = self.read_json("run.json").get("settings", {})
@@ -292,33 +328,52 @@ class OutputDirectory:
             if number not in done:
                 yield Shard(number, table["uri"].to_pylist(), table["size"].to_pylist())
 
+    def not_ok(self, manifest: pa.Table) -> Iterator[Shard]:
+        """Of the shards that have their part, the images whose rows are not ``ok``."""
+        for number, listed, part in self._parts(manifest):
+            rows = np.flatnonzero(pc.not_equal(part["status"], "ok").to_numpy())
+            if len(rows):
+                images = listed.take(rows)
+                uris, sizes = images["uri"].to_pylist(), images["size"].to_pylist()
+                yield Shard(number, uris, sizes, rows.tolist())
+
     def accounts(self) -> Accounts:
-        """Counts the rows of every part by status against the manifest.
+        """Counts the rows of every part by status, and holds them against the manifest.
 
         Raises:
-            OutputError: a part cannot be read, does not have its shard's number of rows, or is
-                no shard's.
+            OutputError: a part cannot be read, does not hold its shard's images, each once and in
+                their order, or is no shard's.
         """
         manifest, done = self.manifest(), self.done()
-        expected: dict[int, int] = {}
         missing: list[str] = []
-        for number, table in _by_shard(manifest):
-            if number in done:
-                expected[number] = len(table)
-            else:
-                missing += table["uri"].to_pylist()
-        if strays := sorted(done - expected.keys()):
+        numbers = set()
+        for number, listed in _by_shard(manifest):
+            numbers.add(number)
+            if number not in done:
+                missing += listed["uri"].to_pylist()
+        if strays := sorted(done - numbers):
             raise OutputError(f"{part_name(strays[0])} is no shard's of the manifest")
         rows: Counter[str] = Counter()
+        for _, _, part in self._parts(manifest):
+            rows.update(part["status"].to_pylist())
+        by_status: dict[str, int] = {status: rows[status] for status in STATUSES if status in rows}
+        return Accounts(len(manifest), by_status, missing)
+
+    def _parts(self, manifest: pa.Table) -> Iterator[tuple[int, pa.Table, pa.Table]]:
+        """The parts there are: number, the shard's images, the part's URIs and statuses."""
+        done = self.done()
+        shards = [shard for shard in _by_shard(manifest) if shard[0] in done]
         with ThreadPoolExecutor(_READERS) as pool:
-            parts = pool.map(lambda number: self.read_part(number, ["status"]), expected)
-            for number, part in zip(expected, parts, strict=True):
-                if len(part) != expected[number]:
-                    raise OutputError(
-                        f"{part_name(number)} has {len(part)} rows, its shard {expected[number]}"
-                    )
-                rows.update(part["status"].to_pylist())
-        return Accounts(len(manifest), dict(rows), missing)
+            for begin in range(0, len(shards), _READ_AHEAD):
+                some = shards[begin : begin + _READ_AHEAD]
+                parts = pool.map(lambda shard: self.read_part(shard[0], ["uri", "status"]), some)
+                for (number, listed), part in zip(some, parts, strict=True):
+                    name = part_name(number)
+                    if len(part) != len(listed):
+                        raise OutputError(f"{name} has {len(part)} rows, its shard {len(listed)}")
+                    if not part["uri"].equals(listed["uri"]):
+                        raise OutputError(f"{name} holds other images than its shard")
+                    yield number, listed, part
 
     def read_part(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """A part, or some of its columns.

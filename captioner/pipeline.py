@@ -1,85 +1,66 @@
 """The caption job: shards → decode → caption → part files, in this process or on Ray.
 
-Both engines call the same functions and cut a shard into the same batches, so they write the same
-rows. A part is written atomically under its shard's name: a task that runs twice writes the same
-file twice, and what was done before a crash stays done.
+A part is written atomically under its shard's name: a task that runs twice writes the same file
+twice, and what was done before a crash stays done.
 """
 
-import io
 import logging
 import os
 import secrets
+import signal
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import torch
 from tqdm import tqdm
 
-from captioner import attention, images, storage
+from captioner import errors, images, storage
 from captioner.bundle import Bundle
 from captioner.bundle import load as load_bundle
-from captioner.captioning import Captioner
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
-from captioner.errors import IncompleteError
-from captioner.manifest import OutputDirectory, Shard, list_source, part_name
-from captioner.schema import (
-    COLUMNS,
-    SCHEMA_VERSION,
-    STATUSES,
-    CaptionRow,
-    part_schema,
-    rows_to_table,
-)
+from captioner.containment import Attempts, BatchCaptioner, caption_alone
+from captioner.errors import CaptionerError, ErrorRateError, IncompleteError, StoppedError
+from captioner.inprocess import run_local
+from captioner.manifest import OutputDirectory, Shard, list_source
+from captioner.schema import COLUMNS, SCHEMA_VERSION, CaptionRow, rows_to_table
+from captioner.stages import CaptionJob, Counts, Loaded, load_image, write_part
+from captioner.stopping import Signals, catch_signals, keep_handlers
 
-__all__ = ["CaptionJob", "Summary", "caption_images", "choose_engine"]
+__all__ = ["Summary", "caption_images", "choose_engine", "connected"]
 
 # Threads of a decode task on Ray: reading waits for the network, and Pillow decodes without
 # Python's lock.
 _READERS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptionJob:
-    """What the stages need to know; small, and the same on every machine.
-
-    ``grid`` is the side of an attention map, 0 where none are kept.
-    """
-
-    output: str
-    image_size: int
-    grid: int
-    decode: DecodeConfig
-    run: RunConfig
-
-
-@dataclass
-class _Loaded:
-    """An image on its way: the row it will be, and its pixels while it is to be captioned."""
-
-    row: CaptionRow
-    pixels_HW3: np.ndarray | None
-
-
 @dataclass(frozen=True)
 class Summary:
-    """What a run did and what the output holds now; ``rows`` counts all of it by status."""
+    """What a run did and what the output holds now.
+
+    ``rows`` counts all rows of the output by status, ``missing`` the images without one; ``gone``
+    are images that an earlier run listed and this one did not: their rows are kept. ``error`` is
+    why the run ended early.
+    """
 
     output: str
     images: int
     rows: dict[str, int]
+    missing: int
+    gone: int
     captioned: int
     seconds: float
     started: str
     ended: str
+    error: str | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -88,9 +69,14 @@ class Summary:
 
     def describe(self) -> str:
         """One line for a person."""
-        counts = ", ".join(f"{count} {status}" for status, count in self.rows.items() if count)
         done = f"{self.captioned} now, {self.images_per_second:.1f} images/s"
-        return f"{self.output}: {self.images} images ({counts}); {done}"
+        gone = f"; {self.gone} listed images are gone; their rows are kept" if self.gone else ""
+        return f"{self.counts()}; {done}{gone}"
+
+    def counts(self) -> str:
+        """The images by status."""
+        counts = ", ".join(f"{count} {status}" for status, count in self.rows.items() if count)
+        return f"{self.output}: {self.images} images ({counts})"
 
 
 def caption_images(
@@ -119,58 +105,124 @@ def caption_images(
         BundleError: the model cannot be loaded.
         OutputError: the output is another job's, or cannot be written.
         IncompleteError: the job ended with images that have no row.
+        ErrorRateError: more rows of the output than ``run.max_error_rate`` allows are not ok.
+        StoppedError: SIGTERM or Ctrl-C ended the job.
     """
-    decode, run = decode or DecodeConfig(), run or RunConfig()
-    source, output = storage.absolute(source), storage.absolute(output)
-    bundle = load_bundle(model)
-    listed = list_source(source, listing or ListingConfig())
-    directory = OutputDirectory(output)
-    directory.begin(_settings(bundle, decode), overwrite=overwrite)
-    manifest = directory.extend(listed, run.shard_size)
-    remaining = list(directory.remaining(manifest))
-    job = CaptionJob(
-        output=output,
-        image_size=bundle.config.image_size,
-        grid=0 if decode.attention == "none" else bundle.grid,
-        decode=decode,
-        run=run,
-    )
+    decode, run, listing = decode or DecodeConfig(), run or RunConfig(), listing or ListingConfig()
+    directory = OutputDirectory(storage.absolute(output))
+    with catch_signals() as signals:
+        try:
+            bundle = load_bundle(model)
+            listed = list_source(storage.absolute(source), listing)
+            with directory.locked():
+                directory.begin(_settings(bundle, decode), overwrite=overwrite)
+                manifest = directory.extend(listed, run.shard_size)
+                # A limit leaves images out that are still there.
+                found = manifest["uri"] if listing.limit else [each.uri for each in listed]
+                gone = len(manifest) - len(found)
+                job = CaptionJob(
+                    output=directory.uri,
+                    image_size=bundle.config.image_size,
+                    grid=0 if decode.attention == "none" else bundle.grid,
+                    decode=decode,
+                    run=run,
+                )
+                return _caption(job, bundle, directory, manifest, signals, gone=gone)
+        except KeyboardInterrupt as interrupt:
+            raise _stopped(directory, signals.received or signal.SIGINT) from interrupt
+
+
+def _caption(
+    job: CaptionJob,
+    bundle: Bundle,
+    directory: OutputDirectory,
+    manifest: pa.Table,
+    signals: Signals,
+    *,
+    gone: int,
+) -> Summary:
+    """Does what is left of a job, and closes the books however that ends."""
+    shards = list(directory.remaining(manifest))
+    if job.run.retry_failed:
+        shards += directory.not_ok(manifest)
+    attempts, written = Attempts(job.output), Counter[str]()
     started, begin = _now(), time.monotonic()
-    left = sum(len(shard.uris) for shard in remaining)
-    captioned = _run(job, bundle, remaining, done=len(manifest) - left) if remaining else 0
-    accounts = directory.accounts()
-    summary = Summary(
-        output=output,
-        images=accounts.images,
-        rows=accounts.rows,
-        captioned=captioned,
-        seconds=time.monotonic() - begin,
-        started=started,
-        ended=_now(),
-    )
-    directory.write_summary(
-        asdict(summary)
-        | {"images_per_second": summary.images_per_second, "missing": len(accounts.missing)}
-    )
-    if accounts.missing:
-        first = ", ".join(accounts.missing[:20])
-        raise IncompleteError(f"{len(accounts.missing)} images have no row: {first}")
+
+    def close(error: str | None = None) -> tuple[Summary, list[str]]:
+        seconds = time.monotonic() - begin
+        accounts = directory.accounts()
+        summary = Summary(
+            output=job.output,
+            images=accounts.images,
+            rows=accounts.rows,
+            missing=len(accounts.missing),
+            gone=gone,
+            captioned=sum(written.values()),
+            seconds=seconds,
+            started=started,
+            ended=_now(),
+            error=error,
+        )
+        speed = {"images_per_second": summary.images_per_second}
+        directory.write_summary(asdict(summary) | speed)
+        return summary, accounts.missing
+
+    try:
+        if shards:
+            _run(job, bundle, shards, written, signals, total=len(manifest))
+    except BaseException as problem:
+        # What is told already is not to be hidden by what goes wrong now.
+        with suppress(CaptionerError):
+            directory.tidy()
+            if isinstance(problem, (CaptionerError, KeyboardInterrupt)):
+                attempts.forgive()
+            close(str(problem) or ("stopped" if signals.received else type(problem).__name__))
+        raise
+    directory.tidy()
+    summary, missing = close()
+    if missing:
+        first = ", ".join(missing[:20])
+        raise IncompleteError(f"{len(missing)} images have no row: {first}")
+    attempts.clear()
+    bad = 1 - summary.rows.get("ok", 0) / summary.images
+    if bad > job.run.max_error_rate:
+        raise ErrorRateError(
+            f"{summary.counts()}: {bad:.1%} are not ok, "
+            f"more than --max-error-rate {job.run.max_error_rate:.1%}"
+        )
     return summary
 
 
-def _run(job: CaptionJob, bundle: Bundle, shards: list[Shard], *, done: int) -> int:
-    """Runs the engine with a progress bar; returns the number of rows written."""
-    engine = _run_ray if choose_engine(job.run) == "ray" else _run_local
-    total = done + sum(len(shard.uris) for shard in shards)
-    written, bad = 0, 0
-    with tqdm(total=total, initial=done, unit="image", disable=None) as progress:
-        for counts in engine(job, bundle, shards):
-            rows = sum(counts.values())
-            written, bad = written + rows, bad + rows - counts["ok"]
-            if bad:
+def _stopped(directory: OutputDirectory, number: int) -> StoppedError:
+    manifest = directory.manifest()
+    done = len(manifest) - sum(len(shard.uris) for shard in directory.remaining(manifest))
+    return StoppedError(
+        f"stopped by {signal.Signals(number).name}: {done} of {len(manifest)} images done; "
+        "run the same command again to go on",
+        number,
+    )
+
+
+def _run(
+    job: CaptionJob,
+    bundle: Bundle,
+    shards: list[Shard],
+    written: Counter[str],
+    signals: Signals,
+    *,
+    total: int,
+) -> None:
+    """Runs the engine with a progress bar; counts in ``written`` the rows written, by status."""
+    engine = _run_ray if choose_engine(job.run) == "ray" else run_local
+    done = total - sum(len(shard.uris) for shard in shards)
+    bar = tqdm(total=total, initial=done, unit="image", disable=None)
+    with bar as progress, closing(engine(job, bundle, shards)) as running:
+        for counts in running:
+            written.update(counts)
+            if bad := sum(written.values()) - written["ok"]:
                 progress.set_postfix(bad=bad, refresh=False)
-            progress.update(rows)
-    return written
+            progress.update(sum(counts.values()))
+            signals.check()
 
 
 def choose_engine(run_config: RunConfig) -> str:
@@ -179,8 +231,6 @@ def choose_engine(run_config: RunConfig) -> str:
         return run_config.engine
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         return "ray"
-    import torch
-
     return "ray" if torch.cuda.device_count() > 1 else "local"
 
 
@@ -200,119 +250,27 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-# The stages, one function each. Both engines are made of these.
+# On Ray: one chain. A shard is one row in one block all the way, so that it stays together.
+
+_SHARD = pa.schema(
+    {
+        "number": pa.int32(),
+        "uris": pa.list_(pa.string()),
+        "sizes": pa.list_(pa.int64()),
+        "redone": pa.list_(pa.int64()),
+        "rows": pa.list_(pa.struct(list(COLUMNS))),
+        "pixels": pa.list_(pa.large_binary()),
+        "problem": pa.list_(pa.string()),
+    }
+)
 
 
-def load_image(job: CaptionJob, uri: str, size: int | None) -> _Loaded:
-    """Reads and decodes one image. What is wrong with it stands in its row."""
-    limit = job.run.max_bytes
-    if size is not None and size > limit:
-        error = f"more than {limit} bytes"
-        return _Loaded(CaptionRow(uri=uri, bytes=size, status="rejected", error=error), None)
-    try:
-        data = storage.read(uri, limit)
-    except Exception as problem:  # a bucket's client raises what it likes: this row says so
-        row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=_one_line(problem))
-        return _Loaded(row, None)
-    decoded = images.decode(
-        data, job.image_size, max_pixels=job.run.max_pixels, max_bytes=job.run.max_bytes
-    )
-    row = CaptionRow(
-        uri=uri,
-        width=decoded.width,
-        height=decoded.height,
-        bytes=len(data),
-        status=decoded.status,
-        error=decoded.error,
-    )
-    return _Loaded(row, decoded.pixels_HW3)
+def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
+    with connected() as ray:
+        yield from _chain(ray, job, bundle, shards)
 
 
-def caption_batch(captioner: Captioner, batch: Sequence[_Loaded]) -> None:
-    """Captions the images of a batch that are ok: fills their rows and drops their pixels."""
-    ready = [(each.row, each.pixels_HW3) for each in batch if each.pixels_HW3 is not None]
-    if not ready:
-        return
-    captions = captioner(np.stack([pixels_HW3 for _, pixels_HW3 in ready]))
-    for each in batch:
-        each.pixels_HW3 = None
-    for (row, _), caption in zip(ready, captions, strict=True):
-        row.caption, row.tokens = caption.text, caption.tokens
-        row.token_logprobs, row.score = caption.token_logprobs, caption.score
-        if caption.attention_TGG is not None:
-            row.attention, row.attention_peak = attention.encode(
-                caption.attention_TGG, captioner.decode.attention_levels
-            )
-
-
-def write_part(job: CaptionJob, shard: int, rows: pa.Table) -> dict[str, int]:
-    """Writes a shard's rows as its part; returns the number of rows by status."""
-    schema = part_schema(
-        attention=job.decode.attention, grid=job.grid, levels=job.decode.attention_levels
-    )
-    sink = io.BytesIO()
-    pq.write_table(rows.cast(schema), sink, compression="zstd")
-    storage.write(storage.join(job.output, part_name(shard)), sink.getvalue())
-    counted = Counter(rows["status"].to_pylist())
-    return {status: counted[status] for status in STATUSES}
-
-
-def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split()) or type(problem).__name__
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
-
-
-# In this process: threads read and decode the next shard while the model captions this one.
-
-
-def _run_local(
-    job: CaptionJob, bundle: Bundle, shards: Iterable[Shard]
-) -> Iterator[dict[str, int]]:
-    captioner = Captioner(bundle, job.decode, device=job.run.device, precision=job.run.precision)
-    decoders = job.run.decoders or os.cpu_count() or 1
-    readers = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-    writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-    try:
-        writing: Future[dict[str, int]] | None = None
-        for shard, loading in _load_ahead(job, shards, readers):
-            rows = []
-            for futures in _batches(loading, job.run.batch_size):
-                batch = [future.result() for future in futures]
-                caption_batch(captioner, batch)
-                rows += [loaded.row for loaded in batch]
-            if writing:
-                yield writing.result()
-            writing = writer.submit(write_part, job, shard.number, rows_to_table(rows))
-        if writing:
-            yield writing.result()
-    finally:
-        for pool in (readers, writer):
-            pool.shutdown(cancel_futures=True)
-
-
-def _load_ahead(
-    job: CaptionJob, shards: Iterable[Shard], readers: ThreadPoolExecutor
-) -> Iterator[tuple[Shard, list[Future[_Loaded]]]]:
-    """Shards and their images' futures; the next shard is begun before one is handed out."""
-    ahead: deque[tuple[Shard, list[Future[_Loaded]]]] = deque()
-    for shard in shards:
-        images_of = zip(shard.uris, shard.sizes, strict=True)
-        futures = [readers.submit(load_image, job, uri, size) for uri, size in images_of]
-        ahead.append((shard, futures))
-        if len(ahead) > 1:
-            yield ahead.popleft()
-    yield from ahead
-
-
-# On Ray: one chain. A shard is one row in and one block all the way, so that it stays together.
-
-
-def _run_ray(job: CaptionJob, bundle: Bundle, shards: Iterable[Shard]) -> Iterator[dict[str, int]]:
-    ray = connect()
+def _chain(ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
@@ -323,38 +281,30 @@ def _run_ray(job: CaptionJob, bundle: Bundle, shards: Iterable[Shard]) -> Iterat
     cpus = int(ray.cluster_resources().get("CPU", 1))
     actors = gpus or max(1, cpus // 8)
     threads = None if gpus else max(1, cpus // actors)
-    rows = [asdict(shard) for shard in shards]
+    one_shard = {"batch_size": 1, "batch_format": "pyarrow"}
     # Fractions of a CPU: whole ones would let the actors keep the tasks from ever being scheduled.
-    yield from (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(
-            _load_stage,
-            fn_kwargs={"job": job},
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=0.5,
-        )
+    chain = (
+        ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+        .map_batches(_load_stage, fn_kwargs={"job": job}, num_cpus=0.5, **one_shard)
         .map_batches(
             _CaptionStage,
             fn_constructor_kwargs={"job": job, "bundle": ray.put(bundle), "threads": threads},
-            batch_size=job.run.batch_size,
-            batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors),
             num_gpus=1 if gpus else 0,
             num_cpus=0.75,
+            **one_shard,
         )
-        .map_batches(
-            _write_stage,
-            fn_kwargs={"job": job},
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=0.25,
-        )
-        .iter_rows()
+        .map_batches(_write_stage, fn_kwargs={"job": job}, num_cpus=0.25, **one_shard)
     )
+    for row in chain.iter_rows():
+        if problem := row.pop("problem"):
+            name, message = problem
+            raise getattr(errors, name)(message)
+        yield row
 
 
-def connect(*, log_to_driver: bool = False) -> Any:
+@contextmanager
+def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
     """Joins the cluster that RAY_ADDRESS names, or starts Ray here for this job alone."""
     if not os.environ.get("RAY_ADDRESS"):
         # Read when Ray is imported. Without a token of our own Ray leaves one in the home
@@ -363,65 +313,115 @@ def connect(*, log_to_driver: bool = False) -> Any:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-        ray.init(
-            address=address, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local
-        )
-    return ray
+    if ray.is_initialized():
+        yield ray
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.WARNING}
+    if address == "local":
+        options["include_dashboard"] = False
+    with keep_handlers():  # Ray puts its own in their place
+        ray.init(address=address, **options)
+    try:
+        yield ray
+    finally:
+        ray.shutdown(wait_for_processes=True)
 
 
+def _with_problems(stage: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
+    """A stage whose errors come out in its row, and go through the stages after it as they are.
+
+    Raised in a stage they would reach the driver as pages of Ray's own frames.
+    """
+
+    @wraps(stage)
+    def run(*arguments: Any, **keywords: Any) -> pa.Table:
+        table = arguments[-1]
+        if "problem" in table.column_names and table["problem"][0].is_valid:
+            return table
+        try:
+            return stage(*arguments, **keywords)
+        except CaptionerError as error:
+            problem = [type(error).__name__, str(error)]
+            return pa.Table.from_pylist([{"problem": problem}], schema=_SHARD)
+
+    return run
+
+
+def _pack(shard: Shard, images_of: Sequence[Loaded] | None) -> pa.Table:
+    """A shard as one row; without images where they are yet to be loaded."""
+    rows = pixels = None
+    if images_of is not None:
+        rows = [asdict(image.row) for image in images_of]
+        pixels = [
+            None if image.pixels_HW3 is None else image.pixels_HW3.tobytes() for image in images_of
+        ]
+    return pa.Table.from_pylist([asdict(shard) | {"rows": rows, "pixels": pixels}], schema=_SHARD)
+
+
+def _unpack(table: pa.Table, image_size: int) -> tuple[Shard, list[Loaded] | None]:
+    [values] = table.select(["number", "uris", "sizes", "redone"]).to_pylist()
+    shard = Shard(**values)
+    [rows], [pixels] = table["rows"].to_pylist(), table["pixels"]
+    if rows is None:
+        return shard, None
+    shape = (image_size, image_size, 3)
+    arrays = (
+        np.frombuffer(data.as_buffer(), np.uint8).reshape(shape) if data.is_valid else None
+        for data in pixels.values
+    )
+    return shard, [
+        Loaded(CaptionRow(**row), pixels_HW3) for row, pixels_HW3 in zip(rows, arrays, strict=True)
+    ]
+
+
+@_with_problems
 def _load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
-    """One shard in; its images' rows out, with their pixels."""
+    """A shard in; its images loaded out, unless a process died with it."""
     [shard] = (Shard(**row) for row in table.to_pylist())
+    attempts = Attempts(job.output)
+    if attempts.deaths(shard.number) is not None:
+        return _pack(shard, None)
+    attempts.begin(shard.number)
     with ThreadPoolExecutor(job.run.decoders or _READERS) as pool:
         loaded = list(pool.map(partial(load_image, job), shard.uris, shard.sizes))
-    pixels = [None if each.pixels_HW3 is None else each.pixels_HW3.tobytes() for each in loaded]
-    return (
-        rows_to_table([each.row for each in loaded])
-        .append_column("shard", pa.array([shard.number] * len(loaded), pa.int32()))
-        .append_column("shard_rows", pa.array([len(loaded)] * len(loaded), pa.int32()))
-        .append_column("pixels", pa.array(pixels, pa.large_binary()))
-    )
+    attempts.end(shard.number)
+    return _pack(shard, loaded)
 
 
 class _CaptionStage:
-    """Rows with pixels in; rows with captions out."""
+    """Shards in, their images loaded or not; shards with captions out."""
 
     def __init__(self, job: CaptionJob, bundle: Any, threads: int | None):
         import ray
-        import torch
 
         if threads is not None:  # Ray sets one thread where an actor reserves less than a CPU
             torch.set_num_threads(threads)
-        self.shape = (job.image_size, job.image_size, 3)
-        self.captioner = Captioner(
-            ray.get(bundle), job.decode, device=job.run.device, precision=job.run.precision
-        )
+        self.job = job
+        self.attempts = Attempts(job.output)
+        self.captioner = BatchCaptioner.load(job, ray.get(bundle))
 
+    @_with_problems
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = [CaptionRow(**row) for row in table.select(COLUMNS.names).to_pylist()]
-        batch = [
-            _Loaded(row, np.frombuffer(data.as_buffer(), np.uint8).reshape(self.shape))
-            if data.is_valid
-            else _Loaded(row, None)
-            for row, data in zip(rows, table["pixels"], strict=True)
-        ]
-        caption_batch(self.captioner, batch)
-        return (
-            rows_to_table(rows)
-            .append_column("shard", table["shard"])
-            .append_column("shard_rows", table["shard_rows"])
-        )
+        shard, loaded = _unpack(table, self.job.image_size)
+        try:
+            if loaded is None or self.attempts.deaths(shard.number) is not None:
+                rows = caption_alone(self.job, self.captioner, shard, self.attempts)
+                return _pack(shard, [Loaded(row, None) for row in rows])
+            self.attempts.begin(shard.number)
+            self.captioner(loaded)
+            self.attempts.end(shard.number)
+        except torch.AcceleratorError:
+            logging.getLogger(__name__).exception("the device is lost: a new process takes over")
+            os._exit(1)
+        return _pack(shard, loaded)
 
 
+@_with_problems
 def _write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
-    """Whole shards in; one row of counts by status out for each."""
-    counts = []
-    for number in table["shard"].unique().to_pylist():
-        rows = table.filter(pc.equal(table["shard"], number))
-        expected = rows["shard_rows"][0].as_py()
-        assert len(rows) == expected, f"shard {number} has {len(rows)} rows of {expected}"
-        counts.append(write_part(job, number, rows.select(COLUMNS.names)))
-    return pa.Table.from_pylist(counts)
+    """A captioned shard in; the number of its rows by status out."""
+    shard, captioned = _unpack(table, job.image_size)
+    assert captioned is not None
+    rows = rows_to_table([image.row for image in captioned])
+    counts: dict[str, Any] = dict(write_part(job, shard, rows))
+    return pa.Table.from_pylist([counts | {"problem": None}])

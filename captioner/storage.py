@@ -8,6 +8,7 @@ bucket's client raises comes out as an OSError, after what may pass has been tri
 
 import asyncio
 import errno
+import fcntl
 import io
 import os
 import random
@@ -17,6 +18,7 @@ import stat
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
@@ -34,6 +36,7 @@ __all__ = [
     "is_directory",
     "join",
     "leftovers",
+    "locked",
     "names",
     "open_binary",
     "read",
@@ -413,6 +416,38 @@ def _write_local(path: str, data: bytes) -> None:
         os.fsync(descriptor)  # the rename itself survives a power cut
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(uri: str) -> Iterator[None]:
+    """While entered, no other process can enter with the same file; in a bucket any can.
+
+    Raises:
+        OutputError: another process has it, or it cannot be written.
+    """
+    fs, path = _filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        yield
+        return
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = open(path, "ab+", buffering=0)  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise OutputError(f"cannot write {uri}: {_reason(error)}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().decode(errors="replace")
+            raise OutputError(f"another job is at work: {uri} is locked by {holder}") from error
+        except OSError as error:
+            # Some network file systems know no locks.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OutputError(f"cannot lock {uri}: {_reason(error)}") from error
+        yield
 
 
 def leftovers(directory: str) -> Iterator[str]:

@@ -365,10 +365,20 @@ def _alone(job: _Job) -> _Worker:
 
 def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
     """Runs the loop on Ray Train's workers, which go on from the last checkpoint when one dies."""
-    from captioner.pipeline import connect
+    from captioner.pipeline import connected
 
-    ray = connect(log_to_driver=True)
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    with connected(log_to_driver=True) as ray:
+        _fit(ray, job, launch)
+
+
+def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
     from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = launch.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= launch.workers
@@ -392,7 +402,7 @@ def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except TrainingFailedError as error:
         causes = [error, *getattr(error, "worker_failures", {}).values()]
         reason = " ".join(str(causes[-1]).split()) or type(error).__name__
         raise CaptionerError(f"training failed: {reason[-500:]}") from error

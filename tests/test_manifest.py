@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -55,7 +56,11 @@ def _listed(*numbers: int) -> list[Listed]:
 
 
 def _write_part(output: OutputDirectory, number: int, statuses: list[str]) -> None:
-    rows = [CaptionRow(uri=f"{number}/{row}", status=status) for row, status in enumerate(statuses)]
+    """A part with the shard's images, as many as there are statuses; others where it has fewer."""
+    manifest = output.manifest()
+    uris = manifest.filter(pc.equal(manifest["shard"], number))["uri"].to_pylist()
+    uris += [f"{number}/{row}" for row in range(len(uris), len(statuses))]
+    rows = [CaptionRow(uri=uri, status=status) for uri, status in zip(uris, statuses, strict=False)]
     sink = io.BytesIO()
     pq.write_table(rows_to_table(rows), sink)
     storage.write(f"{output.uri}/{part_name(number)}", sink.getvalue())
@@ -578,6 +583,56 @@ def test_a_part_with_another_number_of_rows_is_an_error(output, statuses):
         OutputError, match=rf"^part-000000\.parquet has {len(statuses)} rows, its shard 2$"
     ):
         output.accounts()
+
+
+def test_a_part_with_other_images_is_an_error(output):
+    output.extend(_listed(0, 1), shard_size=2)
+    for uris in (["/photos/1.jpg", "/photos/0.jpg"], ["/photos/0.jpg"] * 2):
+        rows = [CaptionRow(uri=uri, status="ok") for uri in uris]
+        sink = io.BytesIO()
+        pq.write_table(rows_to_table(rows), sink)
+        storage.write(f"{output.uri}/{part_name(0)}", sink.getvalue())
+        with pytest.raises(
+            OutputError, match=r"^part-000000\.parquet holds other images than its shard$"
+        ):
+            output.accounts()
+
+
+def test_what_is_not_ok_is_found_in_its_place(output):
+    manifest = output.extend(_listed(*range(6)), shard_size=3)
+    _write_part(output, 0, ["failed", "ok", "unreadable"])
+    assert list(output.not_ok(manifest)) == [
+        Shard(0, ["/photos/0.jpg", "/photos/2.jpg"], [0, 200], [0, 2])
+    ]
+
+
+# The lock.
+
+
+def test_a_second_job_on_the_same_directory_is_told_so(tmp_path):
+    first, second = OutputDirectory(f"{tmp_path}/out"), OutputDirectory(f"{tmp_path}/out")
+    with first.locked():
+        with (
+            pytest.raises(
+                OutputError,
+                match=rf"^another job is at work: .+ is locked by process {os.getpid()} on ",
+            ),
+            second.locked(),
+        ):
+            pass
+        first.begin(SETTINGS)
+        first.begin({"beam": 9}, overwrite=True)  # which must not delete the lock
+        with pytest.raises(OutputError, match=r"^another job is at work"), second.locked():
+            pass
+    with second.locked():
+        second.begin({"beam": 9})
+
+
+def test_somebody_elses_directory_is_not_locked(tmp_path):
+    (tmp_path / "thesis.tex").write_bytes(b"years of work")
+    with pytest.raises(OutputError, match="is not empty"), OutputDirectory(str(tmp_path)).locked():
+        pass
+    assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_a_part_of_no_shard_is_an_error(output):

@@ -1,9 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import duckdb
@@ -14,12 +9,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import attention, bundle
-from captioner.config import DecodeConfig, RunConfig
-from captioner.errors import FingerprintError
+from captioner.config import DecodeConfig, ListingConfig, RunConfig
+from captioner.errors import ErrorRateError, FingerprintError, OutputError
+from captioner.manifest import OutputDirectory
 from captioner.pipeline import caption_images, choose_engine
 from conftest import tiny_model, write_photos
 
-RUN = RunConfig(engine="local", shard_size=4, batch_size=3, precision="fp32", device="cpu")
+RUN = RunConfig(
+    engine="local",
+    shard_size=4,
+    batch_size=3,
+    precision="fp32",
+    device="cpu",
+    max_error_rate=1,
+)
 
 
 def _rows(output: Path) -> list[dict]:
@@ -162,31 +165,71 @@ def test_the_engine_is_ray_only_where_there_is_a_cluster(monkeypatch):
     assert choose_engine(RunConfig(engine="local")) == "local"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_killed_job_goes_on_where_it_was(engine, model_directory, tmp_path):
-    photos, output = tmp_path / "photos", tmp_path / "out"
-    write_photos(photos, 600)
-    command = [sys.executable, "-m", "captioner.cli", "caption", str(photos), str(output)]
-    command += ["--model", str(model_directory), "--engine", engine, "--shard-size", "10"]
-    command += ["--batch-size", "5", "--device", "cpu"]
-    # A session of its own, so that the kill takes Ray's processes along.
-    job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(output.glob("part-*"))) < 5:
-            assert time.monotonic() < deadline
-            assert job.poll() is None, "the job ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
-    assert len(before) < 60
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    uris = [row["uri"] for row in _rows(output)]
-    assert uris == sorted(str(path) for path in photos.iterdir())
-    assert json.loads((output / "_captioner/summary.json").read_text())["rows"] == {"ok": 600}
-    assert not list(output.glob(".*"))
+def test_too_many_bad_rows_are_an_error_when_all_is_written(
+    engine, photos, model_directory, tmp_path, request
+):
+    output = tmp_path / "out"
+    run = RunConfig(**{**vars(_engine(engine, request)), "max_error_rate": 0.2})
+    for _ in range(2):  # the rows of earlier runs count too
+        with pytest.raises(ErrorRateError) as caught:
+            caption_images(str(photos), str(output), str(model_directory), run=run)
+        assert str(caught.value) == (
+            f"{output}: 13 images (10 ok, 3 undecodable): 23.1% are not ok, "
+            "more than --max-error-rate 20.0%"
+        )
+        assert len(_rows(output)) == 13
+        summary = json.loads((output / "_captioner/summary.json").read_text())
+        assert summary["rows"] == {"ok": 10, "undecodable": 3}
+        assert summary["error"] is None
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_failed_rows_are_redone_in_their_place(engine, photos, model_directory, tmp_path, request):
+    output, run = tmp_path / "out", _engine(engine, request)
+    caption_images(str(photos), str(output), str(model_directory), run=run)
+    before = _rows(output)
+    mended = ["empty.jpg", "truncated.jpg"]
+    for name in mended:
+        (photos / name).write_bytes((photos / "photo-0000.jpg").read_bytes())
+    sound = output / "part-000001.parquet"
+    written = sound.stat().st_mtime_ns
+    run = RunConfig(**{**vars(run), "retry_failed": True})
+    summary = caption_images(str(photos), str(output), str(model_directory), run=run)
+    assert summary.captioned == 3
+    assert summary.rows == {"ok": 12, "undecodable": 1}
+    after = _rows(output)
+    assert [row["uri"] for row in after] == [row["uri"] for row in before]
+    for old, new in zip(before, after, strict=True):
+        if Path(new["uri"]).name in mended:
+            assert (old["status"], new["status"]) == ("undecodable", "ok")
+            assert new["caption"] == " ".join(new["tokens"])
+        else:
+            assert new == old
+    assert sound.stat().st_mtime_ns == written
+
+
+def test_images_that_are_gone_keep_their_rows(photos, model_directory, tmp_path):
+    output = tmp_path / "out"
+    caption_images(str(photos), str(output), str(model_directory), run=RUN)
+    before = _rows(output)
+    for name in ("photo-0000.jpg", "photo-0005.jpg"):
+        (photos / name).unlink()
+    summary = caption_images(str(photos), str(output), str(model_directory), run=RUN)
+    assert summary.gone == 2
+    assert summary.describe().endswith("; 2 listed images are gone; their rows are kept")
+    assert _rows(output) == before
+    limited = ListingConfig(limit=3)
+    summary = caption_images(
+        str(photos), str(output), str(model_directory), run=RUN, listing=limited
+    )
+    assert summary.gone == 0
+
+
+def test_two_jobs_on_one_output_are_one_too_many(photos, model_directory, tmp_path):
+    directory = OutputDirectory(str(tmp_path / "out"))
+    with directory.locked(), pytest.raises(OutputError, match=r"^another job is at work"):
+        caption_images(str(photos), directory.uri, str(model_directory), run=RUN)
+    assert not _rows(tmp_path / "out")
+    caption_images(str(photos), directory.uri, str(model_directory), run=RUN)
+    assert len(_rows(tmp_path / "out")) == 13

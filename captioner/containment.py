@@ -1,0 +1,189 @@
+"""One bad image costs one row: what the model cannot do, and what kills a process.
+
+An image on which the model raises is found by halving its batch. One that kills its process, as a
+crash in a decoder's C code or the kernel's out-of-memory killer does, cannot be caught: a small
+file says which shard is in a process's hands, and is deleted when the shard is out of them. Where
+that file is found, the process died, or was killed by somebody; the shard is then done image by
+image, each named in the file before it is touched. An image that was alone in its process when
+that died, twice, is not touched again and becomes a row that says so.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from captioner import attention, storage
+from captioner.bundle import Bundle
+from captioner.captioning import Caption, Captioner
+from captioner.config import DecodeConfig
+from captioner.manifest import PRIVATE, Shard
+from captioner.schema import CaptionRow
+from captioner.stages import CaptionJob, Loaded, load_image, one_line
+
+__all__ = ["Attempts", "BatchCaptioner", "caption_alone"]
+
+_DEATHS = 2  # of a process with one image alone in it, until the image is left alone
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+_logger = logging.getLogger(__name__)
+
+
+class Attempts:
+    """The files that say which shards are in a process's hands: ``_captioner/attempts/N.json``.
+
+    A file holds ``alone``, the URI of the image that is in the process alone, or null, and
+    ``deaths``, how often a process died with an image alone in it, by URI.
+    """
+
+    def __init__(self, output: str):
+        self._directory = storage.join(storage.join(output, PRIVATE), "attempts")
+
+    def _uri(self, number: int) -> str:
+        return storage.join(self._directory, f"{number:06d}.json")
+
+    def begin(
+        self, number: int, *, alone: str | None = None, deaths: dict[str, int] | None = None
+    ) -> None:
+        """Says that a shard, or an image of it alone, is in this process's hands from now on."""
+        values = {"alone": alone, "deaths": deaths or {}}
+        storage.write(self._uri(number), json.dumps(values).encode())
+
+    def end(self, number: int) -> None:
+        """Says that a shard is out of this process's hands."""
+        storage.delete(self._uri(number))
+
+    def deaths(self, number: int) -> dict[str, int] | None:
+        """None where no process died with the shard; else how often one did with an image alone."""
+        try:
+            values = json.loads(storage.read(self._uri(number)))
+        except FileNotFoundError:
+            return None
+        deaths: dict[str, int] = values["deaths"]
+        if values["alone"] is not None:
+            deaths[values["alone"]] = deaths.get(values["alone"], 0) + 1
+        return deaths
+
+    def suspects(self) -> set[int]:
+        """The numbers of the shards that were in a process's hands when it died."""
+        names = storage.names(self._directory)
+        return {int(name[:-5]) for name in names if name.endswith(".json")}
+
+    def forgive(self) -> None:
+        """After an orderly end: what is in hands now is nobody's fault, earlier deaths stay."""
+        for number in self.suspects():
+            values = json.loads(storage.read(self._uri(number)))
+            if values["deaths"]:
+                self.begin(number, deaths=values["deaths"])
+            else:
+                self.end(number)
+
+    def clear(self) -> None:
+        """Deletes all files: the job has ended, and every image has its row."""
+        storage.delete(self._directory)
+
+
+class BatchCaptioner:
+    """Captions batches of any size, whatever they hold, with no more images at once than fit.
+
+    ``batch_size`` is halved for good when memory runs out.
+    """
+
+    def __init__(
+        self,
+        captioner: Callable[[np.ndarray], Sequence[Caption]],
+        decode: DecodeConfig,
+        batch_size: int,
+    ):
+        self._captioner = captioner
+        self._decode = decode
+        self.batch_size = batch_size
+
+    @classmethod
+    def load(cls, job: CaptionJob, bundle: Bundle) -> "BatchCaptioner":
+        """With a bundle's model, on the device that the job names."""
+        run = job.run
+        captioner = Captioner(bundle, job.decode, device=run.device, precision=run.precision)
+        return cls(captioner, job.decode, run.batch_size)
+
+    def __call__(self, images: Sequence[Loaded]) -> None:
+        """Captions those of the images that are ok: fills their rows and drops their pixels.
+
+        Raises:
+            torch.AcceleratorError: the device is in a state that only a new process gets out of.
+        """
+        ready = [each for each in images if each.pixels_HW3 is not None]
+        while ready:
+            batch, ready = ready[: self.batch_size], ready[self.batch_size :]
+            self._contain(batch)
+
+    def _contain(self, batch: Sequence[Loaded]) -> None:
+        if (problem := self._try(batch)) is None:
+            return
+        exhausted = _is_out_of_memory(problem)
+        if isinstance(problem, torch.AcceleratorError) and not exhausted:
+            raise problem
+        if len(batch) == 1:
+            [image] = batch
+            image.row.status, image.pixels_HW3 = "failed", None
+            image.row.error = f"{type(problem).__name__}: {one_line(problem)}"
+            return
+        half = math.ceil(len(batch) / 2)
+        if exhausted and half < self.batch_size:
+            self.batch_size = half
+            _logger.warning("out of memory: batches of %d images from now on", half)
+        self._contain(batch[:half])
+        self._contain(batch[half:])
+
+    def _try(self, batch: Sequence[Loaded]) -> Exception | None:
+        """Captions a batch; returns what went wrong, without the frames that hold on to memory."""
+        try:
+            self._caption(batch)
+        except Exception as problem:
+            return problem.with_traceback(None)
+        return None
+
+    def _caption(self, batch: Sequence[Loaded]) -> None:
+        pixels = [image.pixels_HW3 for image in batch if image.pixels_HW3 is not None]
+        captions = self._captioner(np.stack(pixels))
+        maps = [
+            (None, None)
+            if caption.attention_TGG is None
+            else attention.encode(caption.attention_TGG, self._decode.attention_levels)
+            for caption in captions
+        ]
+        for image, caption, (attention_bytes, peaks) in zip(batch, captions, maps, strict=True):
+            row, image.pixels_HW3 = image.row, None
+            row.caption, row.tokens = caption.text, caption.tokens
+            row.token_logprobs, row.score = caption.token_logprobs, caption.score
+            row.attention, row.attention_peak = attention_bytes, peaks
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    """Whether the host's or a device's memory ran out; torch has several words for it."""
+    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(problem).lower()
+    return isinstance(problem, RuntimeError) and any(each in message for each in _OUT_OF_MEMORY)
+
+
+def caption_alone(
+    job: CaptionJob, captioner: BatchCaptioner, shard: Shard, attempts: Attempts
+) -> list[CaptionRow]:
+    """A shard with which a process died, image by image, so that the one that kills is known."""
+    deaths = attempts.deaths(shard.number) or {}
+    rows = []
+    for uri, size in zip(shard.uris, shard.sizes, strict=True):
+        if deaths.get(uri, 0) >= _DEATHS:
+            error = "it killed the process that captioned it twice"
+            rows.append(CaptionRow(uri=uri, bytes=size, status="failed", error=error))
+            continue
+        attempts.begin(shard.number, alone=uri, deaths=deaths)
+        image = load_image(job, uri, size)
+        captioner([image])
+        rows.append(image.row)
+    attempts.end(shard.number)
+    return rows

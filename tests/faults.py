@@ -1,0 +1,63 @@
+"""Runs captioner with faults put into its processes: ``python faults.py ENGINE caption …``.
+
+An image file that ends in ``KILL`` kills the process that decodes it; a magenta image kills the one
+whose model sees it. Where the environment names a file in ``KILL_RENAME`` that does not exist, the
+first process to rename a part makes it and is killed before the renaming.
+"""
+
+import os
+import signal
+import sys
+
+
+def install() -> None:
+    """Puts the faults into this process."""
+    from captioner import images
+    from captioner.captioning import Captioner
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    decode, call = images.decode, Captioner.__call__
+
+    def poisoned_decode(data, *arguments, **keywords):
+        if data.endswith(b"KILL"):
+            die()
+        return decode(data, *arguments, **keywords)
+
+    def poisoned_call(self, images_BHW3):
+        if (images_BHW3 == (255, 0, 255)).all((1, 2, 3)).any():
+            die()
+        return call(self, images_BHW3)
+
+    once = os.environ.get("KILL_RENAME")
+
+    def audit(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and "/part-" in str(arguments[1]) and not os.path.exists(once):
+            os.close(os.open(once, os.O_CREAT | os.O_EXCL))
+            die()
+
+    images.decode = poisoned_decode
+    Captioner.__call__ = poisoned_call
+    if once:
+        sys.addaudithook(audit)
+
+
+if __name__ == "__main__":
+    engine, *arguments = sys.argv[1:]
+    if engine == "ray":
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": install},
+        )
+    else:
+        install()
+    from captioner.cli import main
+
+    main([*arguments, "--engine", engine])
