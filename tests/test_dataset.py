@@ -342,6 +342,62 @@ def test_any_json_is_read_or_refused(content: object, tmp_path_factory: pytest.T
         read_dataset(path, str(directory)).split()
 
 
+_ANY = st.none() | st.booleans() | st.integers(0, 3) | st.floats() | st.just([]) | st.just({})
+_NAMES = st.sampled_from(
+    ["photo-0000.jpg", "a/photo-0001.jpg", "../photo-0000.jpg", "", "/", "\ud800"]
+)
+_TEXTS = st.text(max_size=3) | _ANY
+_COCO = st.fixed_dictionaries(
+    {
+        "images": st.lists(
+            st.fixed_dictionaries({"id": st.integers(0, 3), "file_name": _NAMES | _ANY}), max_size=4
+        ),
+        "annotations": st.lists(
+            st.fixed_dictionaries({"image_id": st.integers(0, 4), "caption": _TEXTS}), max_size=6
+        ),
+    }
+)
+_KARPATHY = st.fixed_dictionaries(
+    {
+        "images": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "filename": _NAMES,
+                    "split": st.sampled_from(["train", "restval", "val", "test"]) | _ANY,
+                    "sentences": st.lists(st.fixed_dictionaries({"raw": _TEXTS}), max_size=3),
+                },
+                optional={"filepath": _NAMES | _ANY},
+            ),
+            max_size=4,
+        )
+    }
+)
+
+
+@given(content=_COCO | _KARPATHY)
+def test_what_is_read_is_text_and_of_images_that_are_there(
+    content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+):
+    directory = tmp_path_factory.getbasetemp() / "nearly-right" / "photos"
+    if not directory.exists():
+        write_photos(directory, 2)
+        write_photos(directory / "a", 2, seed=1)
+        write_photos(directory.parent, 1, seed=2)
+    try:
+        read = read_dataset(_json(directory / "data.json", content))
+    except InputError:
+        return
+    uris = [each.uri for each in read.images]
+    assert len(set(uris)) == len(uris)
+    assert set(uris) <= {str(path) for path in directory.rglob("*.jpg")}
+    assert all(text.strip() and text.encode() for each in read.images for text in each.captions)
+    if "annotations" in content:
+        total = len(content["annotations"])
+    else:
+        total = sum(len(each["sentences"]) for each in content["images"])
+    assert 0 < sum(len(each.captions) for each in read.images) + read.empty_captions <= total
+
+
 def test_a_missing_file_is_one_line(tmp_path: Path):
     with pytest.raises(InputError, match=r"none\.json does not exist$"):
         read_dataset(str(tmp_path / "none.json"))
