@@ -123,8 +123,16 @@ def main(debug: bool) -> None:
     show_default=True,
     help="The model, and how it is trained unless an option says otherwise.",
 )
-@click.option("--images", metavar="DIR", help="Where the images of DATA are.")
-@click.option("--val-data", metavar="FILE", help="COCO's captions of the images to validate on.")
+@click.option(
+    "--images",
+    metavar="DIR",
+    help="Where the images are, in folders or not.  [default: Images/, or the JSON file's folder]",
+)
+@click.option(
+    "--val-data",
+    metavar="FILE",
+    help="Validate on these data, which are as DATA; all of DATA is trained on.",
+)
 @click.option("--train-list", metavar="FILE", help="Names of the images to train on, a line each.")
 @click.option("--val-list", metavar="FILE", help="Names of the images to validate on.")
 @click.option(
@@ -149,25 +157,28 @@ def train(
 ) -> None:
     """Train a model on DATA and write it to the directory OUTPUT.
 
-    DATA is a folder with Images/ and captions.txt, a CSV with the columns image and caption; or
-    Karpathy's split, a JSON file; or COCO's captions, a JSON file. Its images are in --images, or
-    beside it. A folder without lists is split as the notebook does: the last 100 images are left
-    for testing and the 200 before them are validated on.
+    DATA is local or in a bucket, and one of:
+
+    - a folder with Images/ and captions.txt, a CSV with the columns image and caption;
+
+    - COCO's captions, a JSON file such as captions_train2017.json; --val-data gives the other one;
+
+    - Karpathy's split, a JSON file such as dataset_coco.json, which says what to validate on.
+
+    The images to validate on come from --val-data, from two lists or from Karpathy's split. Without
+    any of them the last 100 images are left for testing and the 200 before them are validated on.
     """
     if val_data and (train_list or val_list):
-        raise InputError("give lists, or --val-data")
+        raise InputError("give --train-list and --val-list, or --val-data, not both")
     config = _configure(PRESETS[preset].train, options)
     launch = _configure(LaunchConfig(), options)
     from captioner import dataset, storage, training
 
     output = storage.absolute(output)
-    images = images and storage.absolute(images)
-    captioned = dataset.read_dataset(storage.absolute(data), images)
+    captioned = dataset.read_dataset(data, images)
     if val_data:
-        validation = dataset.read_dataset(storage.absolute(val_data), images)
-        split = dataset.Split(captioned.images, validation.images, [])
-    else:
-        split = captioned.split(train_list, val_list)
+        captioned = captioned.validated_by(dataset.read_dataset(val_data, images))
+    split = captioned.split(train_list, val_list)
     click.echo(captioned.describe(split), err=True)
     epochs = training.train(
         split,
@@ -322,9 +333,8 @@ def evaluate(
     from captioner import dataset, evaluation, metrics, storage
 
     chosen = metrics.choose_tokenizer(tokenizer)
-    data = storage.absolute(references or source)
     chosen_images = evaluation.choose_images(
-        dataset.read_dataset(data, images and storage.absolute(images)),
+        dataset.read_dataset(references or source, images),
         split=split or ("test" if model and not names else None),
         names=names,
     )

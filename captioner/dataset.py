@@ -1,20 +1,17 @@
-"""Captioned images: the captions table, the split, training batches."""
+"""Captioned images, how they are split, training batches."""
 
-import io
 import itertools
-import json
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from captioner import storage
+from captioner import storage, tables
 from captioner.config import ListingConfig
 from captioner.errors import InputError
 from captioner.vocabulary import PAD
@@ -62,8 +59,8 @@ class Split:
 class Dataset:
     """All captioned images in the order of the table, and what had to be left out.
 
-    ``sides`` says of each image whether it is for ``train``, ``val`` or ``test``, where the file
-    does (Karpathy's); else it is None.
+    ``sides`` says of each image whether it is for ``train``, ``val`` or ``test``, where the data
+    do; else it is None.
     """
 
     images: list[CaptionedImage]
@@ -72,8 +69,29 @@ class Dataset:
     without_caption: int
     sides: list[str] | None = None
 
-    def split(self, train_list: str | None = None, validation_list: str | None = None) -> Split:
-        """By two files of image names, a line each; without them as the file or the notebook does.
+    def validated_by(self, other: "Dataset") -> "Dataset":
+        """Both together: these images are for training, the other's for validation.
+
+        Raises:
+            InputError: one of the two is split already.
+        """
+        if self.sides is not None or other.sides is not None:
+            raise InputError("Karpathy's split says itself what to validate on: leave --val-data")
+        return Dataset(
+            images=self.images + other.images,
+            empty_captions=self.empty_captions + other.empty_captions,
+            without_image=self.without_image + other.without_image,
+            without_caption=self.without_caption + other.without_caption,
+            sides=["train"] * len(self.images) + ["val"] * len(other.images),
+        )
+
+    def split(
+        self,
+        train_list: str | None = None,
+        validation_list: str | None = None,
+        test_list: str | None = None,
+    ) -> Split:
+        """By files of image names, a line each; without them as the data or the notebook do.
 
         The notebook's split: the last 100 images are for testing, the 200 before for validation.
 
@@ -81,11 +99,11 @@ class Dataset:
             InputError: one list without the other, an unreadable list, an image on two sides, or
                 too few images.
         """
-        if (train_list is None) != (validation_list is None):
-            raise InputError("--train-list and --val-list go together")
         if train_list is not None and validation_list is not None:
-            train, validation = self.listed(train_list), self.listed(validation_list)
-            return Split(train, validation, [])
+            test = [] if test_list is None else self.listed(test_list)
+            return Split(self.listed(train_list), self.listed(validation_list), test)
+        if any(each is not None for each in (train_list, validation_list, test_list)):
+            raise InputError("--train-list and --val-list go together")
         if self.sides is not None:
             by_side = [
                 [image for image, own in zip(self.images, self.sides, strict=True) if own == side]
@@ -111,32 +129,33 @@ class Dataset:
             "empty captions": self.empty_captions,
         }
         text = f"{len(split.train)} images to train on, {len(split.validation)} to validate on"
+        if split.test:
+            text += f", {len(split.test)} for testing"
         return "; left out: ".join(
             [text, ", ".join(f"{n} {what}" for what, n in left_out.items() if n)]
         ).removesuffix("; left out: ")
 
     def listed(self, uri: str) -> list[CaptionedImage]:
-        """The images that a file names, a line each.
+        """The images that a file names, a line each, in the order of the table.
 
         Raises:
-            InputError: it cannot be read, or names none of the images.
+            InputError: it cannot be read, names none of the images, or several by one name.
         """
         try:
-            names = {line.strip() for line in storage.read(uri).decode().splitlines()}
+            # splitlines() and strip() would take characters of a name, as U+2028, for white space.
+            lines = storage.read(uri).decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {uri}: {error}") from error
-        listed = [image for image in self.images if image.uri.rsplit("/", 1)[-1] in names]
-        if not listed:
+        ending = _finder([image.uri for image in self.images])
+        chosen: set[str] = set()
+        for name in {line.strip(" \t\r") for line in lines}:
+            found = ending(name)
+            if len(found) > 1:
+                raise InputError(f"{uri}: {len(found)} images are called {name}")
+            chosen.update(found)
+        if not chosen:
             raise InputError(f"{uri} names none of the images")
-        return listed
-
-
-@dataclass
-class _Entry:
-    """An image as a table names it: a path from the images' directory, or the end of one."""
-
-    captions: list[object]
-    side: str | None = None
+        return [image for image in self.images if image.uri in chosen]
 
 
 def read_dataset(source: str, images_directory: str | None = None) -> Dataset:
@@ -150,113 +169,95 @@ def read_dataset(source: str, images_directory: str | None = None) -> Dataset:
             file's own. They may stand in folders below it.
 
     Raises:
-        InputError: there is no such table or directory, or no image of it has a caption.
+        InputError: there is no such table or directory, no image of it has a caption, or an image
+            is on two sides of its split.
     """
-    if source.lower().endswith(".json"):
-        table, images = source, images_directory or source.rsplit("/", 1)[0]
-        entries = _read_json(table)
+    source = storage.absolute(source)
+    is_json = source.lower().endswith(".json") and not storage.is_directory(source)
+    if is_json:
+        table, directory = source, source[: source.rindex("/")]
+        entries = tables.read_json(table)
     else:
-        table = storage.join(source, "captions.txt")
-        images = images_directory or storage.join(source, "Images")
-        entries = _read_csv(source, table)
-    files = [listed.uri for listed in storage.find(images, ListingConfig().endings)]
-    find = _finder(images, files)
+        table, directory = storage.join(source, "captions.txt"), storage.join(source, "Images")
+        entries = tables.read_csv(table)
+    directory = storage.absolute(images_directory) if images_directory else directory
+    files = [listed.uri for listed in storage.find(directory, ListingConfig().endings)]
+    find = _locator(directory, files)
     kept: dict[str, CaptionedImage] = {}
-    sides: dict[str, str] = {}
-    empty = without_image = 0
-    for name, entry in entries.items():
-        captions = [c for c in entry.captions if isinstance(c, str) and c.strip()]
+    sides: dict[str, str | None] = {}
+    missing: set[str] = set()
+    # A folder's images are all meant to have captions. Those of a JSON file may stand among others.
+    silent = set() if is_json else set(files)
+    empty = 0
+    for entry in entries:
+        captions = [caption for caption in entry.captions if _is_text(caption)]
         empty += len(entry.captions) - len(captions)
-        uri = find(name)
-        if uri is None:
-            without_image += bool(captions)
-        elif uri in kept:
-            kept[uri].captions.extend(captions)
-        elif captions:
+        uri = find(entry.name)
+        if not captions:
+            silent.add(uri or entry.name)
+        elif uri is None:
+            missing.add(entry.name)
+        elif uri not in kept:
             kept[uri] = CaptionedImage(uri, captions)
-            sides[uri] = entry.side or ""
+            sides[uri] = entry.side
+        elif sides[uri] != entry.side:
+            raise InputError(f"{table}: {entry.name} is on two sides of the split")
+        else:
+            kept[uri].captions.extend(captions)
     if not kept:
-        raise InputError(f"no image in {images} has a caption in {table}")
+        hint = "" if images_directory else " (--images says where they are)"
+        raise InputError(f"no image in {directory} has a caption in {table}{hint}")
+    own = [side for side in sides.values() if side is not None]
     return Dataset(
         images=list(kept.values()),
         empty_captions=empty,
-        without_image=without_image,
-        without_caption=len(files) - len(kept),
-        sides=[sides[uri] for uri in kept] if any(sides.values()) else None,
+        without_image=len(missing),
+        without_caption=len(silent - kept.keys() - missing),
+        sides=own or None,
     )
 
 
-def _finder(directory: str, files: Sequence[str]) -> Callable[[str], str | None]:
-    """Looks an image up in the listing: by its path, else by its name where only one has it."""
-    known = set(files)
-    by_name: dict[str, str | None] = {}
-    for uri in files:
-        name = uri.rsplit("/", 1)[-1]
-        by_name[name] = None if name in by_name else uri
+def _is_text(caption: object) -> TypeGuard[str]:
+    if not isinstance(caption, str) or not caption.strip():
+        return False
+    try:
+        caption.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return False
+    return True
 
-    def find(name: str) -> str | None:
-        uri = storage.join(directory, name)
-        return uri if uri in known else by_name.get(name.rsplit("/", 1)[-1])
+
+def _finder(uris: Sequence[str]) -> Callable[[str], list[str]]:
+    """Looks up the URIs that end in a name: all of its parts, not only the last."""
+    by_name = defaultdict(list)
+    for uri in uris:
+        by_name[uri.rsplit("/", 1)[-1]].append(uri)
+
+    def find(name: str) -> list[str]:
+        same = by_name.get(name.rsplit("/", 1)[-1], [])
+        return [uri for uri in same if uri.endswith(f"/{name}")]
 
     return find
 
 
-def _read_csv(source: str, table_uri: str) -> dict[str, _Entry]:
-    try:
-        data = storage.read(table_uri)
-        table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
-    except FileNotFoundError as error:
-        raise InputError(f"{source} has no captions.txt") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {table_uri}: {' '.join(str(error).split())}") from error
-    if not {"image", "caption"} <= set(table.columns):
-        raise InputError(f"{table_uri} has no columns image,caption")
-    groups = table.groupby("image", sort=False)["caption"]
-    return {str(name): _Entry(group.tolist()) for name, group in groups}
+def _locator(directory: str, files: Sequence[str]) -> Callable[[str], str | None]:
+    """Looks an image up in the listing: by its path, else by an end of it that only one has."""
+    depth = len(_parts(directory))
+    by_path = {"/".join(_parts(uri)[depth:]): uri for uri in files}
+    ending = _finder(files)
+
+    def locate(name: str) -> str | None:
+        if name in by_path:
+            return by_path[name]
+        found = ending(name)
+        return found[0] if len(found) == 1 else None
+
+    return locate
 
 
-def _read_json(uri: str) -> dict[str, _Entry]:
-    try:
-        parsed = json.loads(storage.read(uri))
-        if "annotations" in parsed:
-            return _coco(parsed)
-        return _karpathy(parsed)
-    except OSError as error:
-        raise InputError(f"cannot read {uri}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise InputError(f"{uri} is not COCO's captions nor Karpathy's split: {reason}") from error
-
-
-def _coco(parsed: dict[str, Any]) -> dict[str, _Entry]:
-    by_id = {}
-    entries: dict[str, _Entry] = {}
-    for image in parsed["images"]:
-        by_id[image["id"]] = entries.setdefault(_name(image["file_name"]), _Entry([]))
-    for annotation in parsed["annotations"]:
-        if (entry := by_id.get(annotation["image_id"])) is not None:
-            entry.captions.append(annotation["caption"])
-    return entries
-
-
-def _karpathy(parsed: dict[str, Any]) -> dict[str, _Entry]:
-    entries: dict[str, _Entry] = {}
-    for image in parsed["images"]:
-        side = {"restval": "train"}.get(image["split"], image["split"])
-        name = _name(image["filename"])
-        if folder := image.get("filepath"):
-            name = f"{_name(folder)}/{name}"
-        entry = entries.setdefault(name, _Entry([], side))
-        if entry.side != side:
-            raise ValueError(f"{name} is on two sides of it")
-        entry.captions.extend(sentence["raw"] for sentence in image["sentences"])
-    return entries
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a file name is {value!r}")
-    return value
+def _parts(uri: str) -> list[str]:
+    """The parts of a path, whichever way its file system writes the scheme and slashes."""
+    return [part for part in uri.split("://", 1)[-1].split("/") if part]
 
 
 def ahead(

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,53 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path: Path, model_directory: 
         assert result.exit_code == 2, (message, result.output)
         assert message in result.output
         assert len(result.output.splitlines()) == 1, result.output
+
+
+def test_train_reads_what_its_options_say(tmp_path: Path):
+    """As far as the encoder's weights, which are not there."""
+    photos = write_photos(tmp_path / "coco" / "photos", 5)
+    tables = tmp_path / "annotations"
+    tables.mkdir()
+    for name, begin, end in (("train", 0, 3), ("val", 3, 5), ("leak", 0, 1)):
+        images = [{"id": i, "file_name": photos[i].name} for i in range(begin, end)]
+        annotations = [{"image_id": i, "caption": f"Photo {i} ."} for i in range(begin, end)]
+        content = {"images": images, "annotations": [*annotations, {"image_id": 9, "caption": "x"}]}
+        (tables / f"{name}.json").write_text(json.dumps(content))
+    (tables / "hostile.json").write_text("[" * 100_000)
+    (tmp_path / "train.txt").write_text(f"{photos[0].name}\n{photos[1].name}\n")
+    (tmp_path / "val.txt").write_text(f"photos/{photos[2].name}\n")
+    images = ("--images", tmp_path / "coco")
+    lists = ("--train-list", tmp_path / "train.txt", "--val-list", tmp_path / "val.txt")
+    left_out = "; left out: {} captioned images that are not there"
+    counts = {
+        "3 images to train on, 2 to validate on" + left_out.format(2): (
+            *images,
+            "--val-data",
+            tables / "val.json",
+        ),
+        "2 images to train on, 1 to validate on" + left_out.format(1): (*images, *lists),
+    }
+    for line, options in counts.items():
+        weights = ("--encoder-weights", tmp_path / "none.pth")
+        result = _run("train", tables / "train.json", tmp_path / "model", *options, *weights)
+        assert result.exit_code == 2, result.output
+        first, second = result.output.splitlines()
+        assert first == line
+        assert "none.pth does not exist" in second
+    mistakes = {
+        "are in both train and validation": (*images, "--val-data", tables / "leak.json"),
+        "not both": (*images, *lists, "--val-data", tables / "val.json"),
+        "too few to hold out": images,
+        "(--images says where they are)": (),
+        "neither COCO's captions": (*images, "--val-data", tables / "hostile.json"),
+        "nowhere does not exist": ("--images", tmp_path / "nowhere"),
+    }
+    for message, options in mistakes.items():
+        result = _run("train", tables / "train.json", tmp_path / "model", *options)
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+        assert len(result.output.splitlines()) == 1, result.output
+    assert not (tmp_path / "model").exists()
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path: Path, model_directory: Path):

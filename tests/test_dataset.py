@@ -68,7 +68,7 @@ def test_cocos_captions(photos: Path, tmp_path: Path):
         f"{photos}/a/photo-0000.jpg",
     ]
     assert read.images[1].captions == [f"caption {n} of a/photo-0000.jpg" for n in range(2)]
-    assert (read.without_image, read.without_caption, read.empty_captions) == (2, 6, 0)
+    assert (read.without_image, read.without_caption, read.empty_captions) == (2, 0, 0)
 
 
 def test_images_stand_beside_the_json_file_by_default(photos: Path):
@@ -80,24 +80,184 @@ def test_data_in_a_bucket(photos: Path):
     fs = fsspec.filesystem("memory")
     fs.pipe("/coco/images/x.jpg", (photos / "a" / "photo-0000.jpg").read_bytes())
     fs.pipe("/coco/captions.json", json.dumps(_coco(["x.jpg"])).encode())
+    fs.pipe("/coco/images/below/x.jpg", b"another that is called so")
     read = read_dataset("memory://coco/captions.json", "memory://coco/images")
     assert [each.uri for each in read.images] == ["memory:///coco/images/x.jpg"]
+    read = read_dataset("memory://coco/captions.json", "memory://coco/images/below/")
+    assert [each.uri for each in read.images] == ["memory:///coco/images/below/x.jpg"]
+    fs.pipe("/flickr/Images/y.jpg", b"y")
+    fs.pipe("/flickr/captions.txt", b"image,caption\ny.jpg,A y .\n")
+    read = read_dataset("memory://flickr")
+    assert read.images == [CaptionedImage("memory:///flickr/Images/y.jpg", ["A y ."])]
+    names = [("y.jpg", "restval"), ("gone.jpg", "test")]
+    fs.pipe("/flickr/Images/dataset.json", json.dumps(_karpathy(names)).encode())
+    read = read_dataset("memory://flickr/Images/dataset.json")
+    assert (len(read.images), read.sides, read.without_image) == (1, ["train"], 1)
+
+
+def test_an_image_is_not_taken_from_another_folder(photos: Path, tmp_path: Path):
+    """Were only the last part of its name looked at, a cat would be called a dog."""
+    content = _coco(["a/photo-0004.jpg", "b/photo-0003.jpg", "b/photo-0000.jpg"])
+    path = _json(tmp_path / "captions.json", content)
+    read = read_dataset(path, str(photos))
+    assert [each.uri[len(str(photos)) :] for each in read.images] == [
+        "/b/photo-0003.jpg",
+        "/b/photo-0000.jpg",
+    ]
+    # The folder that the names begin with may be the one that is given, or lie below it.
+    assert len(read_dataset(path, str(photos / "b")).images) == 2
+    assert len(read_dataset(path, str(tmp_path)).images) == 2
+
+
+def test_other_data_to_validate_on(photos: Path, tmp_path: Path):
+    train = _json(
+        tmp_path / "train.json", _coco(["b/photo-0004.jpg", "a/photo-0001.jpg", "no.jpg"])
+    )
+    other = _json(tmp_path / "val.json", _coco(["b/photo-0000.jpg", "no-more.jpg"]))
+    read = read_dataset(train, str(photos)).validated_by(read_dataset(other, str(photos)))
+    split = read.split()
+    assert [each.uri[len(str(photos)) :] for each in split.train] == [
+        "/b/photo-0004.jpg",
+        "/a/photo-0001.jpg",
+    ]
+    assert [each.uri[len(str(photos)) :] for each in split.validation] == ["/b/photo-0000.jpg"]
+    assert split.test == []
+    assert read.describe(split) == (
+        "2 images to train on, 1 to validate on; left out: 2 captioned images that are not there"
+    )
+    same = _json(tmp_path / "same.json", _coco(["photo-0004.jpg"]))
+    both = read_dataset(train, str(photos)).validated_by(read_dataset(same, str(photos)))
+    with pytest.raises(InputError, match="1 images are in both train and validation"):
+        both.split()
+    names = [("b/photo-0001.jpg", "train"), ("b/photo-0002.jpg", "val")]
+    own = _json(tmp_path / "own.json", _karpathy(names))
+    with pytest.raises(InputError, match="leave --val-data"):
+        read_dataset(own, str(photos)).validated_by(read_dataset(other, str(photos)))
+
+
+def test_lists_of_names(photos: Path, tmp_path: Path):
+    names = [f"{folder}/photo-{i:04d}.jpg" for folder, n in (("b", 5), ("a", 3)) for i in range(n)]
+    read = read_dataset(_json(tmp_path / "captions.json", _coco(names)), str(photos))
+    lists = {
+        "train": "\ufeffa/photo-0002.jpg\r\nphoto-0004.jpg \nb/photo-0000.jpg\nnone.jpg\n\n",
+        "val": "b/photo-0001.jpg",
+        "test": "photos/a/photo-0001.jpg\nphotos/a/photo-0000.jpg\n",
+        "leak": "photos/b/photo-0000.jpg",
+        "ambiguous": "photo-0000.jpg",
+        "foreign": "none.jpg",
+    }
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+    train, val, test, leak, ambiguous, foreign = (str(tmp_path / name) for name in lists)
+    split = read.split(train, val, test)
+    found = [[each.uri[len(str(photos)) + 1 :] for each in side] for side in vars(split).values()]
+    assert found == [
+        ["b/photo-0000.jpg", "b/photo-0004.jpg", "a/photo-0002.jpg"],
+        ["b/photo-0001.jpg"],
+        ["a/photo-0000.jpg", "a/photo-0001.jpg"],
+    ]
+    assert read.split(train, val).test == []
+    for arguments, message in {
+        (train, leak): "1 images are in both train and validation",
+        (train, val, leak): "1 images are in both train and test",
+        (train, ambiguous): r"2 images are called photo-0000\.jpg",
+        (train, foreign): "names none of the images",
+        (train,): "go together",
+        (None, val): "go together",
+        (None, None, test): "go together",
+        (train, str(tmp_path / "nowhere")): "cannot read",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            read.split(*arguments)
+
+
+def test_flickrs_layout(photos: Path, tmp_path: Path):
+    data = tmp_path / "flickr.json"  # a folder may be called so
+    data.mkdir()
+    lines = ["image,caption", "photo-0002.jpg,One .", "gone.jpg,Two .", "photo-0001.jpg,  "]
+    lines += ['photo-0000.jpg,"Three, with a comma ."', "photo-0002.jpg,Four .", "../x.jpg,Five ."]
+    (data / "captions.txt").write_text("\n".join(lines) + "\n")
+    (photos / "a").rename(data / "Images")
+    expected = [
+        CaptionedImage(f"{data}/Images/photo-0002.jpg", ["One .", "Four ."]),
+        CaptionedImage(f"{data}/Images/photo-0000.jpg", ["Three, with a comma ."]),
+    ]
+    for read in (read_dataset(str(data)), read_dataset(f"file://{data}", str(data / "Images"))):
+        assert read.images == expected
+        assert (read.without_image, read.without_caption, read.empty_captions) == (2, 1, 1)
+    with pytest.raises(InputError, match="too few"):
+        read.split()
+
+
+def test_a_path_from_the_working_directory(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    _json(photos / "b" / "captions.json", _coco(["photo-0001.jpg"]))
+    monkeypatch.chdir(photos / "b")
+    assert read_dataset("captions.json").images[0].uri == f"{photos}/b/photo-0001.jpg"
+    assert read_dataset("captions.json", "../b").images[0].uri == f"{photos}/b/photo-0001.jpg"
+
+
+def test_images_that_are_elsewhere_are_one_line_with_a_hint(photos: Path, tmp_path: Path):
+    path = _json(tmp_path / "captions.json", _coco(["c/photo-0001.jpg"]))
+    with pytest.raises(InputError, match=r"no image in .* has a caption in .* \(--images says"):
+        read_dataset(path)
+    with pytest.raises(InputError, match=r"captions\.json$"):
+        read_dataset(path, str(photos))
 
 
 def test_captions_that_are_not_text_are_counted(photos: Path, tmp_path: Path):
     content = _coco(["a/photo-0000.jpg"])
-    content["annotations"] += [{"image_id": 0, "caption": c} for c in (None, 3, "", " \n")]
-    content["annotations"] += [{"image_id": 99, "caption": "of no image"}]
+    odd = (None, 3, "", " \n", ["a"], "half a pair \ud800")
+    content["annotations"] += [{"image_id": 0, "caption": c} for c in odd]
+    content["annotations"] += [{"image_id": 0}]
     read = read_dataset(_json(tmp_path / "captions.json", content), str(photos))
-    assert read.empty_captions == 4
+    assert read.empty_captions == 7
     assert len(read.images[0].captions) == 2
+
+
+def test_captions_without_an_image_and_images_without_a_caption_are_counted(
+    photos: Path, tmp_path: Path
+):
+    content = _coco(["a/photo-0000.jpg", "gone.jpg", "b/photo-0001.jpg", "b/photo-0002.jpg"])
+    for each in content["annotations"]:
+        if each["image_id"] == 14:
+            each["caption"] = ""
+        if each["image_id"] == 21:
+            each["image_id"] = 99
+    read = read_dataset(_json(tmp_path / "captions.json", content), str(photos))
+    assert [each.uri for each in read.images] == [f"{photos}/a/photo-0000.jpg"]
+    assert (read.without_image, read.without_caption, read.empty_captions) == (2, 2, 2)
+    line = read.describe(Split(read.images, [], []))
+    assert line == (
+        "1 images to train on, 0 to validate on; left out: 2 images without a caption, "
+        "2 captioned images that are not there, 2 empty captions"
+    )
+
+
+def test_the_captions_of_an_image_that_is_listed_twice_are_put_together(
+    photos: Path, tmp_path: Path
+):
+    content = _coco(["b/photo-0003.jpg", "a/photo-0000.jpg", "photo-0003.jpg"])
+    read = read_dataset(_json(tmp_path / "captions.json", content), str(photos))
+    assert [each.uri[len(str(photos)) :] for each in read.images] == [
+        "/b/photo-0003.jpg",
+        "/a/photo-0000.jpg",
+    ]
+    assert len(read.images[0].captions) == 4
+    content["images"][2]["id"] = 0
+    content["images"][2]["file_name"] = "b/photo-0004.jpg"
+    with pytest.raises(InputError, match="two images have the id 0"):
+        read_dataset(_json(tmp_path / "captions.json", content), str(photos))
 
 
 def test_an_image_on_two_sides_is_refused(photos: Path, tmp_path: Path):
     names = [("photo-0000.jpg", "train"), ("photo-0000.jpg", "val")]
-    path = _json(tmp_path / "dataset.json", _karpathy(names, filepath="a"))
+    content = _karpathy(names, filepath="a")
     with pytest.raises(InputError, match="two sides"):
-        read_dataset(path, str(photos))
+        read_dataset(_json(tmp_path / "dataset.json", content), str(photos))
+    # Two ways to name one image are no way around it.
+    names = [("b/photo-0004.jpg", "train"), ("photo-0004.jpg", "test")]
+    with pytest.raises(InputError, match="two sides"):
+        read_dataset(_json(tmp_path / "dataset.json", _karpathy(names)), str(photos))
     image = CaptionedImage("x", ["a"])
     for split in ([image], [image], []), ([image], [], [image]), ([], [image], [image]):
         with pytest.raises(InputError, match="1 images are in both"):
@@ -126,7 +286,15 @@ def test_a_name_does_not_lead_out_of_the_images(photos: Path, tmp_path: Path):
         '{"images": [{"filename": 3, "split": "train", "sentences": []}]}',
         '{"images": [{"filename": "x.jpg", "split": ["train"], "sentences": []}]}',
         '{"images": [{"filename": "x.jpg", "split": "train", "sentences": [{}]}]}',
+        '{"images": [{"filename": "x.jpg", "split": "dev", "sentences": []}]}',
+        '{"images": [{"filename": "x.jpg", "filepath": 3, "split": "val", "sentences": []}]}',
+        '{"images": [{"id": [], "file_name": "x.jpg"}], "annotations": []}',
+        '{"images": [{"id": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "x.jpg"}], "annotations": [{"image_id": {}}]}',
         "[" * 100_000,
+        '{"images":' * 100_000,
+        "9" * 5000,
+        "\ufeff{",
         '{"images": []}',
         '{"images": [], "annotations": []}',
     ],
@@ -174,8 +342,64 @@ def test_any_json_is_read_or_refused(content: object, tmp_path_factory: pytest.T
         read_dataset(path, str(directory)).split()
 
 
+_ANY = st.none() | st.booleans() | st.integers(0, 3) | st.floats() | st.just([]) | st.just({})
+_NAMES = st.sampled_from(
+    ["photo-0000.jpg", "a/photo-0001.jpg", "../photo-0000.jpg", "", "/", "\ud800"]
+)
+_TEXTS = st.text(max_size=3) | _ANY
+_COCO = st.fixed_dictionaries(
+    {
+        "images": st.lists(
+            st.fixed_dictionaries({"id": st.integers(0, 3), "file_name": _NAMES | _ANY}), max_size=4
+        ),
+        "annotations": st.lists(
+            st.fixed_dictionaries({"image_id": st.integers(0, 4), "caption": _TEXTS}), max_size=6
+        ),
+    }
+)
+_KARPATHY = st.fixed_dictionaries(
+    {
+        "images": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "filename": _NAMES,
+                    "split": st.sampled_from(["train", "restval", "val", "test"]) | _ANY,
+                    "sentences": st.lists(st.fixed_dictionaries({"raw": _TEXTS}), max_size=3),
+                },
+                optional={"filepath": _NAMES | _ANY},
+            ),
+            max_size=4,
+        )
+    }
+)
+
+
+@given(content=_COCO | _KARPATHY)
+def test_what_is_read_is_text_and_of_images_that_are_there(
+    content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+):
+    directory = tmp_path_factory.getbasetemp() / "nearly-right" / "photos"
+    if not directory.exists():
+        write_photos(directory, 2)
+        write_photos(directory / "a", 2, seed=1)
+        write_photos(directory.parent, 1, seed=2)
+    try:
+        read = read_dataset(_json(directory / "data.json", content))
+    except InputError:
+        return
+    uris = [each.uri for each in read.images]
+    assert len(set(uris)) == len(uris)
+    assert set(uris) <= {str(path) for path in directory.rglob("*.jpg")}
+    assert all(text.strip() and text.encode() for each in read.images for text in each.captions)
+    if "annotations" in content:
+        total = len(content["annotations"])
+    else:
+        total = sum(len(each["sentences"]) for each in content["images"])
+    assert 0 < sum(len(each.captions) for each in read.images) + read.empty_captions <= total
+
+
 def test_a_missing_file_is_one_line(tmp_path: Path):
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match=r"none\.json does not exist$"):
         read_dataset(str(tmp_path / "none.json"))
     with pytest.raises(InputError, match=r"has no captions\.txt"):
         read_dataset(str(tmp_path))

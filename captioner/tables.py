@@ -1,0 +1,116 @@
+"""Tables of captions as they are published: Flickr's CSV, COCO's captions, Karpathy's split."""
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from captioner import storage
+from captioner.errors import InputError
+
+__all__ = ["Entry", "read_csv", "read_json"]
+
+_SIDES = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image as a table names it: a path from the images' directory, or the end of one.
+
+    ``captions`` are what stands there, text or not; ``side`` is ``train``, ``val`` or ``test``,
+    None where the table makes no split. A table may have several entries of an image.
+    """
+
+    name: str
+    captions: list[object]
+    side: str | None = None
+
+
+def read_csv(uri: str) -> list[Entry]:
+    """The entries of a CSV file with the columns ``image,caption``, in its order.
+
+    Raises:
+        InputError: it cannot be read, or has no such columns.
+    """
+    try:
+        table = pd.read_csv(io.BytesIO(storage.read(uri)), dtype=str, keep_default_na=False)
+    except FileNotFoundError as error:
+        folder, name = uri.rsplit("/", 1)
+        raise InputError(f"{folder} has no {name}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
+    if not {"image", "caption"} <= set(table.columns):
+        raise InputError(f"{uri} has no columns image,caption")
+    groups = table.groupby("image", sort=False)["caption"]
+    return [Entry(str(name), group.tolist()) for name, group in groups]
+
+
+def read_json(uri: str) -> list[Entry]:
+    """The entries of COCO's captions or of Karpathy's split, in the order of their images.
+
+    Raises:
+        InputError: it cannot be read, or is neither.
+    """
+    try:
+        parsed = json.loads(storage.read(uri))
+        if not isinstance(parsed, dict):
+            raise ValueError("it is no object")
+        return _coco(parsed) if "annotations" in parsed else _karpathy(parsed)
+    except FileNotFoundError as error:
+        raise InputError(f"{uri} does not exist") from error
+    except OSError as error:
+        raise InputError(f"cannot read {uri}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{uri} is neither COCO's captions nor Karpathy's split: {error}"
+        ) from error
+
+
+def _coco(parsed: dict[str, Any]) -> list[Entry]:
+    """Captions of an image that is not listed are an entry that is named as no image is."""
+    names: dict[int | str, str] = {}
+    captions: dict[int | str, list[object]] = {}
+    for image in _objects(parsed, "images"):
+        key, name = _id(image, "id"), _text(image, "file_name")
+        if names.setdefault(key, name) != name:
+            raise ValueError(f"two images have the id {key!r}")
+        captions.setdefault(key, [])
+    for annotation in _objects(parsed, "annotations"):
+        captions.setdefault(_id(annotation, "image_id"), []).append(annotation.get("caption"))
+    return [Entry(names.get(key, f"image_id {key}"), each) for key, each in captions.items()]
+
+
+def _karpathy(parsed: dict[str, Any]) -> list[Entry]:
+    entries = []
+    for image in _objects(parsed, "images"):
+        name, side = _text(image, "filename"), _text(image, "split")
+        if side not in _SIDES:
+            raise ValueError(f"there is no split {side!r}")
+        if "filepath" in image:
+            name = storage.join(_text(image, "filepath"), name)
+        captions = [sentence.get("raw") for sentence in _objects(image, "sentences")]
+        entries.append(Entry(name, captions, _SIDES[side]))
+    return entries
+
+
+def _objects(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    value = record.get(key)
+    if not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+        raise ValueError(f"{key} is not a list of objects")
+    return value
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key} of an image is not text")
+    return value
+
+
+def _id(record: dict[str, Any], key: str) -> int | str:
+    value = record.get(key)
+    if not isinstance(value, (int, str)):
+        raise ValueError(f"{key} is neither a whole number nor text")
+    return value
