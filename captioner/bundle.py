@@ -112,8 +112,10 @@ def load(directory: str) -> Bundle:
     nothing is allocated that config.json asks for and model.safetensors does not hold.
 
     Raises:
+        InputError: there are credentials in the URI.
         BundleError: something is missing, damaged, or does not fit the rest.
     """
+    directory = storage.absolute(directory)
     try:
         contents = {
             "config.json": _read(directory, "config.json", _LARGEST_CONFIG),

@@ -17,7 +17,7 @@ from captioner.config import (
     RunConfig,
     TrainConfig,
 )
-from captioner.errors import CaptionerError, InputError
+from captioner.errors import CaptionerError, InputError, printable
 
 __all__ = ["main"]
 
@@ -33,16 +33,11 @@ class _Commands(click.Group):
         except CaptionerError as error:
             if context.params.get("debug"):
                 raise
-            click.echo(f"captioner: {_printable(str(error))}", err=True)
+            click.echo(f"captioner: {printable(str(error))}", err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("captioner: stopped by SIGINT", err=True)
             context.exit(130)
-
-
-def _printable(text: str) -> str:
-    """One line that a terminal shows as it is, whatever a file name holds."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _options(
@@ -233,7 +228,7 @@ def demo(output: str, model: str | None) -> None:
     from captioner.demo import run_demo
 
     for drawing, text in run_demo(storage.absolute(output), model or bundle.DEFAULT):
-        click.echo(f"{_printable(text)}  {_printable(drawing)}")
+        click.echo(f"{printable(text)}  {printable(drawing)}")
 
 
 @main.command()
@@ -249,7 +244,7 @@ def show(output: str, uri: str, target: str) -> None:
 
     row = report.find_row(storage.absolute(output), uri)
     storage.write(storage.absolute(target), report.draw(row))
-    click.echo(_printable(row.caption))
+    click.echo(printable(row.caption))
 
 
 @main.command("report")
@@ -265,7 +260,7 @@ def report_command(output: str, missing: bool) -> None:
     summary = report.summarise(storage.absolute(output))
     lines = summary.accounts.missing if missing else summary.lines()
     for line in lines:
-        click.echo(_printable(line))
+        click.echo(printable(line))
     if summary.accounts.missing:
         sys.exit(1)
 
@@ -344,12 +339,12 @@ def evaluate(
         captioned = evaluation.join_output(storage.absolute(source), chosen_images)
     result = evaluation.evaluate(captioned, tokenizer=chosen, spice=spice)
     for line in captioned.describe_left_out() + result.scores.describe_left_out():
-        click.echo(_printable(line), err=True)
+        click.echo(printable(line), err=True)
     if json_file == "-":
         click.echo(result.to_json())
     else:
         for line in result.lines():
-            click.echo(_printable(line))
+            click.echo(printable(line))
     if json_file and json_file != "-":
         storage.write(storage.absolute(json_file), (result.to_json() + "\n").encode())
     if per_image:

@@ -24,6 +24,7 @@ __all__ = [
     "InputError",
     "OutputError",
     "StoppedError",
+    "printable",
 ]
 
 
@@ -71,3 +72,8 @@ class StoppedError(CaptionerError):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is, whatever a file name holds."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

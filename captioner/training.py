@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from captioner import bundle, storage
 from captioner.captioning import choose_device
 from captioner.config import LaunchConfig, ModelConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
-from captioner.errors import CaptionerError, InputError, OutputError
+from captioner.errors import CaptionerError, InputError, OutputError, printable
 from captioner.features import compute_features
 from captioner.journal import Epoch, write_journal
 from captioner.model import CaptionModel
@@ -268,6 +269,10 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
         if not np.isfinite(value):
             raise CaptionerError(f"the loss is {value} in epoch {number}: lower learning_rate")
         loss, mine = trainer.validate(validation)
+        if number == 1:
+            bad = worker.gather(training.unreadable | validation.unreadable)
+            if worker.rank == 0:
+                _report_bad(set().union(*bad))
         captions = {image: text for each in worker.gather(mine) for image, text in each.items()}
         state_bytes = None
         if worker.rank == 0:
@@ -335,12 +340,20 @@ def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, S
         good = np.flatnonzero(views[0].decodable())
         if not len(good):
             raise InputError("none of the images can be decoded")
-        if (bad := len(examples) - len(good)) and worker.rank == 0:
-            tqdm.write(f"{bad} images cannot be decoded and are left out")
+        if worker.rank == 0:
+            _report_bad({examples[i].uri for i in np.flatnonzero(~views[0].decodable())})
         kept = [examples[i] for i in good]
         selected = [view.select(good) for view in views]
         sides.append(Source(kept, selected, model.config, vocabulary, config.captions))
     return sides[0], sides[1]
+
+
+def _report_bad(uris: set[str]) -> None:
+    """Names the images that cannot be trained on."""
+    if uris:
+        first = ", ".join(sorted(uris)[:5]) + (", …" if len(uris) > 5 else "")
+        text = f"{len(uris)} images cannot be read or decoded and are left out: {first}"
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 # Alone, or on Ray.
