@@ -73,7 +73,7 @@ def sample(
     Each row begins with ``<start>``, ends with ``<eos>`` where it ended by itself, and is padded.
 
     Args:
-        decoder: in eval mode; in training mode, see :meth:`CaptionDecoder.held_dropout`.
+        decoder: in eval mode.
         features_BhwC: the encoder's features, in the decoder's dtype and on its device.
         samples: captions an image.
         longest: words, the end counted; none: what the decoder knows.

@@ -12,8 +12,7 @@ projected, and read at every step, on the smaller ``hÃ—w`` grid: ``logits = q Ká
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -206,31 +205,18 @@ class KeyValueCache:
 
 
 class Dropout(nn.Module):
-    """Dropout of ``(R, T, E)``; shared: one mask for all ``T``, which also costs far less.
-
-    While it is ``holding``, a shared mask stays the same: a caption that is written word by word,
-    and the gradient of its probability, then come from the same thinned network.
-    """
+    """Dropout of ``(R, T, E)``; shared: one mask for all ``T``, which also costs far less."""
 
     def __init__(self, probability: float, *, shared: bool):
         super().__init__()
         self.probability, self.shared = probability, shared
-        self.holding = False
-        self.held_R1E: Tensor | None = None
 
     def forward(self, x_RTE: Tensor) -> Tensor:
         if not self.training or self.probability == 0:
             return x_RTE
         if not self.shared:
             return F.dropout(x_RTE, self.probability)
-        mask_R1E = self.held_R1E
-        if mask_R1E is None:
-            with torch.inference_mode(False):  # held: it may be needed for training later
-                shape = (x_RTE.size(0), 1, x_RTE.size(2))
-                ones_R1E = torch.ones(shape, dtype=x_RTE.dtype, device=x_RTE.device)
-                mask_R1E = F.dropout(ones_R1E, self.probability)
-        self.held_R1E = mask_R1E if self.holding else None
-        return x_RTE * mask_R1E
+        return x_RTE * F.dropout(torch.ones_like(x_RTE[:, :1]), self.probability)
 
 
 def _attend(
@@ -386,25 +372,6 @@ class CaptionDecoder(nn.Module):
             nn.init.uniform_(self.position_embedding.weight, -0.1, 0.1)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
-
-    @contextmanager
-    def held_dropout(self) -> Iterator[None]:
-        """Within it, all passes over the same rows share their dropout masks.
-
-        That is only possible where words share them (``config.shared_dropout``); elsewhere there is
-        no dropout within it.
-        """
-        dropouts = [module for module in self.modules() if isinstance(module, Dropout)]
-        trained = self.training
-        try:
-            self.train(trained and self.config.shared_dropout)
-            for dropout in dropouts:
-                dropout.holding = True
-            yield
-        finally:
-            self.train(trained)
-            for dropout in dropouts:
-                dropout.holding, dropout.held_R1E = False, None
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]  # ModuleList forgets its type

@@ -254,7 +254,8 @@ class Trainer:
             self.begin_phase()
         # Dropout and samples depend on the epoch alone, so that a resumed run draws them again.
         torch.manual_seed((self.config.seed * 1_000 + epoch) * 1_000 + self.rank)
-        self.model.train()
+        # Samples come from the model without dropout, and so must their gradient.
+        self.model.train(not critical)
         plan = plan_batches(source.lengths, self.config, epoch)
         views = random.Random(f"{self.config.seed} {epoch} views")  # noqa: S311
         chosen = [[(i, views.randrange(self.config.views)) for i in batch] for batch in plan]
@@ -308,20 +309,19 @@ class Trainer:
         def backward(part: Batch) -> float:
             with torch.no_grad(), self._autocast():
                 features = self._features(self.model, part)
-            with self.model.decoder.held_dropout():
-                with self._autocast():
-                    ids_RT = sample(self.model.decoder, features, n, _LONGEST_SAMPLE).clone()
-                logits_RTV = self._logits(part, ids_RT)[:, :-1].float()
-            logits_RTV[..., [PAD, START, UNKNOWN]] = -torch.inf  # they were not to be drawn
-            targets_RT = ids_RT[:, 1:]
-            counted_RT = targets_RT != PAD
-            words_RT1 = targets_RT.masked_fill(~counted_RT, EOS)[..., None]
-            logprobs_RT = logits_RTV.log_softmax(-1).gather(-1, words_RT1)[..., 0]
-            caption_R = (logprobs_RT * counted_RT).sum(1)
+            self._refresh_writer(self.model)
+            ids_RT = sample(self.writer, features, n, _LONGEST_SAMPLE).clone()
             rewards_BN = self._rewards(part, ids_RT)
             others_BN = (rewards_BN.sum(1, keepdim=True) - rewards_BN) / (n - 1)
             readable_B1 = (part.ids_RT.view(len(rewards_BN), -1) != PAD).any(1, keepdim=True)
             advantage_R = ((rewards_BN - others_BN) * readable_B1).flatten().to(self.device)
+            logits_RTV = self._logits(part, ids_RT)[:, :-1].float()
+            logits_RTV[..., [PAD, START, UNKNOWN]] = -torch.inf  # they were not to be drawn
+            targets_RT = ids_RT[:, 1:]
+            counted_RT = targets_RT != PAD
+            words = targets_RT.masked_fill(~counted_RT, EOS)[..., None]
+            logprobs_RT = logits_RTV.log_softmax(-1).gather(-1, words)[..., 0]
+            caption_R = (logprobs_RT * counted_RT).sum(1)
             loss = -(advantage_R * caption_R).sum() / (images * n)
             (loss * self.workers).backward()  # type: ignore[no-untyped-call]
             return float(rewards_BN.mean(1).sum())
