@@ -121,6 +121,9 @@ def load(directory: str) -> Bundle:
             "config.json": _read(directory, "config.json", _LARGEST_CONFIG),
             "tokenizer.json": _read(directory, "tokenizer.json", _LARGEST_TOKENIZER),
         }
+    except BundleError as error:
+        raise BundleError(f"the model {directory} is not sound: {error}") from error
+    try:
         config = _parse_config(contents["config.json"])
         vocabulary = Vocabulary.from_json(contents["tokenizer.json"].decode())
         if len(vocabulary) != config.vocabulary_size:

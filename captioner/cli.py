@@ -135,6 +135,7 @@ def main(debug: bool) -> None:
     metavar="FILE",
     help="Published weights of the encoder.  [default: downloaded by timm]",
 )
+@click.option("--model", help="Go on with this model and its vocabulary, not with a new one.")
 @click.option("--overwrite", is_flag=True, help="Replace the model in OUTPUT.")
 @_options(LaunchConfig)
 @_options(TrainConfig, from_preset=True)
@@ -147,6 +148,7 @@ def train(
     train_list: str | None,
     val_list: str | None,
     encoder_weights: str | None,
+    model: str | None,
     overwrite: bool,
     **options: Any,
 ) -> None:
@@ -165,6 +167,8 @@ def train(
     """
     if val_data and (train_list or val_list):
         raise InputError("give --train-list and --val-list, or --val-data, not both")
+    if model and encoder_weights:
+        raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
     config = _configure(PRESETS[preset].train, options)
     launch = _configure(LaunchConfig(), options)
     from captioner import dataset, storage, training
@@ -182,6 +186,7 @@ def train(
         config=config,
         launch=launch,
         encoder_weights=encoder_weights,
+        begin_with=model,
         overwrite=overwrite,
     )
     best = max(epochs, key=lambda epoch: epoch.validation_cider)

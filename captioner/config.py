@@ -185,7 +185,7 @@ class ModelConfig(_Checked):
 class TrainConfig(_Checked):
     """How a model is trained. The defaults are the notebook's."""
 
-    epochs: int = setting(4, "passes over the training images", minimum=1)
+    epochs: int = setting(4, "passes over the training images", minimum=0)
     batch_size: int = setting(64, "images a step", minimum=1)
     accumulate: int = setting(
         1, "parts that a worker computes its share of a step in, to save memory", minimum=1

@@ -122,6 +122,7 @@ def train(
     config: TrainConfig,
     launch: LaunchConfig | None = None,
     encoder_weights: str | None = None,
+    begin_with: str | None = None,
     overwrite: bool = False,
 ) -> list[Epoch]:
     """Trains a model, and writes the one with the highest validation CIDEr as a bundle.
@@ -134,10 +135,12 @@ def train(
         split: the images.
         output: the bundle's directory, local or in a bucket; with several machines one that all
             of them reach.
-        model_config: the model; its vocabulary's size is found from the captions.
+        model_config: the model, unless ``begin_with`` is one; its vocabulary's size is found from
+            the captions.
         config: how to train.
         launch: on what to train.
         encoder_weights: see :func:`build_model`.
+        begin_with: a bundle whose weights and vocabulary to go on with, instead of a new model.
         overwrite: begin anew where ``output`` holds a model.
 
     Returns:
@@ -145,21 +148,30 @@ def train(
 
     Raises:
         InputError: the encoder's weights cannot be had, or nearly no image can be decoded.
+        BundleError: ``begin_with`` is not a sound bundle.
         OutputError: ``output`` holds another model, or cannot be written.
     """
     launch = launch or LaunchConfig()
     workers = max(1, launch.workers)
+    if not config.epochs + config.scst_epochs:
+        raise InputError("there is nothing to train: epochs and scst_epochs are 0")
     if config.batch_size < workers or len(split.train) < workers:
         raise InputError(f"a batch has too few images for {workers} workers")
     job = _Job(split, output, config, launch.device)
+    earlier = bundle.load(begin_with) if begin_with else None
+    if earlier is not None:
+        model_config = earlier.model.config
     settings = {
         "model": asdict(model_config),
         "train": asdict(config),
         "encoder_weights": encoder_weights and encoder_weights.rsplit("/", 1)[-1],
+        "begin_with": earlier and earlier.digests["model.safetensors"],
         "captions": _digest(split),
     }
     begun = _begun(output, settings, overwrite=overwrite)
-    if not begun:
+    if not begun and earlier is not None:
+        bundle.save(job.private("initial"), earlier.model, earlier.vocabulary)
+    elif not begun:
         vocabulary = Vocabulary.from_captions(
             (text for each in split.train for text in _used(each, config)),
             minimum_count=config.minimum_count,
@@ -220,7 +232,8 @@ def _begun(output: str, settings: dict[str, Any], *, overwrite: bool) -> bool:
             if earlier[part][name] != value
             and not name.startswith("scst_" if not begun_critical else "scst_epochs")
         ]
-        differing += [n for n in ("encoder_weights", "captions") if earlier[n] != settings[n]]
+        others = settings.keys() - {"model", "train"}
+        differing += sorted(name for name in others if earlier[name] != settings[name])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{output}/training.json cannot be read: {advice}") from error
     if differing:

@@ -39,7 +39,9 @@ FORMATS = {
     "tif": "TIFF",
     "avif": "AVIF",
 }
-RUN = RunConfig(engine="local", shard_size=64, batch_size=16, precision="fp32", device="cpu")
+RUN = RunConfig(
+    max_error_rate=1.0, engine="local", shard_size=64, batch_size=16, precision="fp32", device="cpu"
+)
 
 
 def _encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
