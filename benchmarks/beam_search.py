@@ -10,11 +10,12 @@ import click
 import torch
 
 from captioner import bundle, metrics, storage
-from captioner.captioning import choose_device, choose_dtype, keep_freed_memory
+from captioner.captioning import choose_device, choose_dtype
 from captioner.config import DecodeConfig
 from captioner.dataset import read_dataset
 from captioner.features import compute_features
 from captioner.generate import generate
+from captioner.memory import keep_freed_memory
 
 BATCH = 50  # images
 

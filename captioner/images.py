@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
+from captioner.memory import release_freed_memory
 from captioner.schema import Status
 
 __all__ = ["PREPROCESSING_VERSION", "DecodedImage", "decode"]
@@ -42,6 +43,7 @@ _TRANSPOSE = {
 # the pixels needed along each side: the resize that follows then hides the difference.
 _REDUCING_GAP = 2.0
 _PIXEL = 4  # bytes that Pillow keeps of one in most modes
+_MEMORY_A_PIXEL = 1.5  # bytes that decoding may take for each pixel that is allowed
 _STRIP = 1 << 22  # pixels that are converted at a time
 _LARGE = 1 << 27  # bytes
 _one_large_image = threading.Lock()
@@ -96,7 +98,7 @@ def decode(
             if problem := _too_much(image, data, max_pixels):
                 return DecodedImage(None, width, height, "rejected", problem)
             target = _fit(*image.size, size) if keep_aspect else (size, size)
-            with _one_large_image if _memory(image) > _LARGE else contextlib.nullcontext():
+            with _large_image() if _memory(image, data) > _LARGE else contextlib.nullcontext():
                 return DecodedImage(_pixels(image, target), width, height)
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -130,18 +132,32 @@ def _too_much(image: Image.Image, data: bytes, max_pixels: int) -> str | None:
         return f"{width}×{height} is more than {max_pixels} pixels"
     if _tile_pixels(image) > max_pixels:
         return f"its tiles have more than {max_pixels} pixels"
-    if (memory := _memory(image)) > max_pixels * _PIXEL:
-        return f"decoding takes {memory} bytes, more than {max_pixels * _PIXEL}"
+    most = max(_LARGE, int(_MEMORY_A_PIXEL * max_pixels))
+    if (memory := _memory(image, data)) > most:
+        return f"decoding takes {memory} bytes of memory, more than {most}"
     if isinstance(image, JpegImagePlugin.JpegImageFile) and _scans(data) > _MOST_SCANS:
         return f"it has more than {_MOST_SCANS} scans"
     return None
 
 
-def _memory(image: Image.Image) -> int:
+@contextlib.contextmanager
+def _large_image() -> Iterator[None]:
+    """One at a time, and in memory that the process had freed but kept."""
+    with _one_large_image:
+        release_freed_memory()
+        try:
+            yield
+        finally:
+            release_freed_memory()
+
+
+def _memory(image: Image.Image, data: bytes) -> int:
     """Bytes that decoding takes at its peak, about."""
     width, height = _own_size(image)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        # Its coefficients, where there are several scans; the pixels are a fraction of them.
+        if _scans(data) == 1:  # decoded a few rows at a time, and only in a fraction of its size
+            return width * height
+        # All coefficients are kept; the pixels are a fraction of them.
         samples = [across * down for _, across, down, _ in image.layer]
         return 2 * width * height * sum(samples) // max(samples)
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile[0][0] == "libtiff":

@@ -1,10 +1,12 @@
-"""The job in this process: threads read and decode the next shard while the model captions this."""
+"""The job in this process: threads read and decode the next images while the model captions."""
 
+import itertools
+import operator
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
 from captioner.bundle import Bundle
 from captioner.containment import Attempts, BatchCaptioner, caption_alone
@@ -13,6 +15,8 @@ from captioner.schema import CaptionRow, rows_to_table
 from captioner.stages import CaptionJob, Counts, Loaded, load_image, write_part
 
 __all__ = ["run_local"]
+
+Item = TypeVar("Item")
 
 
 def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
@@ -24,21 +28,23 @@ def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
         if shard.number in suspects:  # before all others, so that nothing else goes on meanwhile
             rows = caption_alone(job, captioner, shard, attempts)
             yield write_part(job, shard, rows_to_table(rows))
-    others = (shard for shard in shards if shard.number not in suspects)
+    others = {shard.number: shard for shard in shards if shard.number not in suspects}
     decoders = job.run.decoders or os.cpu_count() or 1
     readers = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
     writer = ThreadPoolExecutor(1, thread_name_prefix="write")
     try:
         writing: Future[dict[str, int]] | None = None
-        for shard, loading in _load_ahead(job, others, readers, attempts):
+        images_ahead = 4 * max(job.run.batch_size, decoders)
+        loading = _ahead(_load(job, others.values(), readers, attempts), images_ahead)
+        for number, images in itertools.groupby(loading, key=operator.itemgetter(0)):
             rows = []
-            for futures in _batches(loading, job.run.batch_size):
-                batch = [future.result() for future in futures]
+            while some := list(itertools.islice(images, job.run.batch_size)):
+                batch = [loaded.result() for _, loaded in some]
                 captioner(batch)
                 rows += [loaded.row for loaded in batch]
             if writing:
                 yield writing.result()
-            writing = writer.submit(_finish, job, shard, rows, attempts)
+            writing = writer.submit(_finish, job, others[number], rows, attempts)
         if writing:
             yield writing.result()
     finally:
@@ -46,29 +52,29 @@ def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
             pool.shutdown(cancel_futures=True)
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
-
-
-def _load_ahead(
+def _load(
     job: CaptionJob, shards: Iterable[Shard], readers: ThreadPoolExecutor, attempts: Attempts
-) -> Iterator[tuple[Shard, list[Future[Loaded]]]]:
-    """Shards and their images' futures; the next shard is begun before one is handed out."""
-    ahead: deque[tuple[Shard, list[Future[Loaded]]]] = deque()
+) -> Iterator[tuple[int, Future[Loaded]]]:
+    """Each image with its shard's number; asking for one begins to read it."""
+
+    def load(begun: Future[None], uri: str, size: int | None) -> Loaded:
+        begun.result()
+        return load_image(job, uri, size)
+
     for shard in shards:
         begun = readers.submit(attempts.begin, shard.number)  # here it would keep the model waiting
-        images_of = zip(shard.uris, shard.sizes, strict=True)
-        futures = [readers.submit(_load, job, begun, uri, size) for uri, size in images_of]
-        ahead.append((shard, futures))
-        if len(ahead) > 1:
-            yield ahead.popleft()
-    yield from ahead
+        for uri, size in zip(shard.uris, shard.sizes, strict=True):
+            yield shard.number, readers.submit(load, begun, uri, size)
 
 
-def _load(job: CaptionJob, begun: Future[None], uri: str, size: int | None) -> Loaded:
-    begun.result()
-    return load_image(job, uri, size)
+def _ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, asked for so many before they are handed out."""
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _finish(

@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from captioner import __version__, storage
-from captioner.config import ListingConfig
+from captioner.config import ListingConfig, parse_json
 from captioner.errors import FingerprintError, InputError, OutputError
 from captioner.schema import MANIFEST, SCHEMA_VERSION, STATUSES
 from captioner.storage import Listed
@@ -240,7 +240,9 @@ class OutputDirectory:
                 storage.delete(self._private(name))
 
     def _compare(self, settings: dict[str, Any]) -> None:
-        before = self.read_json("run.json").get("settings", {})
+        before = self.read_json("run.json").get("settings")
+        if not isinstance(before, dict):
+            raise OutputError(f"{self._private('run.json')} has no settings")
         now = json.loads(json.dumps(settings))
         differing = [
             _difference(name, before.get(name), now.get(name))
@@ -260,10 +262,10 @@ class OutputDirectory:
             OutputError: it is missing or broken.
         """
         try:
-            parsed = json.loads(storage.read(self._private(name)))
+            parsed = parse_json(storage.read(self._private(name)))
         except FileNotFoundError as error:
             raise OutputError(f"{self.uri} is no caption job's output: it has no {name}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, InputError) as error:
             raise OutputError(f"cannot read {self._private(name)}: {error}") from error
         if not isinstance(parsed, dict):
             raise OutputError(f"{self._private(name)} is not a JSON object")
@@ -275,6 +277,14 @@ class OutputDirectory:
     def write_summary(self, values: dict[str, Any]) -> None:
         """Writes summary.json."""
         self._write_json("summary.json", values)
+
+    def read_summary(self) -> dict[str, Any]:
+        """What :meth:`write_summary` wrote; empty where no run has ended.
+
+        Raises:
+            OutputError: it is broken.
+        """
+        return self.read_json("summary.json") if "summary.json" in self._private_names() else {}
 
     def manifest(self) -> pa.Table:
         """All images ever listed, by shard and row: :data:`captioner.schema.MANIFEST`.

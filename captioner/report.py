@@ -4,7 +4,6 @@ import heapq
 import io
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,10 +22,10 @@ _LONGEST_SIDE = 480  # of an image in a drawing, in pixels
 
 @dataclass(frozen=True)
 class Report:
-    """Counts, the last run's summary, and captions by score: ``(score, caption, uri)``."""
+    """Counts, the last run in a line, and captions by score: ``(score, caption, uri)``."""
 
     accounts: Accounts
-    last_run: dict[str, Any]
+    last_run: str
     worst: list[tuple[float, str, str]]
     best: list[tuple[float, str, str]]
 
@@ -39,11 +38,7 @@ class Report:
             if self.accounts.rows.get(status)
         ]
         if self.last_run:
-            last = self.last_run
-            lines.append(
-                f"last run: {last['captioned']} images in {last['seconds']:.1f} s, "
-                f"{last['images_per_second']:.1f} images/s, ended {last['ended']}"
-            )
+            lines.append(self.last_run)
         for title, captions in (("best", self.best), ("worst", self.worst)):
             lines.append(f"{title} scores (mean log-probability of a word):")
             lines += [f"  {score:7.3f}  {caption}  {uri}" for score, caption, uri in captions]
@@ -62,10 +57,7 @@ def summarise(output: str) -> Report:
     directory = OutputDirectory(output)
     directory.read_json("run.json")
     accounts = directory.accounts()
-    try:
-        last_run = directory.read_json("summary.json")
-    except OutputError:  # the first run has not ended
-        last_run = {}
+    last_run = _last_run(directory)
     worst: list[tuple[float, str, str]] = []
     best: list[tuple[float, str, str]] = []
     for number in directory.done():
@@ -75,6 +67,18 @@ def summarise(output: str) -> Report:
         best = heapq.nlargest(_SHOWN, best + rows)
         worst = heapq.nsmallest(_SHOWN, worst + rows)
     return Report(accounts, last_run, worst, best)
+
+
+def _last_run(directory: OutputDirectory) -> str:
+    if not (last := directory.read_summary()):
+        return ""
+    try:
+        return (
+            f"last run: {last['captioned']:d} images in {last['seconds']:.1f} s, "
+            f"{last['images_per_second']:.1f} images/s, ended {last['ended']}"
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(f"the summary.json of {directory.uri} is damaged") from error
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,16 @@ def find_row(output: str, uri: str) -> CaptionedRow:
         raise InputError(f"{uri} has no caption: {values['status']}, {values['error']}")
     if values["attention"] is None:
         raise InputError(f"{uri} has no attention maps: the job ran with --attention none")
-    metadata = part.schema.metadata
-    maps_TGG = attention.decode(
-        values["attention"],
-        values["attention_peak"],
-        grid=int(metadata[b"captioner.attention.grid"]),
-        levels=int(metadata[b"captioner.attention.levels"]),
-    )
+    try:
+        metadata = part.schema.metadata
+        maps_TGG = attention.decode(
+            values["attention"],
+            values["attention_peak"],
+            grid=int(metadata[b"captioner.attention.grid"]),
+            levels=int(metadata[b"captioner.attention.levels"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(f"the row of {uri} has attention maps that cannot be read") from error
     return CaptionedRow(values["uri"], values["caption"], values["tokens"], maps_TGG)
 
 

@@ -29,11 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from captioner import dataset
-from captioner.captioning import choose_device, choose_dtype, keep_freed_memory
+from captioner.captioning import choose_device, choose_dtype
 from captioner.config import DecodeConfig, ModelConfig, TrainConfig
 from captioner.dataset import CaptionedImage
 from captioner.features import Features, load_view
 from captioner.generate import generate, sample
+from captioner.memory import keep_freed_memory
 from captioner.model import CaptionModel
 from captioner.reward import ConsensusReward, content_words
 from captioner.vocabulary import EOS, PAD, SPECIAL, START, UNKNOWN, Vocabulary

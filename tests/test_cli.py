@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -49,6 +50,19 @@ def test_caption_show_and_report(tmp_path: Path, model_directory: Path):
     assert result.exit_code == 0, result.output
     assert "3 ok" in result.output
     assert "0 images have no row" in result.output
+    summary = output / "_captioner" / "summary.json"
+    for broken in ("", '{"captioned": 3}', '{"captioned": "<b>", "seconds": 1}', "[]"):
+        summary.write_text(broken)
+        result = _run("report", output)
+        assert result.exit_code == 2
+        [line] = result.output.splitlines()
+        assert "summary.json" in line
+    summary.unlink()
+    part = pq.read_table(output / "part-000000.parquet")
+    pq.write_table(part.replace_schema_metadata(), output / "part-000000.parquet")
+    result = _run("show", output, photos[1].name, "-o", tmp_path / "overlay.png")
+    assert result.exit_code == 2
+    assert result.output.endswith(" has attention maps that cannot be read\n")
     (output / "part-000000.parquet").unlink()
     result = _run("report", output, "--missing")
     assert result.exit_code == 1

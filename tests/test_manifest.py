@@ -432,6 +432,9 @@ def test_temporary_files_of_killed_writers_are_deleted(output):
         (b"{", "cannot read"),
         (b"\xff", "cannot read"),
         (b"[]", "is not a JSON"),
+        (b"[" * 100_000, "cannot read"),
+        (b"{}", "has no settings"),
+        (b'{"settings": ["a list"]}', "has no settings"),
     ],
 )
 def test_broken_books_are_refused(output, data, problem):
@@ -446,8 +449,9 @@ def test_a_directory_without_books_is_no_jobs_output(place):
 
 
 def test_the_summary_is_read_back(output):
+    assert output.read_summary() == {}
     output.write_summary({"images": 3, "rows": {"ok": 3}})
-    assert output.read_json("summary.json") == {"images": 3, "rows": {"ok": 3}}
+    assert output.read_summary() == {"images": 3, "rows": {"ok": 3}}
 
 
 # Shards.

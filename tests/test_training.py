@@ -109,6 +109,28 @@ def test_a_run_leaves_what_people_look_at(data: Path, tmp_path: Path, capsys):
         assert caption.text == epoch.samples[0]
 
 
+def test_training_goes_on_with_a_model(data: Path, tmp_path: Path):
+    """Its vocabulary, its weights, its sizes: what the caller asks for is for new models."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    arguments = {"model_config": TINY, "encoder_weights": _weights(tmp_path)}
+    begun = training.train(_split(data), first, config=_config(epochs=4), **arguments)
+    wider = dataclasses.replace(TINY, width=96)
+    config = _config(epochs=0, scst_epochs=1, scst_learning_rate=0.0)
+    split = _split(data)
+    arguments = {"model_config": wider, "config": config, "begin_with": first + "/last"}
+    kept = training.train(split, second, **arguments)
+    assert kept[0].validation_loss == begun[-1].validation_loss
+    assert bundle.load(second).digests == bundle.load(first + "/last").digests
+    fine_tuned = str(tmp_path / "third")
+    arguments["config"] = _config(epochs=1, fine_tune_from=2, learning_rate=1e-3)
+    assert training.train(split, fine_tuned, **arguments)[0].train_loss < begun[-1].train_loss
+    with pytest.raises(OutputError, match=r"other settings \(begin_with\)"):
+        training.train(split, fine_tuned, **{**arguments, "begin_with": fine_tuned})
+    nothing = _config(epochs=0)
+    with pytest.raises(InputError, match="nothing to train"):
+        training.train(split, str(tmp_path / "fourth"), model_config=TINY, config=nothing)
+
+
 def test_self_critical_training_raises_the_reward(data: Path, tmp_path: Path):
     """From a model that has barely begun to learn, samples come to name the colour."""
     epochs = training.train(
