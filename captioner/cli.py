@@ -1,6 +1,7 @@
 """The command line. Options come from the dataclasses in :mod:`captioner.config`."""
 
 import dataclasses
+import logging
 import sys
 import typing
 from collections.abc import Callable, Container
@@ -22,6 +23,13 @@ from captioner.errors import CaptionerError, InputError, printable
 __all__ = ["main"]
 
 Config = TypeVar("Config")
+
+
+class _Echo(logging.Handler):
+    """What the library tells goes to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(printable(record.getMessage()), err=True)
 
 
 class _Commands(click.Group):
@@ -106,6 +114,11 @@ def _configure(base: Config, values: dict[str, Any]) -> Config:
 @click.option("--debug", is_flag=True, help="Show where an error comes from.")
 def main(debug: bool) -> None:
     """Train an image captioner; caption folders and buckets of images into Parquet."""
+    logger = logging.getLogger("captioner")
+    if not any(isinstance(handler, _Echo) for handler in logger.handlers):
+        logger.addHandler(_Echo())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 @main.command()
@@ -201,10 +214,13 @@ def train(
 @click.argument("output")
 @click.option("--model", help="Model directory, local or in a bucket.  [default: captioner's own]")
 @click.option("--overwrite", is_flag=True, help="Delete what an earlier job wrote to OUTPUT first.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and on what; write nothing.")
 @_options(ListingConfig)
 @_options(DecodeConfig)
 @_options(RunConfig)
-def caption(source: str, output: str, model: str | None, overwrite: bool, **options: Any) -> None:
+def caption(
+    source: str, output: str, model: str | None, overwrite: bool, dry_run: bool, **options: Any
+) -> None:
     """Caption every image of SOURCE into Parquet files in OUTPUT.
 
     SOURCE is a directory, which is searched recursively, or a .txt, .csv or .parquet file of
@@ -215,13 +231,19 @@ def caption(source: str, output: str, model: str | None, overwrite: bool, **opti
     decode = _configure(DecodeConfig(), options)
     run = _configure(RunConfig(), options)
     from captioner import bundle
-    from captioner.pipeline import caption_images
+    from captioner.pipeline import caption_images, plan_captioning
 
-    model = model or bundle.DEFAULT
-    summary = caption_images(
-        source, output, model, listing=listing, decode=decode, run=run, overwrite=overwrite
+    do = plan_captioning if dry_run else caption_images
+    done = do(
+        source,
+        output,
+        model or bundle.DEFAULT,
+        listing=listing,
+        decode=decode,
+        run=run,
+        overwrite=overwrite,
     )
-    click.echo(summary.describe())
+    click.echo(done.describe())
 
 
 @main.command()

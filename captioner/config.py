@@ -6,6 +6,7 @@ from the fields, so that nothing is written twice. Torch and Ray are not needed 
 
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
@@ -290,6 +291,15 @@ class RunConfig(_Checked):
     decoders: int | None = setting(
         None, "threads (local) that read and decode images; none: one a CPU", minimum=1
     )
+    actors: str | None = setting(
+        None, "captioning processes on Ray: N, or MIN:MAX to scale; none: by the cluster's size"
+    )
+    gpus_per_actor: float | None = setting(
+        None, "GPUs of an actor, fractions too; none: 1 where the cluster has any", minimum=0
+    )
+    cpus_per_decode: float = setting(
+        0.5, "logical CPUs of a task on Ray that reads and decodes a shard", minimum=0
+    )
     max_pixels: int = setting(
         256_000_000, "an image with more pixels is rejected unread", minimum=1
     )
@@ -299,6 +309,26 @@ class RunConfig(_Checked):
     max_error_rate: float = setting(
         0.1, "exit with 3 if more than this share of OUTPUT's rows is not ok", minimum=0, maximum=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.actors is not None:
+            self.actor_range  # noqa: B018
+
+    @property
+    def actor_range(self) -> tuple[int, int] | None:
+        """The least and the largest number of actors, where they are given.
+
+        Raises:
+            InputError: ``actors`` is not two numbers, or not in order.
+        """
+        if self.actors is None:
+            return None
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.actors, re.ASCII)
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            raise InputError(f"actors must be N or MIN:MAX, not {self.actors!r}")
+        return least, most
 
 
 @dataclass(frozen=True, kw_only=True)

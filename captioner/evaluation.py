@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from captioner import __version__, bundle, dataset, metrics
 from captioner.captioning import Captioner
@@ -23,6 +22,7 @@ from captioner.errors import InputError
 from captioner.features import load_view
 from captioner.manifest import OutputDirectory
 from captioner.metrics import Scores
+from captioner.progress import progress_bar
 
 __all__ = [
     "Captioned",
@@ -102,7 +102,7 @@ def caption_dataset(
     kept: list[CaptionedImage] = []
     captions: list[str] = []
     undecodable: list[str] = []
-    with tqdm(total=len(images), unit="image", desc="captions", disable=None) as progress:
+    with progress_bar(len(images), unit="image", description="captions") as progress:
         for begin in range(0, len(images), run.batch_size):
             batch = images[begin : begin + run.batch_size]
             pixels = []

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from captioner import images, storage
 from captioner.dataset import CaptionedImage, ahead
 from captioner.model import ImageEncoder
+from captioner.progress import progress_bar
 
 __all__ = ["Features", "compute_features", "load_view"]
 
@@ -109,7 +110,7 @@ def compute_features(
         encoder.to(dtype).to(memory_format=torch.channels_last)
         total = sum(len(chunk) for _, chunk in missing)
         description = "features" if view == 0 else f"features, view {view + 1}"
-        with tqdm(total=total, unit="image", desc=description, disable=None) as progress:
+        with progress_bar(total, unit="image", description=description) as progress:
             for path, chunk in missing:
                 features = _encode(encoder, chunk, image_size, view, batch_size, progress)
                 temporary = path.with_suffix(f".tmp-{os.getpid()}")

@@ -29,7 +29,15 @@ from captioner.errors import FingerprintError, InputError, OutputError
 from captioner.schema import MANIFEST, SCHEMA_VERSION, STATUSES
 from captioner.storage import Listed
 
-__all__ = ["PRIVATE", "Accounts", "OutputDirectory", "Shard", "list_source", "part_name"]
+__all__ = [
+    "PRIVATE",
+    "Accounts",
+    "OutputDirectory",
+    "Shard",
+    "list_source",
+    "new_shards",
+    "part_name",
+]
 
 #: The folder of an output directory that holds its books.
 PRIVATE = "_captioner"
@@ -174,11 +182,9 @@ class OutputDirectory:
             FingerprintError: it was begun with other settings.
             OutputError: it holds files that are not ours, or it cannot be written.
         """
-        ours = self._is_ours()
+        ours = self.check(settings, overwrite=overwrite)
         if ours and overwrite:
             self._delete()
-        elif ours:
-            self._compare(settings)
         if overwrite or not ours:
             run = {
                 "schema_version": SCHEMA_VERSION,
@@ -189,6 +195,13 @@ class OutputDirectory:
             }
             self._write_json("run.json", run)
         self.tidy()
+
+    def check(self, settings: dict[str, Any], *, overwrite: bool = False) -> bool:
+        """Whether a caption job began it; raises what :meth:`begin` would, and writes nothing."""
+        ours = self._is_ours()
+        if ours and not overwrite:
+            self._compare(settings)
+        return ours
 
     def _is_ours(self) -> bool:
         """Whether a caption job began it; False where nobody did, an error where others use it."""
@@ -306,24 +319,11 @@ class OutputDirectory:
     def extend(self, listing: Sequence[Listed], shard_size: int) -> pa.Table:
         """Adds what is not in the manifest yet, as new shards; returns the whole manifest."""
         manifest = self.manifest()
-        known = set(manifest["uri"].to_pylist())
-        new = [listed for listed in listing if listed.uri not in known]
-        if not new:
-            return manifest
-        first = (pc.max(manifest["shard"]).as_py() + 1) if len(manifest) else 0
-        index = np.arange(len(new))
-        added = pa.table(
-            {
-                "uri": [listed.uri for listed in new],
-                "size": [listed.size for listed in new],
-                "shard": first + index // shard_size,
-                "row": index % shard_size,
-            }
-        ).cast(MANIFEST)
-        taken = sum(name.startswith("manifest-") for name in self._private_names())
-        sink = io.BytesIO()
-        pq.write_table(added, sink, compression="zstd")
-        storage.write(self._private(f"manifest-{taken:04d}.parquet"), sink.getvalue())
+        if len(added := new_shards(manifest, listing, shard_size)):
+            taken = sum(name.startswith("manifest-") for name in self._private_names())
+            sink = io.BytesIO()
+            pq.write_table(added, sink, compression="zstd")
+            storage.write(self._private(f"manifest-{taken:04d}.parquet"), sink.getvalue())
         return pa.concat_tables([manifest, added])
 
     def done(self) -> set[int]:
@@ -331,9 +331,9 @@ class OutputDirectory:
         found = (_PART.fullmatch(name) for name in storage.names(self.uri))
         return {int(match[1]) for match in found if match}
 
-    def remaining(self, manifest: pa.Table) -> Iterator[Shard]:
-        """The shards that have no part yet, in order."""
-        done = self.done()
+    def remaining(self, manifest: pa.Table, *, begun: bool = True) -> Iterator[Shard]:
+        """The shards that have no part yet, in order; all, where the job has not begun."""
+        done = self.done() if begun else set()
         for number, table in _by_shard(manifest):
             if number not in done:
                 yield Shard(number, table["uri"].to_pylist(), table["size"].to_pylist())
@@ -397,6 +397,22 @@ class OutputDirectory:
                 return pq.read_table(file, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise OutputError(f"cannot read {uri}: {_one_line(error)}") from error
+
+
+def new_shards(manifest: pa.Table, listing: Sequence[Listed], shard_size: int) -> pa.Table:
+    """What of a listing is not in a manifest yet, in shards of its own."""
+    known = set(manifest["uri"].to_pylist())
+    new = [listed for listed in listing if listed.uri not in known]
+    first = (pc.max(manifest["shard"]).as_py() + 1) if len(manifest) else 0
+    index = np.arange(len(new))
+    return pa.table(
+        {
+            "uri": pa.array([listed.uri for listed in new], pa.string()),
+            "size": pa.array([listed.size for listed in new], pa.int64()),
+            "shard": first + index // shard_size,
+            "row": index % shard_size,
+        }
+    ).cast(MANIFEST)
 
 
 def _by_shard(manifest: pa.Table) -> Iterator[tuple[int, pa.Table]]:

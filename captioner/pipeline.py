@@ -21,25 +21,35 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from captioner import errors, images, storage
 from captioner.bundle import Bundle
 from captioner.bundle import load as load_bundle
+from captioner.captioning import choose_device, choose_dtype
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.containment import Attempts, BatchCaptioner, caption_alone
-from captioner.errors import CaptionerError, ErrorRateError, IncompleteError, StoppedError
+from captioner.errors import (
+    CaptionerError,
+    ErrorRateError,
+    IncompleteError,
+    InputError,
+    StoppedError,
+)
 from captioner.inprocess import run_local
-from captioner.manifest import OutputDirectory, Shard, list_source
-from captioner.schema import COLUMNS, SCHEMA_VERSION, CaptionRow, rows_to_table
+from captioner.manifest import OutputDirectory, Shard, list_source, new_shards
+from captioner.progress import progress_bar
+from captioner.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, CaptionRow, rows_to_table
 from captioner.stages import CaptionJob, Counts, Loaded, load_image, write_part
 from captioner.stopping import Signals, catch_signals, keep_handlers
 
-__all__ = ["Summary", "caption_images", "choose_engine", "connected"]
+__all__ = ["Plan", "Summary", "caption_images", "choose_engine", "connected", "plan_captioning"]
 
 # Threads of a decode task on Ray: reading waits for the network, and Pillow decodes without
 # Python's lock.
 _READERS = 4
+_ACTOR_CPUS = 0.75  # a whole one would let actors keep the other tasks from being scheduled
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,64 @@ class Summary:
         """The images by status."""
         counts = ", ".join(f"{count} {status}" for status, count in self.rows.items() if count)
         return f"{self.output}: {self.images} images ({counts})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job is about to do: ``shards`` are those without a part, of ``remaining`` images."""
+
+    images: int
+    remaining: int
+    shards: int
+    workers: str
+
+    def describe(self) -> str:
+        """One line for a person."""
+        if not self.shards:
+            return f"{self.images} images, all captioned"
+        part = f"{self.remaining} to caption" if self.remaining < self.images else "all to caption"
+        return f"{self.images} images, {part}, in {self.shards} shards; {self.workers}"
+
+
+def plan_captioning(
+    source: str,
+    output: str,
+    model: str,
+    *,
+    decode: DecodeConfig | None = None,
+    run: RunConfig | None = None,
+    listing: ListingConfig | None = None,
+    overwrite: bool = False,
+) -> Plan:
+    """What :func:`caption_images` would do with the same arguments; writes nothing.
+
+    Raises:
+        CaptionerError: what :func:`caption_images` would raise before its first image.
+    """
+    decode, run, listing = decode or DecodeConfig(), run or RunConfig(), listing or ListingConfig()
+    directory = OutputDirectory(storage.absolute(output))
+    bundle = load_bundle(model)
+    listed = list_source(storage.absolute(source), listing)
+    goes_on = directory.check(_settings(bundle, decode), overwrite=overwrite) and not overwrite
+    manifest = directory.manifest() if goes_on else MANIFEST.empty_table()
+    manifest = pa.concat_tables([manifest, new_shards(manifest, listed, run.shard_size)])
+    shards = list(directory.remaining(manifest, begun=goes_on))
+    if run.retry_failed and goes_on:
+        shards += directory.not_ok(manifest)
+    if choose_engine(run) == "local":
+        return _plan(len(manifest), shards, _describe_process(run))
+    with connected() as ray:
+        return _plan(len(manifest), shards, _Actors.fitting(ray, run).describe())
+
+
+def _plan(images: int, shards: Sequence[Shard], workers: str) -> Plan:
+    return Plan(images, sum(len(shard.uris) for shard in shards), len(shards), workers)
+
+
+def _describe_process(run: RunConfig) -> str:
+    device = choose_device(run.device)
+    dtype = str(choose_dtype(run.precision, device)).removeprefix("torch.")
+    return f"in this process, on {device}, in {dtype}, {run.batch_size} images a batch"
 
 
 def caption_images(
@@ -213,9 +281,13 @@ def _run(
     total: int,
 ) -> None:
     """Runs the engine with a progress bar; counts in ``written`` the rows written, by status."""
-    engine = _run_ray if choose_engine(job.run) == "ray" else run_local
+    engine: Callable[[CaptionJob, Bundle, list[Shard]], Counts] = run_local
+    if choose_engine(job.run) == "ray":
+        engine = partial(_run_ray, total=total)
+    else:
+        _logger.info(_plan(total, shards, _describe_process(job.run)).describe())
     done = total - sum(len(shard.uris) for shard in shards)
-    bar = tqdm(total=total, initial=done, unit="image", disable=None)
+    bar = progress_bar(total, unit="image", initial=done)
     with bar as progress, closing(engine(job, bundle, shards)) as running:
         for counts in running:
             written.update(counts)
@@ -265,33 +337,103 @@ _SHARD = pa.schema(
 )
 
 
-def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
+def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard], total: int) -> Counts:
     with connected() as ray:
-        yield from _chain(ray, job, bundle, shards)
+        actors = _Actors.fitting(ray, job.run)
+        _logger.info(_plan(total, shards, actors.describe()).describe())
+        yield from _chain(ray, job, bundle, shards, actors)
 
 
-def _chain(ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
+@dataclass(frozen=True)
+class _Actors:
+    """How many processes caption on Ray, at least and at most, and what Ray sets aside for each."""
+
+    least: int
+    most: int
+    cpus: float
+    gpus: float
+    threads: int | None
+    cluster: str
+
+    @classmethod
+    def fitting(cls, ray: Any, run: RunConfig) -> "_Actors":
+        """As the settings and the cluster say.
+
+        Raises:
+            InputError: the cluster has no room for them, and will not have.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        cluster = f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
+        own_cpus = _ACTOR_CPUS if cpus > 1 else 0.4
+        own_gpus = run.gpus_per_actor
+        if own_gpus is None:
+            own_gpus = 1 if gpus and run.device in ("auto", "cuda") else 0
+        if own_gpus > 1 and own_gpus % 1:
+            raise InputError(f"gpus_per_actor must be whole or at most 1, not {own_gpus:g}")
+        room = sum(_room(node, own_cpus, own_gpus) for node in nodes)
+        least, most = run.actor_range or (None, None)
+        if least is None or most is None:
+            least = most = max(1, room if own_gpus else int(cpus) // 8)
+        needed = f"{least} actors of {own_cpus:g} CPUs and {own_gpus:g} GPUs"
+        free = cpus - least * own_cpus
+        if _may_grow(ray):
+            pass
+        elif room < least:
+            raise InputError(f"no room for {needed}, but for {room}: the cluster has {cluster}")
+        elif free < run.cpus_per_decode:
+            raise InputError(
+                f"{needed} leave {max(0, free):g} CPUs to decode images, which takes "
+                f"{run.cpus_per_decode:g}: the cluster has {cluster}"
+            )
+        threads = None if own_gpus else max(1, int(cpus) // most)
+        return cls(least, most, own_cpus, own_gpus, threads, cluster)
+
+    def describe(self) -> str:
+        """What of a plan is theirs."""
+        number = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
+        return f"on Ray ({self.cluster}), {number} actors of {self.cpus:g} CPUs{gpus}"
+
+
+def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """How many actors a node holds; the share of a GPU is one GPU's."""
+    places = int(node.get("CPU", 0) / cpus + 1e-6)
+    if gpus:
+        devices = node.get("GPU", 0)
+        shared = int(devices) * int(1 / gpus + 1e-6) if gpus <= 1 else int(devices / gpus)
+        places = min(places, shared)
+    return places
+
+
+def _may_grow(ray: Any) -> bool:
+    """Whether the cluster has an autoscaler that can add nodes; not public in Ray 2.60."""
+    state = getattr(getattr(ray, "_private", None), "state", None)
+    ask = getattr(getattr(state, "state", None), "get_max_resources_from_cluster_config", None)
+    return ask is not None and bool(ask())
+
+
+def _chain(
+    ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard], actors: _Actors
+) -> Counts:
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
     context.target_max_block_size = None  # never split a block: it is a shard
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    actors = gpus or max(1, cpus // 8)
-    threads = None if gpus else max(1, cpus // actors)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     one_shard = {"batch_size": 1, "batch_format": "pyarrow"}
-    # Fractions of a CPU: whole ones would let the actors keep the tasks from ever being scheduled.
+    load: dict[str, Any] = {"fn_kwargs": {"job": job}, "num_cpus": job.run.cpus_per_decode}
+    constructor = {"job": job, "bundle": ray.put(bundle), "threads": actors.threads}
     chain = (
         ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
-        .map_batches(_load_stage, fn_kwargs={"job": job}, num_cpus=0.5, **one_shard)
+        .map_batches(_load_stage, **load, **one_shard)
         .map_batches(
             _CaptionStage,
-            fn_constructor_kwargs={"job": job, "bundle": ray.put(bundle), "threads": threads},
-            compute=ActorPoolStrategy(size=actors),
-            num_gpus=1 if gpus else 0,
-            num_cpus=0.75,
+            fn_constructor_kwargs=constructor,
+            compute=ActorPoolStrategy(min_size=actors.least, max_size=actors.most),
+            num_gpus=actors.gpus,
+            num_cpus=actors.cpus,
             **one_shard,
         )
         .map_batches(_write_stage, fn_kwargs={"job": job}, num_cpus=0.25, **one_shard)

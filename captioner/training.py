@@ -29,6 +29,7 @@ from captioner.errors import CaptionerError, InputError, OutputError, printable
 from captioner.features import compute_features
 from captioner.journal import Epoch, write_journal
 from captioner.model import CaptionModel
+from captioner.progress import in_ray_job, progress_bar
 from captioner.reward import ConsensusReward, content_words
 from captioner.trainer import Source, Trainer, plan_batches
 from captioner.vocabulary import Vocabulary
@@ -92,6 +93,7 @@ class _Job:
     output: str
     config: TrainConfig
     device: str
+    logged: bool  # whether its output is a log that people follow
 
     def private(self, name: str) -> str:
         """The URI of a file or directory that the run keeps for itself."""
@@ -157,7 +159,7 @@ def train(
         raise InputError("there is nothing to train: epochs and scst_epochs are 0")
     if config.batch_size < workers or len(split.train) < workers:
         raise InputError(f"a batch has too few images for {workers} workers")
-    job = _Job(split, output, config, launch.device)
+    job = _Job(split, output, config, launch.device, in_ray_job())
     earlier = bundle.load(begin_with) if begin_with else None
     if earlier is not None:
         model_config = earlier.model.config
@@ -271,11 +273,12 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
     last = config.epochs + config.scst_epochs
     for number in range(len(epochs) + 1, last + 1):
         begin = time.monotonic()
-        with tqdm(
-            total=len(training.examples),
+        with progress_bar(
+            len(training.examples),
             unit="image",
-            desc=f"epoch {number}/{last}",
-            disable=None if worker.rank == 0 else True,
+            description=f"epoch {number}/{last}",
+            logged=job.logged,
+            quiet=worker.rank != 0,
         ) as progress:
             value = trainer.train_epoch(training, number, partial(_advance, progress))
         seconds = time.monotonic() - begin
