@@ -300,6 +300,9 @@ class RunConfig(_Checked):
     cpus_per_decode: float = setting(
         0.5, "logical CPUs of a task on Ray that reads and decodes a shard", minimum=0
     )
+    wait_for_nodes: bool = setting(
+        False, "where the cluster has no room for the actors yet, wait for it to grow"
+    )
     max_pixels: int = setting(
         256_000_000, "an image with more pixels is rejected unread", minimum=1
     )

@@ -377,11 +377,13 @@ class _Actors:
             least = most = max(1, room if own_gpus else int(cpus) // 8)
         needed = f"{least} actors of {own_cpus:g} CPUs and {own_gpus:g} GPUs"
         free = cpus - least * own_cpus
-        if _may_grow(ray):
-            pass
-        elif room < least:
-            raise InputError(f"no room for {needed}, but for {room}: the cluster has {cluster}")
-        elif free < run.cpus_per_decode:
+        grows = run.wait_for_nodes or _is_known_to_grow(ray)
+        if room < least and not grows:
+            raise InputError(
+                f"no room for {needed}, but for {room}: the cluster has {cluster}; "
+                "if it is going to grow, give --wait-for-nodes"
+            )
+        if free < run.cpus_per_decode and not grows:
             raise InputError(
                 f"{needed} leave {max(0, free):g} CPUs to decode images, which takes "
                 f"{run.cpus_per_decode:g}: the cluster has {cluster}"
@@ -406,8 +408,11 @@ def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
     return places
 
 
-def _may_grow(ray: Any) -> bool:
-    """Whether the cluster has an autoscaler that can add nodes; not public in Ray 2.60."""
+def _is_known_to_grow(ray: Any) -> bool:
+    """Whether an autoscaler has told Ray how large the cluster can be; not all of them do.
+
+    That is not public in Ray 2.60.
+    """
     state = getattr(getattr(ray, "_private", None), "state", None)
     ask = getattr(getattr(state, "state", None), "get_max_resources_from_cluster_config", None)
     return ask is not None and bool(ask())

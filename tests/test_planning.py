@@ -65,9 +65,10 @@ def test_a_cluster_without_room_says_what_is_missing(nodes, settings, problem):
         _Actors.fitting(_cluster(*nodes), RunConfig(**settings))
 
 
-def test_a_cluster_that_grows_may_have_no_room_yet():
-    run = RunConfig(actors="2:8", gpus_per_actor=1.0)
-    actors = _Actors.fitting(_cluster({"CPU": 1}, growing=True), run)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_cluster_that_grows_may_have_no_room_yet(told):
+    run = RunConfig(actors="2:8", gpus_per_actor=1.0, wait_for_nodes=not told)
+    actors = _Actors.fitting(_cluster({"CPU": 1}, growing=told), run)
     assert (actors.least, actors.most, actors.gpus) == (2, 8, 1)
 
 
