@@ -46,7 +46,8 @@ def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> C
     Args:
         config: the model's settings.
         weights: a file of the encoder's published weights (``.safetensors``, or a state dict that
-            torch saved, which is read without unpickling anything else); None downloads timm's.
+            torch saved, which is read without unpickling anything else), local or in a bucket; None
+            downloads timm's.
         seed: of the decoder.
 
     Raises:
@@ -72,9 +73,10 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     import safetensors.torch
 
     try:
+        data = storage.read(storage.absolute(path))
         if path.endswith(".safetensors"):
-            return dict(safetensors.torch.load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(safetensors.torch.load(data))
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except Exception as error:  # torch and safetensors raise many kinds for a broken file
