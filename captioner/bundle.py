@@ -121,9 +121,6 @@ def load(directory: str) -> Bundle:
             "config.json": _read(directory, "config.json", _LARGEST_CONFIG),
             "tokenizer.json": _read(directory, "tokenizer.json", _LARGEST_TOKENIZER),
         }
-    except BundleError as error:
-        raise BundleError(f"the model {directory} is not sound: {error}") from error
-    try:
         config = _parse_config(contents["config.json"])
         vocabulary = Vocabulary.from_json(contents["tokenizer.json"].decode())
         if len(vocabulary) != config.vocabulary_size:
@@ -140,6 +137,8 @@ def load(directory: str) -> Bundle:
             state[_HEAD] = state["decoder.embedding.weight"]
         model = CaptionModel(config)
         model.load_state_dict(state)
+    except _UnreadableError:
+        raise
     except (SafetensorError, UnicodeDecodeError, InputError, BundleError) as error:
         reason = " ".join(str(error).split())  # timm's and Rust's messages may have several lines
         raise BundleError(f"the model {directory} is not sound: {reason[:300]}") from error
@@ -150,6 +149,10 @@ def load(directory: str) -> Bundle:
     return Bundle(model.eval(), vocabulary, digests)
 
 
+class _UnreadableError(BundleError):
+    """Nothing is known about the bundle but that it cannot be read."""
+
+
 @contextmanager
 def _opened(directory: str, name: str) -> Iterator[BinaryIO]:
     try:
@@ -157,9 +160,11 @@ def _opened(directory: str, name: str) -> Iterator[BinaryIO]:
             yield file
     except FileNotFoundError as error:
         raise BundleError(f"it has no {name}") from error
+    except InputError as error:  # no such file system here
+        raise _UnreadableError(str(error)) from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise BundleError(f"{name} cannot be read: {reason}") from error
+        raise _UnreadableError(f"cannot read {name} of the model {directory}: {reason}") from error
 
 
 def _read(directory: str, name: str, limit: int) -> bytes:

@@ -281,9 +281,9 @@ WEIGHTS = {
     "zip": (_written(W, _zipped()), "header"),
     "endless": (_special(W, lambda path: path.symlink_to("/dev/zero")), "not a regular file"),
     "pipe": (_special(W, os.mkfifo), "not a regular file"),
-    "socket": (_special(W, _socket), "cannot be read"),
-    "directory": (_special(W, Path.mkdir), "cannot be read"),
-    "link to itself": (_special(W, lambda path: path.symlink_to(path)), "cannot be read"),
+    "socket": (_special(W, _socket), "cannot read"),
+    "directory": (_special(W, Path.mkdir), "cannot read"),
+    "link to itself": (_special(W, lambda path: path.symlink_to(path)), "cannot read"),
     "link to nothing": (_special(W, lambda path: path.symlink_to("nowhere")), "has no model"),
 }
 HOSTILE = {
@@ -307,7 +307,8 @@ def test_a_hostile_bundle_gets_one_line_soon_and_little_memory(
         bundle.load(str(tmp_path))
     assert time.process_time() - begin < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1_000_000, "kilobytes"
-    assert str(raised.value).startswith(f"the model {tmp_path} is not sound: ")
+    beginnings = (f"the model {tmp_path} is not sound: ", "cannot read ")
+    assert str(raised.value).startswith(beginnings)
     assert len(str(raised.value).splitlines()) == 1
     assert len(str(raised.value)) < 1000
 
