@@ -209,13 +209,13 @@ def test_a_submitted_job_whose_processes_are_killed_ends_as_one_that_was_left_al
     head: dict[str, str], tmp_path: Path
 ):
     """Two workers: one is killed, then the driver; the same command goes on and ends."""
-    data = write_data(tmp_path / "data", 60)
+    data = write_data(tmp_path / "data", 30)
     small = PRESETS["small"].model
     weights = tmp_path / "encoder.pth"
     torch.save(CaptionModel(small).encoder.backbone.state_dict(), weights)
     options = ["--train-list", str(data / "train.txt"), "--val-list", str(data / "val.txt")]
     options += ["--encoder-weights", str(weights), "--minimum-count", "1", "--warmup-steps", "2"]
-    options += ["--epochs", "5", "--views", "1", "--batch-size", "8", "--workers", "2"]
+    options += ["--epochs", "4", "--views", "1", "--batch-size", "8", "--workers", "2"]
     options += ["--device", "cpu", "--precision", "fp32"]
     marker = head["XDG_CACHE_HOME"]
 
@@ -229,22 +229,22 @@ def test_a_submitted_job_whose_processes_are_killed_ends_as_one_that_was_left_al
     whole = run(tmp_path / "whole")
     printed, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, printed
-    assert "epoch 5/5" in printed
+    assert "epoch 4/4" in printed
 
     output = tmp_path / "killed"
     job = run(output)
     _wait_until(lambda: len(epochs(output)) >= 1, seconds=200)
     os.kill(_pids("RayTrainWorker", marker)[0], signal.SIGKILL)
-    _wait_until(lambda: len(epochs(output)) >= 3, seconds=200)
+    _wait_until(lambda: len(epochs(output)) >= 2, seconds=200)
     [driver, *_] = _pids("jobs/train.py", marker)
     os.kill(driver, signal.SIGKILL)
     printed, _ = job.communicate(timeout=100)
     assert job.returncode != 0, printed
-    assert len(epochs(output)) < 5
+    assert len(epochs(output)) < 4
     job = run(output)
     printed, _ = job.communicate(timeout=300)
     assert job.returncode == 0, printed
-    assert "epoch 1/5" not in printed
+    assert "epoch 1/4" not in printed
 
     figures = ("train_loss", "validation_loss", "validation_cider")
     expected = [[each[name] for name in figures] for each in epochs(tmp_path / "whole")]
