@@ -7,6 +7,7 @@ import itertools
 import json
 
 import click
+import numpy as np
 import torch
 
 from captioner import bundle, metrics, storage
@@ -51,7 +52,7 @@ def main(
         captions = []
         for begin in range(0, len(examples), BATCH):
             places = range(begin, min(begin + BATCH, len(examples)))
-            batch = torch.stack([torch.from_numpy(features[place]) for place in places])
+            batch = torch.from_numpy(np.stack([features[place] for place in places]))
             hypotheses = generate(decoder, batch.to(device, dtype), decode)
             captions += [" ".join(loaded.vocabulary.words(each.ids)) for each in hypotheses]
         scores = metrics.score(captions, references).corpus

@@ -1,14 +1,10 @@
 """One bad image costs one row: what the model cannot do, and what kills a process.
 
-An image on which the model raises is found by halving its batch. One that kills its process, as a
-crash in a decoder's C code or the kernel's out-of-memory killer does, cannot be caught: a small
-file says which shard is in a process's hands, and is deleted when the shard is out of them. Where
-that file is found, the process died, or was killed by somebody; the shard is then done image by
-image, each named in the file before it is touched. An image that was alone in its process when
+An image on which the model raises is found by halving its batch. One that kills its process cannot
+be caught; :mod:`captioner.attempts` tells that it did. An image that was alone in its process when
 that died, twice, is not touched again and becomes a row that says so.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -16,74 +12,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from captioner import attention, storage
+from captioner import attention
+from captioner.attempts import Attempts
 from captioner.bundle import Bundle
 from captioner.captioning import Caption, Captioner
 from captioner.config import DecodeConfig
-from captioner.manifest import PRIVATE, Shard
+from captioner.manifest import Shard
 from captioner.schema import CaptionRow
 from captioner.stages import CaptionJob, Loaded, load_image, one_line
 
-__all__ = ["Attempts", "BatchCaptioner", "caption_alone"]
+__all__ = ["BatchCaptioner", "caption_alone"]
 
 _DEATHS = 2  # of a process with one image alone in it, until the image is left alone
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 _logger = logging.getLogger(__name__)
-
-
-class Attempts:
-    """The files that say which shards are in a process's hands: ``_captioner/attempts/N.json``.
-
-    A file holds ``alone``, the URI of the image that is in the process alone, or null, and
-    ``deaths``, how often a process died with an image alone in it, by URI.
-    """
-
-    def __init__(self, output: str):
-        self._directory = storage.join(storage.join(output, PRIVATE), "attempts")
-
-    def _uri(self, number: int) -> str:
-        return storage.join(self._directory, f"{number:06d}.json")
-
-    def begin(
-        self, number: int, *, alone: str | None = None, deaths: dict[str, int] | None = None
-    ) -> None:
-        """Says that a shard, or an image of it alone, is in this process's hands from now on."""
-        values = {"alone": alone, "deaths": deaths or {}}
-        storage.write(self._uri(number), json.dumps(values).encode())
-
-    def end(self, number: int) -> None:
-        """Says that a shard is out of this process's hands."""
-        storage.delete(self._uri(number))
-
-    def deaths(self, number: int) -> dict[str, int] | None:
-        """None where no process died with the shard; else how often one did with an image alone."""
-        try:
-            values = json.loads(storage.read(self._uri(number)))
-        except FileNotFoundError:
-            return None
-        deaths: dict[str, int] = values["deaths"]
-        if values["alone"] is not None:
-            deaths[values["alone"]] = deaths.get(values["alone"], 0) + 1
-        return deaths
-
-    def suspects(self) -> set[int]:
-        """The numbers of the shards that were in a process's hands when it died."""
-        names = storage.names(self._directory)
-        return {int(name[:-5]) for name in names if name.endswith(".json")}
-
-    def forgive(self) -> None:
-        """After an orderly end: what is in hands now is nobody's fault, earlier deaths stay."""
-        for number in self.suspects():
-            values = json.loads(storage.read(self._uri(number)))
-            if values["deaths"]:
-                self.begin(number, deaths=values["deaths"])
-            else:
-                self.end(number)
-
-    def clear(self) -> None:
-        """Deletes all files: the job has ended, and every image has its row."""
-        storage.delete(self._directory)
 
 
 class BatchCaptioner:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from captioner.attempts import Attempts
 from captioner.bundle import Bundle
-from captioner.containment import Attempts, BatchCaptioner, caption_alone
+from captioner.containment import BatchCaptioner, caption_alone
 from captioner.manifest import Shard
 from captioner.schema import CaptionRow, rows_to_table
 from captioner.stages import CaptionJob, Counts, Loaded, load_image, write_part

@@ -11,23 +11,21 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from captioner import errors, images, storage
+from captioner.attempts import Attempts
 from captioner.bundle import Bundle
 from captioner.bundle import load as load_bundle
 from captioner.captioning import choose_device, choose_dtype
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
-from captioner.containment import Attempts, BatchCaptioner, caption_alone
 from captioner.errors import (
     CaptionerError,
     ErrorRateError,
@@ -38,15 +36,13 @@ from captioner.errors import (
 from captioner.inprocess import run_local
 from captioner.manifest import OutputDirectory, Shard, list_source, new_shards
 from captioner.progress import progress_bar
-from captioner.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, CaptionRow, rows_to_table
-from captioner.stages import CaptionJob, Counts, Loaded, load_image, write_part
+from captioner.ray_stages import CaptionStage, load_stage, write_stage
+from captioner.schema import MANIFEST, SCHEMA_VERSION
+from captioner.stages import CaptionJob, Counts
 from captioner.stopping import Signals, catch_signals, keep_handlers
 
 __all__ = ["Plan", "Summary", "caption_images", "choose_engine", "connected", "plan_captioning"]
 
-# Threads of a decode task on Ray: reading waits for the network, and Pillow decodes without
-# Python's lock.
-_READERS = 4
 _ACTOR_CPUS = 0.75  # a whole one would let actors keep the other tasks from being scheduled
 
 _logger = logging.getLogger(__name__)
@@ -322,19 +318,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-# On Ray: one chain. A shard is one row in one block all the way, so that it stays together.
-
-_SHARD = pa.schema(
-    {
-        "number": pa.int32(),
-        "uris": pa.list_(pa.string()),
-        "sizes": pa.list_(pa.int64()),
-        "redone": pa.list_(pa.int64()),
-        "rows": pa.list_(pa.struct(list(COLUMNS))),
-        "pixels": pa.list_(pa.large_binary()),
-        "problem": pa.list_(pa.string()),
-    }
-)
+# On Ray: one chain of the stages in captioner.ray_stages.
 
 
 def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard], total: int) -> Counts:
@@ -432,16 +416,16 @@ def _chain(
     constructor = {"job": job, "bundle": ray.put(bundle), "threads": actors.threads}
     chain = (
         ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
-        .map_batches(_load_stage, **load, **one_shard)
+        .map_batches(load_stage, **load, **one_shard)
         .map_batches(
-            _CaptionStage,
+            CaptionStage,
             fn_constructor_kwargs=constructor,
             compute=ActorPoolStrategy(min_size=actors.least, max_size=actors.most),
             num_gpus=actors.gpus,
             num_cpus=actors.cpus,
             **one_shard,
         )
-        .map_batches(_write_stage, fn_kwargs={"job": job}, num_cpus=0.25, **one_shard)
+        .map_batches(write_stage, fn_kwargs={"job": job}, num_cpus=0.25, **one_shard)
     )
     for row in chain.iter_rows():
         if problem := row.pop("problem"):
@@ -473,102 +457,3 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown(wait_for_processes=True)
-
-
-def _with_problems(stage: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
-    """A stage whose errors come out in its row, and go through the stages after it as they are.
-
-    Raised in a stage they would reach the driver as pages of Ray's own frames.
-    """
-
-    @wraps(stage)
-    def run(*arguments: Any, **keywords: Any) -> pa.Table:
-        table = arguments[-1]
-        if "problem" in table.column_names and table["problem"][0].is_valid:
-            return table
-        try:
-            return stage(*arguments, **keywords)
-        except CaptionerError as error:
-            problem = [type(error).__name__, str(error)]
-            return pa.Table.from_pylist([{"problem": problem}], schema=_SHARD)
-
-    return run
-
-
-def _pack(shard: Shard, images_of: Sequence[Loaded] | None) -> pa.Table:
-    """A shard as one row; without images where they are yet to be loaded."""
-    rows = pixels = None
-    if images_of is not None:
-        rows = [asdict(image.row) for image in images_of]
-        pixels = [
-            None if image.pixels_HW3 is None else image.pixels_HW3.tobytes() for image in images_of
-        ]
-    return pa.Table.from_pylist([asdict(shard) | {"rows": rows, "pixels": pixels}], schema=_SHARD)
-
-
-def _unpack(table: pa.Table, image_size: int) -> tuple[Shard, list[Loaded] | None]:
-    [values] = table.select(["number", "uris", "sizes", "redone"]).to_pylist()
-    shard = Shard(**values)
-    [rows], [pixels] = table["rows"].to_pylist(), table["pixels"]
-    if rows is None:
-        return shard, None
-    shape = (image_size, image_size, 3)
-    arrays = (
-        np.frombuffer(data.as_buffer(), np.uint8).reshape(shape) if data.is_valid else None
-        for data in pixels.values
-    )
-    return shard, [
-        Loaded(CaptionRow(**row), pixels_HW3) for row, pixels_HW3 in zip(rows, arrays, strict=True)
-    ]
-
-
-@_with_problems
-def _load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
-    """A shard in; its images loaded out, unless a process died with it."""
-    [shard] = (Shard(**row) for row in table.to_pylist())
-    attempts = Attempts(job.output)
-    if attempts.deaths(shard.number) is not None:
-        return _pack(shard, None)
-    attempts.begin(shard.number)
-    with ThreadPoolExecutor(job.run.decoders or _READERS) as pool:
-        loaded = list(pool.map(partial(load_image, job), shard.uris, shard.sizes))
-    attempts.end(shard.number)
-    return _pack(shard, loaded)
-
-
-class _CaptionStage:
-    """Shards in, their images loaded or not; shards with captions out."""
-
-    def __init__(self, job: CaptionJob, bundle: Any, threads: int | None):
-        import ray
-
-        if threads is not None:  # Ray sets one thread where an actor reserves less than a CPU
-            torch.set_num_threads(threads)
-        self.job = job
-        self.attempts = Attempts(job.output)
-        self.captioner = BatchCaptioner.load(job, ray.get(bundle))
-
-    @_with_problems
-    def __call__(self, table: pa.Table) -> pa.Table:
-        shard, loaded = _unpack(table, self.job.image_size)
-        try:
-            if loaded is None or self.attempts.deaths(shard.number) is not None:
-                rows = caption_alone(self.job, self.captioner, shard, self.attempts)
-                return _pack(shard, [Loaded(row, None) for row in rows])
-            self.attempts.begin(shard.number)
-            self.captioner(loaded)
-            self.attempts.end(shard.number)
-        except torch.AcceleratorError:
-            logging.getLogger(__name__).exception("the device is lost: a new process takes over")
-            os._exit(1)
-        return _pack(shard, loaded)
-
-
-@_with_problems
-def _write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
-    """A captioned shard in; the number of its rows by status out."""
-    shard, captioned = _unpack(table, job.image_size)
-    assert captioned is not None
-    rows = rows_to_table([image.row for image in captioned])
-    counts: dict[str, Any] = dict(write_part(job, shard, rows))
-    return pa.Table.from_pylist([counts | {"problem": None}])

@@ -1,7 +1,7 @@
 """Runs captioner with faults put into its processes: ``python faults.py ENGINE caption …``.
 
-An image file that ends in ``KILL`` kills the process that decodes it; a magenta image kills the one
-whose model sees it. Where the environment names a file in ``KILL_RENAME`` that does not exist, the
+An image file that ends in ``KILL`` kills the process that decodes it; where
+the environment has ``KILL_MODEL`` a magenta image kills the one whose model sees it. Where the environment names a file in ``KILL_RENAME`` that does not exist, the
 first process to rename a part makes it and is killed before the renaming.
 """
 
@@ -13,22 +13,16 @@ import sys
 def install() -> None:
     """Puts the faults into this process."""
     from captioner import images
-    from captioner.captioning import Captioner
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    decode, call = images.decode, Captioner.__call__
+    decode = images.decode
 
     def poisoned_decode(data, *arguments, **keywords):
         if data.endswith(b"KILL"):
             die()
         return decode(data, *arguments, **keywords)
-
-    def poisoned_call(self, images_BHW3):
-        if (images_BHW3 == (255, 0, 255)).all((1, 2, 3)).any():
-            die()
-        return call(self, images_BHW3)
 
     once = os.environ.get("KILL_RENAME")
 
@@ -38,7 +32,17 @@ def install() -> None:
             die()
 
     images.decode = poisoned_decode
-    Captioner.__call__ = poisoned_call
+    if "KILL_MODEL" in os.environ:  # torch takes seconds to import
+        from captioner.captioning import Captioner
+
+        call = Captioner.__call__
+
+        def poisoned_call(self, images_BHW3):
+            if (images_BHW3 == (255, 0, 255)).all((1, 2, 3)).any():
+                die()
+            return call(self, images_BHW3)
+
+        Captioner.__call__ = poisoned_call
     if once:
         sys.addaudithook(audit)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from captioner import storage
+from captioner.attempts import Attempts
 from captioner.captioning import Caption
 from captioner.config import DecodeConfig, RunConfig
-from captioner.containment import Attempts, BatchCaptioner, caption_alone
+from captioner.containment import BatchCaptioner, caption_alone
 from captioner.manifest import Shard
 from captioner.schema import CaptionRow
 from captioner.stages import CaptionJob, Loaded, load_image
