@@ -1,8 +1,9 @@
 """Runs captioner with faults put into its processes: ``python faults.py ENGINE caption …``.
 
-An image file that ends in ``KILL`` kills the process that decodes it; where
-the environment has ``KILL_MODEL`` a magenta image kills the one whose model sees it. Where the environment names a file in ``KILL_RENAME`` that does not exist, the
-first process to rename a part makes it and is killed before the renaming.
+An image file that ends in ``KILL`` kills the process that decodes it. Where the environment has
+``KILL_MODEL``, a magenta image kills the one whose model sees it. Where it names a file in
+``KILL_RENAME`` that does not exist, the first process to rename a part makes that file and is
+killed before the renaming.
 """
 
 import os
