@@ -265,8 +265,10 @@ thread.start()
 run = RunConfig(engine="ray", shard_size=6, batch_size=3, device="cpu")
 caption_images(photos, output, model, run=run, decode=DecodeConfig(attention="mean"))
 thread.join(1)
-alive = [node for node in ray.nodes() if node["Alive"]]
-print(len(alive), "alive")
+deadline = time.monotonic() + 60  # until Ray has noticed
+while (alive := sum(node["Alive"] for node in ray.nodes())) > 1 and time.monotonic() < deadline:
+    time.sleep(0.2)
+print(alive, "alive")
 ray.shutdown()
 cluster.shutdown()
 """

@@ -1,0 +1,150 @@
+"""Time and peak memory of the books of a caption job of a million images; the last line is JSON.
+
+python benchmarks/million_images.py
+
+The images are in a file system that only lists, the captions come from a captioner that only fills
+rows. Each stage runs in a process of its own, with the job's own code for everything else.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import fsspec
+import numpy as np
+import pyarrow as pa
+from fsspec.spec import AbstractFileSystem
+
+from captioner import report, storage
+from captioner.config import ListingConfig
+from captioner.manifest import OutputDirectory, list_source, part_name
+from captioner.schema import part_schema
+
+SETTINGS = {"model": "none"}
+SHARD = 256
+SPREAD = 0x9E3779B97F4A7C15  # makes names that are not in order
+
+
+class Listing(AbstractFileSystem):
+    """A bucket of so many images, which cannot be read."""
+
+    protocol = "listing"
+
+    def find(self, path: str, **_: object) -> dict[str, dict[str, object]]:
+        """Names like those of a crawl, of 83 characters."""
+        count = int(path.strip("/").rsplit("/", 1)[-1])
+        names = (
+            f"crawl/{number % 1000:03d}/{number * SPREAD % 2**64:016x}/{number:040d}.jpg"
+            for number in range(count)
+        )
+        return {name: {"name": name, "size": 100_000, "type": "file"} for name in names}
+
+    def isdir(self, path: str) -> bool:
+        """Whatever is asked for is one."""
+        return True
+
+
+def plan(source: str, directory: OutputDirectory) -> dict[str, object]:
+    """What a job does before its first image."""
+    begin = time.monotonic()
+    listed = list_source(source, ListingConfig())
+    seconds = {"list": time.monotonic() - begin}
+    directory.begin(SETTINGS)
+    manifest = directory.extend(listed, SHARD)
+    seconds["manifest"] = time.monotonic() - begin - sum(seconds.values())
+    shards = list(directory.remaining(manifest))
+    seconds["shards"] = time.monotonic() - begin - sum(seconds.values())
+    return {"seconds": seconds, "shards to do": len(shards)}
+
+
+def caption(source: str, directory: OutputDirectory) -> dict[str, object]:
+    """Writes all parts; not part of what is measured."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    maps, words = np.zeros(11 * 81, np.uint8).tobytes(), ["word"] * 11
+    schema = part_schema(attention="tokens", grid=9, levels=127)
+    for shard in directory.remaining(directory.manifest()):
+        count = len(shard.uris)
+        columns = {
+            "uri": shard.uris,
+            "caption": [" ".join(words)] * count,
+            "tokens": [words] * count,
+            "token_logprobs": [[-1.0] * 11] * count,
+            "score": np.linspace(-2, -1, count),
+            "attention": [maps] * count,
+            "attention_peak": [[0.1] * 11] * count,
+            "status": ["ok"] * count,
+        }
+        arrays = [
+            pa.array(columns[field.name], field.type)
+            if field.name in columns
+            else pa.nulls(count, field.type)
+            for field in schema
+        ]
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink, compression="zstd")
+        path = Path(directory.uri, part_name(shard.number))
+        path.write_bytes(sink.getvalue())
+    return {}
+
+
+def resume(source: str, directory: OutputDirectory) -> dict[str, object]:
+    """What a job does that finds all its parts there."""
+    done = plan(source, directory)
+    begin = time.monotonic()
+    accounts = directory.accounts()
+    done["seconds"]["accounts"] = time.monotonic() - begin  # type: ignore[index]
+    return done | {"missing": len(accounts.missing)}
+
+
+def read(source: str, directory: OutputDirectory) -> dict[str, object]:
+    """What `captioner report` does."""
+    begin = time.monotonic()
+    lines = len(report.summarise(directory.uri).lines())
+    return {"seconds": {"report": time.monotonic() - begin}, "lines": lines}
+
+
+STAGES = {stage.__name__: stage for stage in (plan, caption, resume, read)}
+
+
+@click.command()
+@click.option("--images", default=1_000_000, show_default=True)
+@click.option("--stage", type=click.Choice(list(STAGES)), help="Only this, of an output begun.")
+@click.option("--output", type=click.Path())
+def main(images: int, stage: str | None, output: str | None) -> None:
+    """Plans, fills, resumes and reports."""
+    if stage and output:
+        fsspec.register_implementation("listing", Listing)
+        done = STAGES[stage](f"listing://{images}", OutputDirectory(storage.absolute(output)))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        click.echo(json.dumps(done | {"largest MiB": round(peak)}))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name in STAGES:
+            command = [sys.executable, __file__, "--images", str(images), "--stage", name]
+            ran = subprocess.run(
+                [*command, "--output", f"{directory}/out"], stdout=subprocess.PIPE, check=True
+            )
+            results[name] = json.loads(ran.stdout)
+            if "seconds" in results[name]:
+                seconds = results[name]["seconds"] = {
+                    key: round(value, 2) for key, value in results[name]["seconds"].items()
+                }
+                total = sum(seconds.values())
+                click.echo(f"{name}: {total:.1f} s, {results[name]['largest MiB']} MiB: {seconds}")
+        size = sum(path.stat().st_size for path in Path(directory).rglob("manifest-*"))
+        results["manifest bytes an image"] = round(size / images, 1)
+    del results["caption"]
+    click.echo(json.dumps({"images": images} | results))
+
+
+if __name__ == "__main__":
+    main()
