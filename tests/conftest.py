@@ -15,6 +15,16 @@ from captioner.config import ModelConfig
 from captioner.model import CaptionModel
 from captioner.vocabulary import Vocabulary
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves the thorough tests out where nobody asks for them."""
+    if "CAPTIONER_TEST_THOROUGH" not in os.environ:
+        skipped = pytest.mark.skip(reason="thorough: set CAPTIONER_TEST_THOROUGH=1")
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(skipped)
+
+
 WORDS = [
     "a",
     "the",

@@ -528,7 +528,7 @@ def test_a_job_from_bucket_to_bucket_asks_for_an_image_once(source, bucket, prox
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
 def test_no_row_is_lost_or_doubled_by_faults(engine, source, bucket, proxy, photos, capsys):
     """Prints what it counted: ``pytest tests/test_buckets.py -k no_row_is_lost``."""
     proxy.requests.clear()

@@ -132,7 +132,12 @@ def _check_tidy(output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "engine", "runs"), [("decode", "local", 4), ("decode", "ray", 1), ("model", "ray", 1)]
+    ("stage", "engine", "runs"),
+    [
+        ("decode", "local", 4),
+        pytest.param("decode", "ray", 1, marks=pytest.mark.thorough),
+        ("model", "ray", 1),
+    ],
 )
 def test_an_image_that_kills_its_process_is_set_aside(
     stage, engine, runs, model_directory, tmp_path
@@ -222,7 +227,7 @@ def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_
     assert sum(survived.values()) == kills
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
 def test_a_writer_killed_before_its_renaming_leaves_nothing_behind(
     engine, model_directory, tmp_path
 ):
@@ -289,7 +294,11 @@ def test_a_node_that_dies_costs_nothing(model_directory, tmp_path):
 
 @pytest.mark.parametrize(
     ("engine", "number"),
-    [("local", signal.SIGTERM), ("local", signal.SIGINT), ("ray", signal.SIGTERM)],
+    [
+        ("local", signal.SIGTERM),
+        pytest.param("local", signal.SIGINT, marks=pytest.mark.thorough),
+        ("ray", signal.SIGTERM),
+    ],
 )
 def test_a_stopped_job_says_how_to_go_on_and_leaves_no_process(
     engine, number, model_directory, tmp_path
@@ -326,7 +335,7 @@ def test_a_stopped_job_says_how_to_go_on_and_leaves_no_process(
 # What cannot be written.
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
 def test_a_part_that_cannot_be_written_is_one_line(engine, model_directory, tmp_path):
     photos, output = tmp_path / "photos", tmp_path / "out"
     count = 300 if engine == "local" else 120

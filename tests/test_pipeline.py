@@ -48,7 +48,10 @@ def _engine(name: str, request: pytest.FixtureRequest) -> RunConfig:
     return RunConfig(**{**vars(RUN), "engine": name})
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+ENGINES = ["local", pytest.param("ray", marks=pytest.mark.thorough)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_listed_image_has_its_row_in_order(
     engine, photos, model_directory, tmp_path, request
 ):
@@ -165,7 +168,7 @@ def test_the_engine_is_ray_only_where_there_is_a_cluster(monkeypatch):
     assert choose_engine(RunConfig(engine="local")) == "local"
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_too_many_bad_rows_are_an_error_when_all_is_written(
     engine, photos, model_directory, tmp_path, request
 ):
@@ -184,7 +187,7 @@ def test_too_many_bad_rows_are_an_error_when_all_is_written(
         assert summary["error"] is None
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_failed_rows_are_redone_in_their_place(engine, photos, model_directory, tmp_path, request):
     output, run = tmp_path / "out", _engine(engine, request)
     caption_images(str(photos), str(output), str(model_directory), run=run)
