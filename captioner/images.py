@@ -42,7 +42,7 @@ _TRANSPOSE = {
 # A JPEG is decoded at a half, a quarter or an eighth where that leaves at least this many times
 # the pixels needed along each side: the resize that follows then hides the difference.
 _REDUCING_GAP = 2.0
-_PIXEL = 4  # bytes that Pillow keeps of one in most modes
+_BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # in Pillow; else 4
 _MEMORY_A_PIXEL = 1.5  # bytes that decoding may take for each pixel that is allowed
 _STRIP = 1 << 22  # pixels that are converted at a time
 _LARGE = 1 << 27  # bytes
@@ -154,6 +154,7 @@ def _large_image() -> Iterator[None]:
 def _memory(image: Image.Image, data: bytes) -> int:
     """Bytes that decoding takes at its peak, about."""
     width, height = _own_size(image)
+    pixels = width * height * _BYTES_A_PIXEL.get(image.mode, 4)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         if _scans(data) == 1:  # decoded a few rows at a time, and only in a fraction of its size
             return width * height
@@ -164,9 +165,9 @@ def _memory(image: Image.Image, data: bytes) -> int:
         tags = image.tag_v2
         rows = min(tags.get(TiffImagePlugin.ROWSPERSTRIP, height), height)
         bits = sum(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-        return int(width * height * _PIXEL + width * rows * bits // 8)
+        return int(pixels + width * rows * bits // 8)
     copies = {"WEBP": 4, "AVIF": 4}.get(image.format or "", 1)
-    return width * height * _PIXEL * copies
+    return pixels * copies
 
 
 def _scans(data: bytes) -> int:

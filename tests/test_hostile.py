@@ -132,7 +132,7 @@ def bombs() -> dict[str, tuple[str, bytes]]:
     return {
         "pixels.png": ("ok", _png(side, side, _zeros(side * side + side + (1 << 20)), colour=0)),
         "palette.png": ("ok", _encoded(grey.convert("P"), "PNG", transparency=0)),
-        "alpha.png": ("ok", _encoded(Image.new("LA", (side, side)), "PNG", compress_level=1)),
+        "alpha.png": ("rejected", _encoded(Image.new("LA", (side, side)), "PNG", compress_level=1)),
         "pixels.gif": ("ok", _encoded(grey, "GIF")),
         "pixels.tif": ("ok rejected", _encoded(grey, "TIFF", **strip)),
         "pixels.webp": ("rejected", huge_webp),
