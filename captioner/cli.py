@@ -61,35 +61,34 @@ def _options(
             name = each.metadata["option"] or "--" + each.name.replace("_", "-")
             hint = hints[each.name]
             choices = typing.get_args(hint)
-            optional = type(None) in choices
             text = each.metadata["help"]
             if from_preset:
                 text += "  [default: the preset's]"
             elif each.default is not None:
                 text += f"  [default: {each.default}]"
             kind: Any
-            if optional or (hint is not bool and typing.get_origin(hint) is not typing.Literal):
-                [kind] = [c for c in choices if c is not type(None)] if optional else [hint]
-                kind = _OrNone(kind) if optional else kind
+            if typing.get_origin(hint) is typing.Literal:
+                kind = click.Choice([str(choice) for choice in choices])
             elif hint is bool:
                 name, kind = f"{name}/--no-{name[2:]}", bool
             else:
-                kind = click.Choice([str(choice) for choice in choices])
+                kind = _OrWord(*choices) if choices else hint
             command = click.option(name, each.name, type=kind, default=None, help=text)(command)
         return command
 
     return decorate
 
 
-class _OrNone(click.ParamType):  # type: ignore[type-arg]
-    """A number, or the word ``none``."""
+class _OrWord(click.ParamType):  # type: ignore[type-arg]
+    """A value of the first type; or the word for the second, which is ``none`` or a literal."""
 
-    def __init__(self, kind: type):
+    def __init__(self, kind: type, other: Any):
         self.kind = click.types.convert_type(kind)
-        self.name = f"{self.kind.name}|none"
+        self.word: str = next(iter(typing.get_args(other)), "none")
+        self.name = f"{self.kind.name}|{self.word}"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        return "none" if value == "none" else self.kind.convert(value, param, ctx)
+        return value if value == self.word else self.kind.convert(value, param, ctx)
 
 
 def _configure(base: Config, values: dict[str, Any]) -> Config:

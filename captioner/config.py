@@ -57,9 +57,11 @@ class _Checked:
             if not _fits(value, hints[each.name]):
                 expected = _describe(hints[each.name])
                 raise InputError(f"{each.name} must be {expected}, not {value!r}")
-            if minimum is not None and value is not None and not value >= minimum:
+            if not isinstance(value, (int, float)):
+                continue
+            if minimum is not None and not value >= minimum:
                 raise InputError(f"{each.name} must be at least {minimum}, not {value!r}")
-            if maximum is not None and value is not None and not value <= maximum:
+            if maximum is not None and not value <= maximum:
                 raise InputError(f"{each.name} must be at most {maximum}, not {value!r}")
             if hints[each.name] is float:  # 1 and 1.0 are one setting: their JSON is to be the same
                 object.__setattr__(self, each.name, float(value))
@@ -86,7 +88,8 @@ def _fits(value: object, hint: Any) -> bool:
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+        choices = [str(choice) for choice in typing.get_args(hint)]
+        return "one of " + ", ".join(choices) if len(choices) > 1 else choices[0]
     if hint is type(None):
         return "null"
     if arguments := typing.get_args(hint):
@@ -286,7 +289,9 @@ class RunConfig(_Checked):
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
     precision: Precision = setting("auto", "auto: bf16 where the hardware computes in it")
-    batch_size: int = setting(32, "images a forward pass", minimum=1)
+    batch_size: int | Literal["auto"] = setting(
+        32, "images a forward pass; auto: doubled from 8 on while that is faster", minimum=1
+    )
     shard_size: int = setting(256, "images a shard, which is one part file", minimum=1)
     decoders: int | None = setting(
         None, "threads (local) that read and decode images; none: one a CPU", minimum=1

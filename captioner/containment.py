@@ -7,7 +7,9 @@ that died, twice, is not touched again and becomes a row that says so.
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,9 +22,13 @@ from captioner.config import DecodeConfig
 from captioner.manifest import Shard
 from captioner.schema import CaptionRow
 from captioner.stages import CaptionJob, Loaded, load_image, one_line
+from captioner.work import Work
 
 __all__ = ["BatchCaptioner", "caption_alone"]
 
+_SMALLEST = 8  # images of the first batches where their size is to be found
+_TRIED = 3  # batches of each size
+_FASTER = 1.05  # times the speed that twice the size has to bring
 _DEATHS = 2  # of a process with one image alone in it, until the image is left alone
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -32,18 +38,24 @@ _logger = logging.getLogger(__name__)
 class BatchCaptioner:
     """Captions batches of any size, whatever they hold, with no more images at once than fit.
 
-    ``batch_size`` is halved for good when memory runs out.
+    ``batch_size`` is halved for good when memory runs out. Where it is given as ``auto`` it is
+    doubled before that for as long as larger batches caption more images a second. ``work`` is
+    what was done since it was taken last.
     """
 
     def __init__(
         self,
         captioner: Callable[[np.ndarray], Sequence[Caption]],
         decode: DecodeConfig,
-        batch_size: int,
+        batch_size: int | Literal["auto"],
     ):
         self._captioner = captioner
         self._decode = decode
-        self.batch_size = batch_size
+        self.batch_size = _SMALLEST if batch_size == "auto" else batch_size
+        self._grows = batch_size == "auto"
+        self._slower = 0.0  # images a second in batches of half the size
+        self._speeds: list[float] = []  # of batches of this size
+        self.work = Work()
 
     @classmethod
     def load(cls, job: CaptionJob, bundle: Bundle) -> "BatchCaptioner":
@@ -52,16 +64,42 @@ class BatchCaptioner:
         captioner = Captioner(bundle, job.decode, device=run.device, precision=run.precision)
         return cls(captioner, job.decode, run.batch_size)
 
+    def take_work(self) -> Work:
+        """What was done since this was called last."""
+        work, self.work = self.work, Work()
+        return work
+
     def __call__(self, images: Sequence[Loaded]) -> None:
         """Captions those of the images that are ok: fills their rows and drops their pixels.
 
         Raises:
             torch.AcceleratorError: the device is in a state that only a new process gets out of.
         """
+        self.work.decode += sum(each.seconds for each in images)
         ready = [each for each in images if each.pixels_HW3 is not None]
         while ready:
-            batch, ready = ready[: self.batch_size], ready[self.batch_size :]
+            size = self.batch_size
+            batch, ready = ready[:size], ready[size:]
+            begin = time.perf_counter()
             self._contain(batch)
+            seconds = time.perf_counter() - begin
+            self.work += Work(model=seconds, batches=1, images=len(batch), places=size)
+            if self._grows and len(batch) == self.batch_size:
+                self._grow(len(batch) / seconds)
+
+    def _grow(self, speed: float) -> None:
+        """Takes note of a full batch's images a second; doubles the batches while that pays."""
+        self._speeds.append(speed)
+        if len(self._speeds) < _TRIED:
+            return
+        speed = max(self._speeds[1:])  # the first has its memory and its kernels to find
+        self._speeds = []
+        if speed > _FASTER * self._slower:
+            self._slower = speed
+            self.batch_size *= 2
+        else:
+            self._grows = False
+            self.batch_size //= 2
 
     def _contain(self, batch: Sequence[Loaded]) -> None:
         if (problem := self._try(batch)) is None:
@@ -76,7 +114,7 @@ class BatchCaptioner:
             return
         half = math.ceil(len(batch) / 2)
         if exhausted and half < self.batch_size:
-            self.batch_size = half
+            self.batch_size, self._grows = half, False
             _logger.warning("out of memory: batches of %d images from now on", half)
         self._contain(batch[:half])
         self._contain(batch[half:])

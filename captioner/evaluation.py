@@ -93,8 +93,10 @@ def caption_dataset(
 
     Raises:
         BundleError: the model cannot be loaded.
-        InputError: there is no such device.
+        InputError: there is no such device, or ``run.batch_size`` is not a number.
     """
+    if run.batch_size == "auto":
+        raise InputError("batch_size must be a number to evaluate: auto is for caption jobs")
     captioner = Captioner(bundle.load(model), decode, device=run.device, precision=run.precision)
     load = partial(load_view, size=captioner.image_size, view=0)
     threads = run.decoders or os.cpu_count() or 1

@@ -3,8 +3,9 @@
 import itertools
 import operator
 import os
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,14 +14,15 @@ from captioner.bundle import Bundle
 from captioner.containment import BatchCaptioner, caption_alone
 from captioner.manifest import Shard
 from captioner.schema import CaptionRow, rows_to_table
-from captioner.stages import CaptionJob, Counts, Loaded, load_image, write_part
+from captioner.stages import CaptionJob, Loaded, Written, load_image, write_part
+from captioner.work import Work
 
 __all__ = ["run_local"]
 
 Item = TypeVar("Item")
 
 
-def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
+def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Written:
     """Does the shards, those first that were in a process's hands when it died."""
     captioner = BatchCaptioner.load(job, bundle)
     attempts = Attempts(job.output)
@@ -28,26 +30,39 @@ def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Counts:
     for shard in shards:
         if shard.number in suspects:  # before all others, so that nothing else goes on meanwhile
             rows = caption_alone(job, captioner, shard, attempts)
-            yield write_part(job, shard, rows_to_table(rows))
+            yield write_part(job, shard, rows_to_table(rows)), captioner.take_work()
     others = {shard.number: shard for shard in shards if shard.number not in suspects}
     decoders = job.run.decoders or os.cpu_count() or 1
     readers = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
     writer = ThreadPoolExecutor(1, thread_name_prefix="write")
     try:
-        writing: Future[dict[str, int]] | None = None
-        images_ahead = 4 * max(job.run.batch_size, decoders)
-        loading = _ahead(_load(job, others.values(), readers, attempts), images_ahead)
+        writing: Future[tuple[dict[str, int], Work]] | None = None
+
+        def written() -> tuple[dict[str, int], Work]:
+            assert writing is not None
+            begin = time.perf_counter()
+            counts, work = writing.result()
+            work += Work(held=time.perf_counter() - begin)
+            work += captioner.take_work()
+            return counts, work
+
+        loading = _ahead(
+            _load(job, others.values(), readers, attempts),
+            lambda: 4 * max(captioner.batch_size, decoders),
+        )
         for number, images in itertools.groupby(loading, key=operator.itemgetter(0)):
             rows = []
-            while some := list(itertools.islice(images, job.run.batch_size)):
+            while some := list(itertools.islice(images, captioner.batch_size)):
+                begin = time.perf_counter()
                 batch = [loaded.result() for _, loaded in some]
+                captioner.work.starved += time.perf_counter() - begin
                 captioner(batch)
                 rows += [loaded.row for loaded in batch]
             if writing:
-                yield writing.result()
+                yield written()
             writing = writer.submit(_finish, job, others[number], rows, attempts)
         if writing:
-            yield writing.result()
+            yield written()
     finally:
         for pool in (readers, writer):
             pool.shutdown(cancel_futures=True)
@@ -68,18 +83,20 @@ def _load(
             yield shard.number, readers.submit(load, begun, uri, size)
 
 
-def _ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+def _ahead(items: Iterable[Item], count: Callable[[], int]) -> Iterator[Item]:
     """The items, asked for so many before they are handed out."""
     waiting: deque[Item] = deque()
     for item in items:
         waiting.append(item)
-        if len(waiting) > count:
+        while len(waiting) > count():
             yield waiting.popleft()
     yield from waiting
 
 
 def _finish(
     job: CaptionJob, shard: Shard, rows: list[CaptionRow], attempts: Attempts
-) -> dict[str, int]:
+) -> tuple[dict[str, int], Work]:
+    begin = time.perf_counter()
     attempts.end(shard.number)
-    return write_part(job, shard, rows_to_table(rows))
+    counts = write_part(job, shard, rows_to_table(rows))
+    return counts, Work(write=time.perf_counter() - begin)

@@ -38,12 +38,15 @@ from captioner.manifest import OutputDirectory, Shard, list_source, new_shards
 from captioner.progress import progress_bar
 from captioner.ray_stages import CaptionStage, load_stage, write_stage
 from captioner.schema import MANIFEST, SCHEMA_VERSION
-from captioner.stages import CaptionJob, Counts
+from captioner.stages import CaptionJob, Written
 from captioner.stopping import Signals, catch_signals, keep_handlers
+from captioner.work import RayMetrics, Work
 
 __all__ = ["Plan", "Summary", "caption_images", "choose_engine", "connected", "plan_captioning"]
 
 _ACTOR_CPUS = 0.75  # a whole one would let actors keep the other tasks from being scheduled
+
+_HELD_UP = {"model": "the model", "decode": "reading and decoding", "write": "writing"}
 
 _logger = logging.getLogger(__name__)
 
@@ -53,8 +56,8 @@ class Summary:
     """What a run did and what the output holds now.
 
     ``rows`` counts all rows of the output by status, ``missing`` the images without one; ``gone``
-    are images that an earlier run listed and this one did not: their rows are kept. ``error`` is
-    why the run ended early.
+    are images that an earlier run listed and this one did not: their rows are kept. ``work``
+    is what this run's time went to, ``error`` why it ended early.
     """
 
     output: str
@@ -66,6 +69,7 @@ class Summary:
     seconds: float
     started: str
     ended: str
+    work: Work
     error: str | None = None
 
     @property
@@ -76,8 +80,15 @@ class Summary:
     def describe(self) -> str:
         """One line for a person."""
         done = f"{self.captioned} now, {self.images_per_second:.1f} images/s"
+        if self.work.bottleneck:
+            done += f", held up by {_HELD_UP[self.work.bottleneck]}"
         gone = f"; {self.gone} listed images are gone; their rows are kept" if self.gone else ""
         return f"{self.counts()}; {done}{gone}"
+
+    def figures(self) -> dict[str, Any]:
+        """For summary.json."""
+        speed = {"images_per_second": self.images_per_second}
+        return asdict(self) | speed | {"work": self.work.figures()}
 
     def counts(self) -> str:
         """The images by status."""
@@ -140,7 +151,12 @@ def _plan(images: int, shards: Sequence[Shard], workers: str) -> Plan:
 def _describe_process(run: RunConfig) -> str:
     device = choose_device(run.device)
     dtype = str(choose_dtype(run.precision, device)).removeprefix("torch.")
-    return f"in this process, on {device}, in {dtype}, {run.batch_size} images a batch"
+    return f"in this process, on {device}, in {dtype}, {_describe_batch(run)}"
+
+
+def _describe_batch(run: RunConfig) -> str:
+    found = "as many images a batch as pays"
+    return found if run.batch_size == "auto" else f"{run.batch_size} images a batch"
 
 
 def caption_images(
@@ -209,7 +225,7 @@ def _caption(
     shards = list(directory.remaining(manifest))
     if job.run.retry_failed:
         shards += directory.not_ok(manifest)
-    attempts, written = Attempts(job.output), Counter[str]()
+    attempts, written, work = Attempts(job.output), Counter[str](), Work()
     started, begin = _now(), time.monotonic()
 
     def close(error: str | None = None) -> tuple[Summary, list[str]]:
@@ -225,15 +241,15 @@ def _caption(
             seconds=seconds,
             started=started,
             ended=_now(),
+            work=work,
             error=error,
         )
-        speed = {"images_per_second": summary.images_per_second}
-        directory.write_summary(asdict(summary) | speed)
+        directory.write_summary(summary.figures())
         return summary, accounts.missing
 
     try:
         if shards:
-            _run(job, bundle, shards, written, signals, total=len(manifest))
+            _run(job, bundle, shards, written, work, signals, total=len(manifest))
     except BaseException as problem:
         # What is told already is not to be hidden by what goes wrong now.
         with suppress(CaptionerError):
@@ -272,12 +288,13 @@ def _run(
     bundle: Bundle,
     shards: list[Shard],
     written: Counter[str],
+    work: Work,
     signals: Signals,
     *,
     total: int,
 ) -> None:
-    """Runs the engine with a progress bar; counts in ``written`` the rows written, by status."""
-    engine: Callable[[CaptionJob, Bundle, list[Shard]], Counts] = run_local
+    """Runs the engine with a progress bar; adds up the rows written, by status, and the work."""
+    engine: Callable[[CaptionJob, Bundle, list[Shard]], Written] = run_local
     if choose_engine(job.run) == "ray":
         engine = partial(_run_ray, total=total)
     else:
@@ -285,8 +302,9 @@ def _run(
     done = total - sum(len(shard.uris) for shard in shards)
     bar = progress_bar(total, unit="image", initial=done)
     with bar as progress, closing(engine(job, bundle, shards)) as running:
-        for counts in running:
+        for counts, some in running:
             written.update(counts)
+            work += some
             if bad := sum(written.values()) - written["ok"]:
                 progress.set_postfix(bad=bad, refresh=False)
             progress.update(sum(counts.values()))
@@ -321,11 +339,14 @@ def _now() -> str:
 # On Ray: one chain of the stages in captioner.ray_stages.
 
 
-def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard], total: int) -> Counts:
+def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard], total: int) -> Written:
     with connected() as ray:
         actors = _Actors.fitting(ray, job.run)
         _logger.info(_plan(total, shards, actors.describe()).describe())
-        yield from _chain(ray, job, bundle, shards, actors)
+        metrics = RayMetrics(job.output, total, sum(len(shard.uris) for shard in shards))
+        for counts, work in _chain(ray, job, bundle, shards, actors):
+            metrics.add(counts, work)
+            yield counts, work
 
 
 @dataclass(frozen=True)
@@ -404,7 +425,7 @@ def _is_known_to_grow(ray: Any) -> bool:
 
 def _chain(
     ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard], actors: _Actors
-) -> Counts:
+) -> Written:
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
@@ -431,7 +452,7 @@ def _chain(
         if problem := row.pop("problem"):
             name, message = problem
             raise getattr(errors, name)(message)
-        yield row
+        yield row["rows"], Work(**row["work"])
 
 
 @contextmanager

@@ -6,9 +6,10 @@ seconds and hundreds of megabytes a process.
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial, wraps
 from typing import Any
 
@@ -20,6 +21,7 @@ from captioner.errors import CaptionerError
 from captioner.manifest import Shard
 from captioner.schema import COLUMNS, CaptionRow, rows_to_table
 from captioner.stages import CaptionJob, Loaded, load_image, write_part
+from captioner.work import Work
 
 __all__ = ["CaptionStage", "load_stage", "write_stage"]
 
@@ -34,6 +36,8 @@ _SHARD = pa.schema(
         "redone": pa.list_(pa.int64()),
         "rows": pa.list_(pa.struct(list(COLUMNS))),
         "pixels": pa.list_(pa.large_binary()),
+        "ready": pa.float64(),
+        "work": pa.struct([(each.name, pa.float64()) for each in fields(Work)]),
         "problem": pa.list_(pa.string()),
     }
 )
@@ -59,15 +63,19 @@ def _with_problems(stage: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
     return run
 
 
-def _pack(shard: Shard, images_of: Sequence[Loaded] | None) -> pa.Table:
-    """A shard as one row; without images where they are yet to be loaded."""
+def _pack(shard: Shard, images_of: Sequence[Loaded] | None, work: Work) -> pa.Table:
+    """A shard as one row, with what it took so far; without images where they are yet to be loaded.
+
+    ``ready`` is the time by the clock of this machine.
+    """
     rows = pixels = None
     if images_of is not None:
         rows = [asdict(image.row) for image in images_of]
         pixels = [
             None if image.pixels_HW3 is None else image.pixels_HW3.tobytes() for image in images_of
         ]
-    return pa.Table.from_pylist([asdict(shard) | {"rows": rows, "pixels": pixels}], schema=_SHARD)
+    row = {"rows": rows, "pixels": pixels, "ready": time.time(), "work": asdict(work)}
+    return pa.Table.from_pylist([asdict(shard) | row], schema=_SHARD)
 
 
 def _unpack(table: pa.Table, image_size: int) -> tuple[Shard, list[Loaded] | None]:
@@ -92,12 +100,12 @@ def load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
     [shard] = (Shard(**row) for row in table.to_pylist())
     attempts = Attempts(job.output)
     if attempts.deaths(shard.number) is not None:
-        return _pack(shard, None)
+        return _pack(shard, None, Work())
     attempts.begin(shard.number)
     with ThreadPoolExecutor(job.run.decoders or _READERS) as pool:
         loaded = list(pool.map(partial(load_image, job), shard.uris, shard.sizes))
     attempts.end(shard.number)
-    return _pack(shard, loaded)
+    return _pack(shard, loaded, Work(decode=sum(each.seconds for each in loaded)))
 
 
 class CaptionStage:
@@ -114,6 +122,7 @@ class CaptionStage:
         self.job = job
         self.attempts = Attempts(job.output)
         self.captioner = BatchCaptioner.load(job, ray.get(bundle))
+        self.ended: float | None = None  # when the last shard did
 
     @_with_problems
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -122,25 +131,43 @@ class CaptionStage:
 
         from captioner.containment import caption_alone
 
+        work = self._waited(table["ready"][0].as_py())
         shard, loaded = _unpack(table, self.job.image_size)
         try:
             if loaded is None or self.attempts.deaths(shard.number) is not None:
                 rows = caption_alone(self.job, self.captioner, shard, self.attempts)
-                return _pack(shard, [Loaded(row, None) for row in rows])
-            self.attempts.begin(shard.number)
-            self.captioner(loaded)
-            self.attempts.end(shard.number)
+                loaded = [Loaded(row, None) for row in rows]
+            else:
+                self.attempts.begin(shard.number)
+                self.captioner(loaded)
+                self.attempts.end(shard.number)
         except torch.AcceleratorError:
             logging.getLogger(__name__).exception("the device is lost: a new process takes over")
             os._exit(1)
-        return _pack(shard, loaded)
+        work += self.captioner.take_work()
+        work += Work(**table["work"][0].as_py())
+        self.ended = time.time()
+        return _pack(shard, loaded, work)
+
+    def _waited(self, ready: float) -> Work:
+        """Since the last shard: for this one to be loaded, then for Ray to hand it over.
+
+        Ray holds a shard back that is loaded while those that are captioned wait to be written.
+        """
+        if self.ended is None:
+            return Work()
+        begin = time.time()
+        loaded = min(max(ready, self.ended), begin)
+        return Work(starved=max(0.0, loaded - self.ended), held=max(0.0, begin - loaded))
 
 
 @_with_problems
 def write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
-    """A captioned shard in; the number of its rows by status out."""
+    """A captioned shard in; the number of its rows by status out, and what it took."""
+    begin = time.perf_counter()
     shard, captioned = _unpack(table, job.image_size)
     assert captioned is not None
-    rows = rows_to_table([image.row for image in captioned])
-    counts: dict[str, Any] = dict(write_part(job, shard, rows))
-    return pa.Table.from_pylist([counts | {"problem": None}])
+    counts = write_part(job, shard, rows_to_table([image.row for image in captioned]))
+    work = Work(**table["work"][0].as_py())
+    work += Work(write=time.perf_counter() - begin)
+    return pa.Table.from_pylist([{"rows": counts, "work": asdict(work), "problem": None}])

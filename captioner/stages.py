@@ -5,6 +5,7 @@ batches, so that they write the same rows.
 """
 
 import io
+import time
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from captioner import images, storage
 from captioner.config import DecodeConfig, RunConfig
 from captioner.manifest import OutputDirectory, Shard, part_name
 from captioner.schema import STATUSES, CaptionRow, part_schema
+from captioner.work import Work
 
-__all__ = ["CaptionJob", "Counts", "Loaded", "load_image", "one_line", "write_part"]
+__all__ = ["CaptionJob", "Loaded", "Written", "load_image", "one_line", "write_part"]
 
-#: What an engine yields: a shard's rows by status, when its part is written.
-Counts = Generator[dict[str, int], None, None]
+#: What an engine yields when a shard's part is written: its rows by status, and the work done since
+#: it yielded last.
+Written = Generator[tuple[dict[str, int], Work], None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +43,25 @@ class CaptionJob:
 
 @dataclass
 class Loaded:
-    """An image on its way: the row it will be, and its pixels while it is to be captioned."""
+    """An image on its way: the row it will be, and its pixels while it is to be captioned.
+
+    ``seconds`` are those of reading and decoding.
+    """
 
     row: CaptionRow
     pixels_HW3: np.ndarray | None
+    seconds: float = 0.0
 
 
 def load_image(job: CaptionJob, uri: str, size: int | None) -> Loaded:
     """Reads and decodes one image. What is wrong with it stands in its row."""
+    begin = time.perf_counter()
+    loaded = _load(job, uri, size)
+    loaded.seconds = time.perf_counter() - begin
+    return loaded
+
+
+def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
     limit = job.run.max_bytes
     if size is not None and size > limit:
         error = f"more than {limit} bytes"

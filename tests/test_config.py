@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import typing
+from typing import Literal
 
 import pytest
 
@@ -249,7 +250,7 @@ def test_annotations_are_of_the_kinds_that_are_checked():
     for kind, field in FIELDS:
         hint = typing.get_type_hints(kind)[field.name]
         parts = typing.get_args(hint) or (hint,)
-        simple = {int, float, str, bool, type(None)}
+        simple = {int, float, str, bool, type(None), Literal["auto"]}
         assert typing.get_origin(hint) is typing.Literal or simple.issuperset(parts)
 
 

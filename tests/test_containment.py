@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +14,7 @@ from captioner.containment import BatchCaptioner, caption_alone
 from captioner.manifest import Shard
 from captioner.schema import CaptionRow
 from captioner.stages import CaptionJob, Loaded, load_image
+from captioner.work import Work
 from conftest import write_photos
 
 JOB = CaptionJob(
@@ -96,6 +98,59 @@ def test_batches_become_smaller_for_good_when_memory_runs_out(raises):
     before = len(model.sizes)
     captioner(_images(8))
     assert model.sizes[before:] == [2, 2, 2, 2]
+
+
+class _Timed(_Model):
+    """A model for which a batch takes as long as it says, by a clock that the test holds."""
+
+    def __init__(self, seconds, **settings):
+        super().__init__(**settings)
+        self.seconds, self.now = seconds, 0.0
+
+    def __call__(self, images_BHW3: np.ndarray) -> list[Caption]:
+        self.now += self.seconds(len(images_BHW3))
+        return super().__call__(images_BHW3)
+
+
+def _found(model: _Timed, monkeypatch: pytest.MonkeyPatch) -> BatchCaptioner:
+    """After shards of a hundred images, with the size of batches to be found."""
+    monkeypatch.setattr(time, "perf_counter", lambda: model.now)
+    captioner = BatchCaptioner(model, DecodeConfig(), "auto")
+    for _ in range(20):
+        images = _images(100)
+        captioner(images)
+        assert _captioned(images) == [str(number) for number in range(100)]
+    return captioner
+
+
+def test_batches_grow_until_the_device_is_busy(monkeypatch):
+    """It does up to 16 images at once in the time of one."""
+    model = _Timed(lambda count: max(1.0, count / 16))
+    assert _found(model, monkeypatch).batch_size == 16
+    assert model.sizes[:10] == [8, 8, 8, 16, 16, 16, 28, 32, 32, 32]
+    assert set(model.sizes[13:]) == {16, 4}
+
+
+def test_batches_stop_growing_where_memory_ends(monkeypatch):
+    model = _Timed(lambda _: 1.0, raises=_run_out_of_device_memory, most=50)
+    assert _found(model, monkeypatch).batch_size == 32
+    assert set(model.sizes[-8:]) == {32, 4}
+
+
+def test_work_says_what_held_the_model_up():
+    assert Work().bottleneck is None
+    assert Work().figures()["model_busy"] is None
+    assert Work(model=3, starved=1, held=2).bottleneck == "model"
+    assert Work(decode=9, write=9, model=1, starved=2, held=1).bottleneck == "decode"
+    assert Work(model=1, held=2).bottleneck == "write"
+    work = Work(model=3, starved=1, images=9, places=12, batches=3)
+    assert (work.figures()["model_busy"], work.figures()["batch_fill"]) == (0.75, 0.75)
+    captioner = BatchCaptioner(_Model(), DecodeConfig(), 8)
+    captioner(_images(20, unreadable=(4,)))
+    work = captioner.take_work()
+    assert (work.images, work.batches, work.places) == (19, 3, 24)
+    assert work.model > 0
+    assert captioner.take_work() == Work()
 
 
 def test_an_image_that_does_not_fit_alone_has_failed():

@@ -95,6 +95,25 @@ def test_both_engines_write_the_same_rows(photos, model_directory, tmp_path, req
                 assert value == theirs[name], name
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_summary_says_what_the_time_went_to(engine, photos, model_directory, tmp_path, request):
+    output = tmp_path / "out"
+    run = _engine(engine, request)
+    summary = caption_images(str(photos), str(output), str(model_directory), run=run)
+    written = json.loads((output / "_captioner/summary.json").read_text())["work"]
+    # 13 images in shards of 4, the three broken ones in different places of them
+    assert (written["batch_images"], written["batches"]) == (10, summary.work.batches)
+    assert written["batch_fill"] == 10 / (3 * written["batches"])
+    for name in ("decode_seconds", "model_seconds", "write_seconds"):
+        assert 0 < written[name] < 4 * summary.seconds, name
+    busy = written["model_seconds"] + written["model_waited_for_decode_seconds"]
+    busy += written["model_waited_for_write_seconds"]
+    assert written["model_busy"] == pytest.approx(written["model_seconds"] / busy)
+    assert busy < summary.seconds
+    assert written["bottleneck"] in ("model", "decode", "write")
+    assert ", held up by " in summary.describe()
+
+
 def test_the_usual_readers_read_the_output(photos, model_directory, tmp_path):
     output = tmp_path / "out"
     caption_images(str(photos), str(output), str(model_directory), run=RUN)
