@@ -44,7 +44,7 @@ _TRANSPOSE = {
 _REDUCING_GAP = 2.0
 _BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # in Pillow; else 4
 _MEMORY_A_PIXEL = 1.5  # bytes that decoding may take for each pixel that is allowed
-_STRIP = 1 << 22  # pixels that are converted at a time
+_STRIP = 1 << 20  # pixels that are converted at a time
 _LARGE = 1 << 27  # bytes
 _one_large_image = threading.Lock()
 # Encoders write about ten scans; each costs a pass over the image, and may be a few bytes long.
@@ -98,7 +98,8 @@ def decode(
             if problem := _too_much(image, data, max_pixels):
                 return DecodedImage(None, width, height, "rejected", problem)
             target = _fit(*image.size, size) if keep_aspect else (size, size)
-            with _large_image() if _memory(image, data) > _LARGE else contextlib.nullcontext():
+            large = _memory(image, data) > _LARGE
+            with _large_image(image) if large else contextlib.nullcontext():
                 return DecodedImage(_pixels(image, target), width, height)
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -141,13 +142,14 @@ def _too_much(image: Image.Image, data: bytes, max_pixels: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _large_image() -> Iterator[None]:
-    """One at a time, and in memory that the process had freed but kept."""
+def _large_image(image: Image.Image) -> Iterator[None]:
+    """One at a time, and in memory that the process had freed but kept; the image is closed."""
     with _one_large_image:
         release_freed_memory()
         try:
             yield
         finally:
+            image.close()  # its pixels go before the next image's come
             release_freed_memory()
 
 

@@ -362,10 +362,10 @@ def names(directory: str) -> list[str]:
     def list_names(fs: Any, path: str) -> list[str]:
         if isinstance(fs, LocalFileSystem):
             return os.listdir(path)
-        if not fs.isdir(path):  # asked first: where nothing is, s3fs would list what is beside it
-            if fs.exists(path):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory)
-            return []
+        # Asked first: where nothing is, s3fs would list what is beside it. By its kind, since
+        # another process may make the directory between the two questions.
+        if not fs.isdir(path) and fs.info(path)["type"] == "file":
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory)
         return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
 
     try:

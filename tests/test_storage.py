@@ -255,6 +255,13 @@ def test_an_unknown_scheme_is_an_error(use):
         use("nonsense://bucket/a.jpg")
 
 
+def test_a_directory_that_comes_while_it_is_asked_for_is_a_directory(memory, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.pipe(f"{memory}/part", b"")
+    monkeypatch.setattr(type(fs), "isdir", lambda self, path: False)
+    assert storage.names(memory) == ["part"]
+
+
 def test_names_are_sorted_and_of_everything(tmp_path):
     for name in ("b", ".a", "c.jpg"):
         (tmp_path / name).touch()
