@@ -23,7 +23,7 @@ def keep_few_kernels() -> None:
 
     To be called before the first of them; does nothing where the user has set a number.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def keep_freed_memory() -> None:
