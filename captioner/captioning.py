@@ -85,10 +85,10 @@ class Captioner:
         self.decode = decode or DecodeConfig()
         self.vocabulary = bundle.vocabulary
         self.image_size = bundle.config.image_size
+        keep_few_kernels()
         self.device = choose_device(device)
         self.dtype = choose_dtype(precision, self.device)
         if self.device.type == "cpu":
-            keep_few_kernels()
             keep_freed_memory()
         self.model = bundle.model.eval().to(self.device, self.dtype)
         self.model.encoder.to(memory_format=torch.channels_last)

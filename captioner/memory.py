@@ -21,9 +21,10 @@ def _glibc() -> ctypes.CDLL | None:
 def keep_few_kernels() -> None:
     """Bounds what oneDNN keeps: by default 1024 kernels, compiled for each new size of a batch.
 
-    To be called before the first of them; does nothing where the user has set a number.
+    To be called before the first of them, whoever's it is: oneDNN looks once. Does nothing where
+    the user has set a number.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def keep_freed_memory() -> None:

@@ -35,6 +35,7 @@ from captioner.errors import (
 )
 from captioner.inprocess import run_local
 from captioner.manifest import OutputDirectory, Shard, list_source, new_shards
+from captioner.memory import keep_few_kernels
 from captioner.progress import progress_bar
 from captioner.ray_stages import CaptionStage, load_stage, write_stage
 from captioner.schema import MANIFEST, SCHEMA_VERSION
@@ -190,6 +191,7 @@ def caption_images(
     """
     decode, run, listing = decode or DecodeConfig(), run or RunConfig(), listing or ListingConfig()
     directory = OutputDirectory(storage.absolute(output))
+    keep_few_kernels()
     with catch_signals() as signals:
         try:
             bundle = load_bundle(model)
