@@ -345,7 +345,7 @@ def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard], total: int) -
     with connected() as ray:
         actors = _Actors.fitting(ray, job.run)
         _logger.info(_plan(total, shards, actors.describe()).describe())
-        metrics = RayMetrics(job.output, total, sum(len(shard.uris) for shard in shards))
+        metrics = RayMetrics(job.output, sum(len(shard.uris) for shard in shards))
         for counts, work in _chain(ray, job, bundle, shards, actors):
             metrics.add(counts, work)
             yield counts, work

@@ -78,7 +78,7 @@ class RayMetrics:
     The job's own process counts, as what a worker counted would be lost with it.
     """
 
-    def __init__(self, output: str, images: int, remaining: int):
+    def __init__(self, output: str, remaining: int):
         from ray.util.metrics import Counter, Gauge
 
         self._tags = {"output": output}
@@ -89,8 +89,6 @@ class RayMetrics:
             for name, description in _COUNTED.items()
         }
         self._remaining = Gauge("captioner_images_remaining", "Images to caption.", keys)
-        self._listed = Gauge("captioner_images_listed", "Images of the job.", keys)
-        self._listed.set(images, self._tags)
         self._left = remaining
         self._remaining.set(remaining, self._tags)
 

@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
+import urllib.request
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ import yaml
 from click.testing import CliRunner
 
 from captioner.cli import main
+from captioner.config import RunConfig
+from captioner.pipeline import caption_images
+from conftest import write_photos
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -193,3 +198,29 @@ def test_ray_has_one_version():
         spec = yaml.safe_load(path.read_text())["spec"]
         versions.add(spec.get("rayClusterSpec", spec)["rayVersion"])
     assert len(versions) == 1
+
+
+@pytest.mark.slow
+def test_the_dashboard_shows_what_a_job_tells_prometheus(local_ray, model_directory, tmp_path):
+    import ray
+
+    shown = set(re.findall(r"ray_captioner_\w+", (CLUSTER / "grafana.json").read_text()))
+    assert len(shown) == 10
+    write_photos(tmp_path / "photos", 20)
+    arguments = (str(tmp_path / "photos"), str(tmp_path / "out"), str(model_directory))
+    caption_images(*arguments, run=RunConfig(engine="ray", device="cpu", shard_size=8))
+    url = f"http://{ray.util.get_node_ip_address()}:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    told: dict[str, float] = {}
+    # A counter that never counted is not told; the dashboard takes these for zero.
+    idle = {f"ray_captioner_model_waited_for_{name}_seconds_total" for name in ("decode", "write")}
+    while not shown - idle <= told.keys() and time.monotonic() < deadline:
+        time.sleep(0.5)
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            lines = answer.read().decode().split("\n")
+        for line in lines:
+            if line.startswith("ray_captioner_") and f'output="{tmp_path}/out"' in line:
+                told[line.split("{")[0]] = float(line.split()[-1])
+    assert shown - idle <= told.keys() <= shown
+    assert told["ray_captioner_images_total"] == told["ray_captioner_batch_images_total"] == 20
+    assert told["ray_captioner_images_remaining"] == 0
