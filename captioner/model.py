@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captioner.config import ModelConfig
+from captioner.depthwise import quicken
 from captioner.errors import InputError
 
 __all__ = [
@@ -74,6 +75,7 @@ class ImageEncoder(nn.Module):
             )
         except (RuntimeError, AttributeError) as error:  # timm: unknown model, unknown tag
             raise InputError(f"timm has no backbone {config.backbone!r}: {error}") from error
+        quicken(self.backbone)
         self.channels: int = self.backbone.num_features
         self.register_buffer("mean", torch.tensor(config.mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.std), persistent=False)
