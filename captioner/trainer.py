@@ -297,7 +297,8 @@ class Trainer:
 
         def backward(part: Batch) -> float:
             ids_RT = part.ids_RT.to(self.device)
-            loss = caption_loss(self._logits(part, ids_RT), ids_RT, self.config.label_smoothing)
+            logits_RTV = self._logits(part.inputs.to(self.device), ids_RT)
+            loss = caption_loss(logits_RTV, ids_RT, self.config.label_smoothing)
             (loss * (self.workers / words)).backward()  # type: ignore[no-untyped-call]
             return loss.item()
 
@@ -308,15 +309,15 @@ class Trainer:
         n = self.config.scst_samples
 
         def backward(part: Batch) -> float:
-            with torch.no_grad(), self._autocast():
-                features = self._features(self.model, part)
+            with self._autocast():
+                features = self._features(self.model, part)  # once, for the samples and gradients
             self._refresh_writer(self.model)
-            ids_RT = sample(self.writer, features, n, _LONGEST_SAMPLE).clone()
+            ids_RT = sample(self.writer, features.detach(), n, _LONGEST_SAMPLE).clone()
             rewards_BN = self._rewards(part, ids_RT)
             others_BN = (rewards_BN.sum(1, keepdim=True) - rewards_BN) / (n - 1)
             readable_B1 = (part.ids_RT.view(len(rewards_BN), -1) != PAD).any(1, keepdim=True)
             advantage_R = ((rewards_BN - others_BN) * readable_B1).flatten().to(self.device)
-            logits_RTV = self._logits(part, ids_RT)[:, :-1].float()
+            logits_RTV = self._logits(features, ids_RT)[:, :-1].float()
             logits_RTV[..., [PAD, START, UNKNOWN]] = -torch.inf  # they were not to be drawn
             targets_RT = ids_RT[:, 1:]
             counted_RT = targets_RT != PAD
@@ -368,8 +369,7 @@ class Trainer:
             [[content_words(text) + end for text in each.captions] for each in examples]
         )
 
-    def _logits(self, part: Batch, ids_RT: Tensor) -> Tensor:
-        inputs = part.inputs.to(self.device)
+    def _logits(self, inputs: Tensor, ids_RT: Tensor) -> Tensor:
         with self._autocast():
             inputs = inputs.to(self.dtype) if inputs.is_floating_point() else inputs
             # Padding stands at the end only: no word that counts looks at it.
