@@ -1,22 +1,29 @@
 """A batch of images in, captions with attention maps out. Knows no Ray and no files."""
 
+import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from captioner.bundle import Bundle
 from captioner.config import DecodeConfig
 from captioner.errors import InputError
+from captioner.folding import fold_batch_norm
 from captioner.generate import Hypothesis, generate
 from captioner.memory import keep_few_kernels, keep_freed_memory
 
 __all__ = ["Caption", "Captioner", "choose_device", "choose_dtype"]
 
 _IMAGES_A_THREAD = 4  # that go through the encoder at once on a CPU
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,26 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if hardware else torch.float32
 
 
+def _keep_compiled() -> None:
+    """Keeps what is compiled in the user's own cache directory, unless the user says where to.
+
+    torch's default is in the directory for temporary files, where others may write before us.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    if os.environ.get(variable, default_cache_dir()) == default_cache_dir():
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        os.environ[variable] = str(Path(base) / "captioner" / "compiled")
+
+
 class Captioner:
-    """Captions batches of images with one model on one device."""
+    """Captions batches of images with one model on one device.
+
+    It takes the bundle's model over: moves it, and folds its BatchNorm layers away. With
+    ``compiled`` the encoder is compiled for this machine, which takes seconds, or less where it was
+    compiled before, and makes it faster; where that fails it is used as it is.
+    """
 
     def __init__(
         self,
@@ -81,6 +106,7 @@ class Captioner:
         *,
         device: str = "auto",
         precision: str = "auto",
+        compiled: bool = False,
     ):
         self.decode = decode or DecodeConfig()
         self.vocabulary = bundle.vocabulary
@@ -90,14 +116,17 @@ class Captioner:
         self.dtype = choose_dtype(precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model = bundle.model.eval().to(self.device, self.dtype)
+        self.model = bundle.model.eval()
+        fold_batch_norm(self.model.encoder, self.image_size)
+        self.model.to(self.device, self.dtype)
         self.model.encoder.to(memory_format=torch.channels_last)
+        self._compiled = self._compile() if compiled else None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images_BHW3: np.ndarray) -> list[Caption]:
         """Captions uint8 RGB images ``(B, size, size, 3)``, ``size`` being ``image_size``."""
         images = torch.from_numpy(images_BHW3).to(self.device, non_blocking=True)
-        features_BhwC = torch.cat([self.model.encoder(part) for part in self._parts(images)])
+        features_BhwC = torch.cat([self._encode(part) for part in self._parts(images)])
         hypotheses = generate(self.model.decoder, features_BhwC, self.decode)
         return [self._caption(hypothesis) for hypothesis in hypotheses]
 
@@ -105,7 +134,39 @@ class Captioner:
         """A batch in parts: on a CPU more images at once take more memory and no less time."""
         if self.device.type != "cpu":
             return [images]
-        return torch.split(images, _IMAGES_A_THREAD * torch.get_num_threads())
+        return torch.split(images, self._part)
+
+    @property
+    def _part(self) -> int:
+        return _IMAGES_A_THREAD * torch.get_num_threads()
+
+    def _encode(self, images_BHW3: Tensor) -> Tensor:
+        if self._compiled is None or len(images_BHW3) > self._part:
+            return self.model.encoder(images_BHW3)  # type: ignore[no-any-return]
+        # It was compiled for so many images, neither more nor less.
+        missing = self._part - len(images_BHW3)
+        filled = F.pad(images_BHW3, (0, 0, 0, 0, 0, 0, 0, missing))
+        features: Tensor = self._compiled(filled)
+        return features[: len(images_BHW3)]
+
+    def _compile(self) -> Callable[[Tensor], Tensor] | None:
+        blank = torch.zeros(self._part, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        try:
+            import torch._inductor.config as inductor
+
+            _keep_compiled()
+            compiled = torch.compile(self.model.encoder, dynamic=False)
+            # Weights are constants then. It has no effect among torch.compile's own options, nor
+            # in inference mode.
+            with inductor.patch(freezing=True), torch.no_grad():
+                compiled(blank.to(self.device))
+        except Exception as problem:  # of the compilers that torch calls, or that are not there
+            reason = str(problem).strip().splitlines()
+            _logger.warning(
+                "the encoder is not compiled: %s", reason[0] if reason else type(problem).__name__
+            )
+            return None
+        return compiled
 
     def _caption(self, hypothesis: Hypothesis) -> Caption:
         words, maps_SP = len(hypothesis.ids), hypothesis.attention_SP

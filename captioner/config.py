@@ -289,6 +289,9 @@ class RunConfig(_Checked):
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
     precision: Precision = setting("auto", "auto: bf16 where the hardware computes in it")
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "compile the encoder; auto: on a CPU, where the job is long enough for it to pay"
+    )
     batch_size: int | Literal["auto"] = setting(
         32, "images a forward pass; auto: doubled from 8 on while that is faster", minimum=1
     )

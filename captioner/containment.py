@@ -61,7 +61,13 @@ class BatchCaptioner:
     def load(cls, job: CaptionJob, bundle: Bundle) -> "BatchCaptioner":
         """With a bundle's model, on the device that the job names."""
         run = job.run
-        captioner = Captioner(bundle, job.decode, device=run.device, precision=run.precision)
+        captioner = Captioner(
+            bundle,
+            job.decode,
+            device=run.device,
+            precision=run.precision,
+            compiled=run.compile == "on",
+        )
         return cls(captioner, job.decode, run.batch_size)
 
     def take_work(self) -> Work:

@@ -12,10 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -46,6 +46,8 @@ from captioner.work import RayMetrics, Work
 __all__ = ["Plan", "Summary", "caption_images", "choose_engine", "connected", "plan_captioning"]
 
 _ACTOR_CPUS = 0.75  # a whole one would let actors keep the other tasks from being scheduled
+
+_COMPILE_FROM = 10_000  # images: compiling takes as long as it then saves on about so many
 
 _HELD_UP = {"model": "the model", "decode": "reading and decoding", "write": "writing"}
 
@@ -249,6 +251,8 @@ def _caption(
         directory.write_summary(summary.figures())
         return summary, accounts.missing
 
+    run = replace(job.run, compile=_choose_compile(job.run, shards))
+    job = replace(job, run=run)
     try:
         if shards:
             _run(job, bundle, shards, written, work, signals, total=len(manifest))
@@ -320,6 +324,14 @@ def choose_engine(run_config: RunConfig) -> str:
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         return "ray"
     return "ray" if torch.cuda.device_count() > 1 else "local"
+
+
+def _choose_compile(run: RunConfig, shards: Sequence[Shard]) -> Literal["on", "off"]:
+    if run.compile != "auto":
+        return run.compile
+    images = sum(len(shard.uris) for shard in shards)
+    pays = images >= _COMPILE_FROM and choose_device(run.device).type == "cpu"
+    return "on" if pays else "off"
 
 
 def _settings(bundle: Bundle, decode: DecodeConfig) -> dict[str, Any]:

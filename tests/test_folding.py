@@ -1,0 +1,124 @@
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from captioner import captioning
+from captioner.bundle import Bundle
+from captioner.captioning import Captioner
+from captioner.folding import fold_batch_norm
+from captioner.model import ImageEncoder
+from conftest import TINY, tiny_model
+
+
+def _encoder(backbone: str) -> ImageEncoder:
+    torch.manual_seed(0)
+    encoder = ImageEncoder(replace(TINY, backbone=backbone)).eval()
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as if it had been trained
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return encoder
+
+
+def _norms(encoder: ImageEncoder) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "left"),
+    [
+        ("resnet10t", 0),
+        ("tf_efficientnet_lite0", 0),
+        ("mobilenetv3_small_050", 0),
+        ("convnext_atto", 0),  # has none
+        ("densenet121", 62),  # normalises before it convolves: a sum of several outputs
+    ],
+)
+def test_features_stay_and_norms_after_convolutions_go(backbone: str, left: int):
+    encoder = _encoder(backbone)
+    images = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        before = encoder(images)
+        fold_batch_norm(encoder, 64)
+        after = encoder(images)
+    assert _norms(encoder) == left
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+
+
+class _Twice(nn.Module):
+    """Also uses what the convolution gave as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        nn.init.uniform_(self.norm.running_mean, 1, 2)
+
+    def forward_features(self, images):
+        convolved = self.convolution(images)
+        return self.norm(convolved) + convolved
+
+
+class _Shared(nn.Module):
+    """One convolution before two norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+
+    def forward_features(self, images):
+        for norm in self.norms:
+            images = norm(self.convolution(images))
+        return images
+
+
+@pytest.mark.parametrize("network", [_Twice, _Shared])
+def test_a_backbone_that_does_more_is_left_alone(network: type[nn.Module]):
+    encoder = _encoder("resnet10t")
+    encoder.backbone = network().eval()
+    images = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    state = copy.deepcopy(encoder.state_dict())
+    with torch.inference_mode():
+        before = encoder(images)
+        fold_batch_norm(encoder, 64)
+        assert torch.equal(encoder(images), before)
+    assert encoder.state_dict().keys() == state.keys()
+
+
+def _images(count: int) -> np.ndarray:
+    shape = (count, TINY.image_size, TINY.image_size, 3)
+    return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_writes_the_same_captions(vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    options = {"device": "cpu", "precision": "fp32"}
+    plain = Captioner(Bundle(tiny_model(), vocabulary, {}), **options)
+    compiled = Captioner(Bundle(tiny_model(), vocabulary, {}), compiled=True, **options)
+    for count in (1, 9, 17):  # parts that are full, and that are not
+        for one, other in zip(plain(_images(count)), compiled(_images(count)), strict=True):
+            assert one.tokens == other.tokens
+            np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-4)
+            np.testing.assert_allclose(one.attention_TGG, other.attention_TGG, atol=1e-4)
+    assert compiled._compiled is not None
+    assert list((tmp_path / "captioner" / "compiled").iterdir())
+
+
+def test_an_encoder_that_cannot_be_compiled_is_used_as_it_is(vocabulary, monkeypatch, caplog):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(captioning.torch, "compile", fail)
+    captioner = Captioner(Bundle(tiny_model(), vocabulary, {}), device="cpu", compiled=True)
+    assert len(captioner(_images(3))) == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "the encoder is not compiled: no C++ compiler"
+    ]
