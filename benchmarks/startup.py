@@ -66,7 +66,6 @@ def stepwise(begin: float, photos: str, output: str) -> None:
     from captioner.containment import BatchCaptioner
 
     pipeline.load_bundle = timed("load the model", pipeline.load_bundle)
-
     BatchCaptioner.load = timed("prepare the model", BatchCaptioner.load)  # type: ignore
     BatchCaptioner.__call__ = timed("caption", BatchCaptioner.__call__)  # type: ignore
     inprocess.write_part = timed("write the part", inprocess.write_part)
