@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,27 +38,20 @@ _LARGEST_HEADER = 1 << 24
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model with its vocabulary, and the SHA-256 of each of its files."""
+    """A model with its vocabulary, and the SHA-256 of each of its files.
+
+    ``grid`` is the side of the model's attention maps.
+    """
 
     model: CaptionModel
     vocabulary: Vocabulary
     digests: dict[str, str]
+    grid: int
 
     @property
     def config(self) -> ModelConfig:
         """The model's settings."""
         return self.model.config
-
-    @cached_property
-    def grid(self) -> int:
-        """The side of the model's attention maps."""
-        if self.config.grid is not None:
-            return self.config.grid
-        size = self.config.image_size
-        with torch.inference_mode():
-            encoder = self.model.encoder
-            blank = torch.zeros(1, size, size, 3, device=encoder.mean.device)
-            return int(encoder(blank).size(1))
 
 
 def save(
@@ -127,11 +119,11 @@ def load(directory: str) -> Bundle:
             raise BundleError(
                 f"tokenizer.json has {len(vocabulary)} words, config.json {config.vocabulary_size}"
             )
-        expected = _tensors(config)
+        expected, side = _outline(config)
         contents[_WEIGHTS] = _read_weights(directory, expected)
         state = safetensors.torch.load(contents[_WEIGHTS])
         for name, tensor in state.items():
-            if not torch.isfinite(tensor).all():
+            if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # they hand NaN on
                 raise BundleError(f"{name} has a weight that is not finite")
         if config.tied_embeddings:
             state[_HEAD] = state["decoder.embedding.weight"]
@@ -146,7 +138,7 @@ def load(directory: str) -> Bundle:
     # The version that wrote config.json does not change a caption.
     settings = json.dumps(asdict(config), sort_keys=True).encode()
     digests["config.json"] = hashlib.sha256(settings).hexdigest()
-    return Bundle(model.eval(), vocabulary, digests)
+    return Bundle(model.eval(), vocabulary, digests, config.grid or side)
 
 
 class _UnreadableError(BundleError):
@@ -186,8 +178,8 @@ def _parse_config(data: bytes) -> ModelConfig:
         raise BundleError(f"config.json: {reason}") from error
 
 
-def _tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors that a bundle of this model stores, without their memory."""
+def _outline(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
+    """The tensors that a bundle of this model stores, without their memory; its features' side."""
     try:
         with torch.device("meta"), torch.inference_mode():
             model = CaptionModel(config).eval()
@@ -201,7 +193,7 @@ def _tensors(config: ModelConfig) -> dict[str, Tensor]:
     state = model.state_dict()
     if config.tied_embeddings:
         del state[_HEAD]
-    return state
+    return state, height
 
 
 def _read_weights(directory: str, expected: Mapping[str, Tensor]) -> bytes:

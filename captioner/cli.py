@@ -1,10 +1,12 @@
 """The command line. Options come from the dataclasses in :mod:`captioner.config`."""
 
 import dataclasses
+import gc
 import logging
 import sys
 import typing
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -46,6 +48,20 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("captioner: stopped by SIGINT", err=True)
             context.exit(130)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Does not look for garbage in what imports make: it stays, and looking takes a fifth of them.
+
+    Nor is it looked through later, when the process ends among others.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _options(
@@ -229,8 +245,9 @@ def caption(
     listing = _configure(ListingConfig(), options)
     decode = _configure(DecodeConfig(), options)
     run = _configure(RunConfig(), options)
-    from captioner import bundle
-    from captioner.pipeline import caption_images, plan_captioning
+    with _importing():
+        from captioner import bundle
+        from captioner.pipeline import caption_images, plan_captioning
 
     do = plan_captioning if dry_run else caption_images
     done = do(

@@ -317,6 +317,9 @@ class RunConfig(_Checked):
     max_bytes: int = setting(256_000_000, "a larger file is rejected unread", minimum=1)
     retries: int = setting(3, "tries after the first to read an image", minimum=0)
     retry_failed: bool = setting(False, "caption again the images whose rows are not ok")
+    profile: str | None = setting(
+        None, "file for a trace of what torch does in three batches, which Chrome opens (local)"
+    )
     max_error_rate: float = setting(
         0.1, "exit with 3 if more than this share of OUTPUT's rows is not ok", minimum=0, maximum=1
     )

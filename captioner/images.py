@@ -95,10 +95,11 @@ def decode(
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = _own_size(image)
-            if problem := _too_much(image, data, max_pixels):
+            scans = _scans(data) if isinstance(image, JpegImagePlugin.JpegImageFile) else 0
+            if problem := _too_much(image, scans, max_pixels):
                 return DecodedImage(None, width, height, "rejected", problem)
             target = _fit(*image.size, size) if keep_aspect else (size, size)
-            large = _memory(image, data) > _LARGE
+            large = _memory(image, scans) > _LARGE
             with _large_image(image) if large else contextlib.nullcontext():
                 return DecodedImage(_pixels(image, target), width, height)
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken file
@@ -126,7 +127,7 @@ def _silence_once() -> None:
             getattr(libraries, name)(None)
 
 
-def _too_much(image: Image.Image, data: bytes, max_pixels: int) -> str | None:
+def _too_much(image: Image.Image, scans: int, max_pixels: int) -> str | None:
     """Why an image is not worth its memory or time; None where it is."""
     width, height = _own_size(image)
     if width * height > max_pixels:
@@ -134,9 +135,9 @@ def _too_much(image: Image.Image, data: bytes, max_pixels: int) -> str | None:
     if _tile_pixels(image) > max_pixels:
         return f"its tiles have more than {max_pixels} pixels"
     most = max(_LARGE, int(_MEMORY_A_PIXEL * max_pixels))
-    if (memory := _memory(image, data)) > most:
+    if (memory := _memory(image, scans)) > most:
         return f"decoding takes {memory} bytes of memory, more than {most}"
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and _scans(data) > _MOST_SCANS:
+    if scans > _MOST_SCANS:
         return f"it has more than {_MOST_SCANS} scans"
     return None
 
@@ -153,12 +154,12 @@ def _large_image(image: Image.Image) -> Iterator[None]:
             release_freed_memory()
 
 
-def _memory(image: Image.Image, data: bytes) -> int:
-    """Bytes that decoding takes at its peak, about."""
+def _memory(image: Image.Image, scans: int) -> int:
+    """Bytes that decoding takes at its peak, about; ``scans`` are a JPEG's."""
     width, height = _own_size(image)
     pixels = width * height * _BYTES_A_PIXEL.get(image.mode, 4)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        if _scans(data) == 1:  # decoded a few rows at a time, and only in a fraction of its size
+        if scans == 1:  # decoded a few rows at a time, and only in a fraction of its size
             return width * height
         # All coefficients are kept; the pixels are a fraction of them.
         samples = [across * down for _, across, down, _ in image.layer]
@@ -182,6 +183,9 @@ def _scans(data: bytes) -> int:
         position = marker.end()
         if marker[1] != b"\xd8":  # the start has no length
             position += int.from_bytes(data[position : position + 2], "big")
+        # Most have one scan, nearly all of the file: it is not gone through if no other may follow.
+        if marker[1] == _SCAN and data.find(b"\xff" + _SCAN, position) < 0:
+            break
     return scans
 
 
@@ -195,7 +199,8 @@ def _pixels(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
     orientation = _orientation(image)  # after loading, which turns a TIFF upright itself
     across = int((right - left) / target[0] / _REDUCING_GAP) or 1
     down = int((bottom - top) / target[1] / _REDUCING_GAP) or 1
-    small = _reduced_rgb(image, across, down)
+    plain = across == down == 1 and image.mode == "RGB" and not image.has_transparency_data
+    small = image if plain else _reduced_rgb(image, across, down)
     box = left / across, top / down, right / across, bottom / down
     resized = small.resize(target, Image.Resampling.BILINEAR, box)
     return np.array(resized if orientation is None else resized.transpose(orientation))

@@ -7,12 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from captioner.attempts import Attempts
 from captioner.bundle import Bundle
 from captioner.containment import BatchCaptioner, caption_alone
 from captioner.manifest import Shard
+from captioner.profiling import Profiler
 from captioner.schema import CaptionRow, rows_to_table
 from captioner.stages import CaptionJob, Loaded, Written, load_image, write_part
 from captioner.work import Work
@@ -25,6 +27,20 @@ Item = TypeVar("Item")
 def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Written:
     """Does the shards, those first that were in a process's hands when it died."""
     captioner = BatchCaptioner.load(job, bundle)
+    if job.run.profile is None:
+        yield from _run(job, captioner, shards, nullcontext)
+        return
+    only_one = len(shards) == 1 and len(shards[0].uris) <= captioner.batch_size
+    with Profiler(job.run.profile, skip=0 if only_one else 1) as profiler:
+        yield from _run(job, captioner, shards, profiler.batch)
+
+
+def _run(
+    job: CaptionJob,
+    captioner: BatchCaptioner,
+    shards: list[Shard],
+    around_batch: Callable[[], AbstractContextManager[None]],
+) -> Written:
     attempts = Attempts(job.output)
     suspects = attempts.suspects()
     for shard in shards:
@@ -56,7 +72,8 @@ def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Written:
                 begin = time.perf_counter()
                 batch = [loaded.result() for _, loaded in some]
                 captioner.work.starved += time.perf_counter() - begin
-                captioner(batch)
+                with around_batch():
+                    captioner(batch)
                 rows += [loaded.row for loaded in batch]
             if writing:
                 yield written()

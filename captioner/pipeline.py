@@ -192,6 +192,7 @@ def caption_images(
         StoppedError: SIGTERM or Ctrl-C ended the job.
     """
     decode, run, listing = decode or DecodeConfig(), run or RunConfig(), listing or ListingConfig()
+    choose_engine(run)  # may refuse
     directory = OutputDirectory(storage.absolute(output))
     keep_few_kernels()
     with catch_signals() as signals:
@@ -317,13 +318,19 @@ def _run(
             signals.check()
 
 
-def choose_engine(run_config: RunConfig) -> str:
-    """``local`` or ``ray``; ``auto`` takes Ray in a Ray job, on a cluster or with several GPUs."""
-    if run_config.engine != "auto":
-        return run_config.engine
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        return "ray"
-    return "ray" if torch.cuda.device_count() > 1 else "local"
+def choose_engine(run: RunConfig) -> str:
+    """``local`` or ``ray``; ``auto`` takes Ray in a Ray job, on a cluster or with several GPUs.
+
+    Raises:
+        InputError: it is Ray, and there is to be a profile.
+    """
+    engine: str = run.engine
+    if engine == "auto":
+        job = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+        engine = "ray" if job or torch.cuda.device_count() > 1 else "local"
+    if engine == "ray" and run.profile is not None:
+        raise InputError("a profile is of a job in this process, not on Ray: give --engine local")
+    return engine
 
 
 def _choose_compile(run: RunConfig, shards: Sequence[Shard]) -> Literal["on", "off"]:

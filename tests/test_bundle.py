@@ -55,10 +55,11 @@ def test_a_damaged_bundle_gets_one_line(name, damage, message, tmp_path, model_d
     assert "\n" not in str(raised.value)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path, vocabulary):
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, vocabulary, weight: float):
     model = tiny_model()
     with torch.no_grad():
-        model.decoder.embedding.weight[0, 0] = float("nan")
+        model.decoder.embedding.weight[0, 0] = weight
     bundle.save(str(tmp_path), model, vocabulary)
     with pytest.raises(BundleError, match="not finite"):
         bundle.load(str(tmp_path))

@@ -1,3 +1,4 @@
+import gc
 import json
 import subprocess
 import sys
@@ -34,6 +35,11 @@ def test_help_imports_neither_torch_nor_ray():
         "assert not {'torch', 'ray', 'pyarrow', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_after_its_imports_a_command_collects_garbage(tmp_path: Path, model_directory: Path):
+    assert _run("caption", tmp_path / "no", tmp_path / "o", "--model", model_directory).exit_code
+    assert gc.isenabled()
 
 
 def test_caption_show_and_report(tmp_path: Path, model_directory: Path):

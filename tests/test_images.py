@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from captioner import images
 from captioner.images import DecodedImage
@@ -489,6 +489,32 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(width, height, fraction):
 
 def _resized(image: Image.Image, size: int, box=None) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=2.0))
+
+
+def test_a_photo_is_gone_through_once(monkeypatch: pytest.MonkeyPatch):
+    """Its scans are counted once, and its pixels decoded once."""
+    counted, loaded = [], []
+    count, load = images._scans, ImageFile.ImageFile.load
+
+    def record(image: ImageFile.ImageFile):
+        loaded.extend(image.tile)  # nothing where the pixels are there
+        return load(image)
+
+    monkeypatch.setattr(images, "_scans", lambda data: counted.append(1) or count(data))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", record)
+    _decoded(_encoded(_photo(1600, 1200), "JPEG", quality=90), 100)
+    assert (len(counted), len(loaded)) == (1, 1)
+
+
+def test_the_scans_of_a_jpeg_are_counted():
+    one = _encoded(_photo(160, 120), "JPEG")
+    assert images._scans(one) == 1
+    assert images._scans(one + one) == 1, "what follows the end does not count"
+    ten = images._scans(_encoded(_photo(160, 120), "JPEG", progressive=True))
+    assert ten > 5
+    header, body = one[:2], one[2:]
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + len(one)) + one
+    assert images._scans(header + thumbnail + body) == 1
 
 
 def test_a_fraction_keeps_the_aspect_too():

@@ -1,0 +1,116 @@
+"""Decoding of 12-megapixel photos against decoding in full, and the captions; last line JSON.
+
+python benchmarks/photo_decoding.py DATA --list DATA/val.txt
+
+The photos are enlarged to 4000×3000 (Lanczos) and stored as JPEG of quality 90. Each is decoded as
+captioner does it and in full, one after the other, in one thread; both ways end in the same resize.
+"""
+
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+import numpy as np
+from PIL import Image
+
+from captioner import bundle, images, storage
+from captioner.captioning import Captioner
+from captioner.config import DecodeConfig
+from captioner.dataset import read_dataset
+
+SIDES = 4000, 3000
+BATCH = 32  # images
+
+
+def enlarge(data: bytes) -> bytes:
+    """A photo as a camera of 12 megapixels would store it."""
+    sink = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as image:
+        large = image.convert("RGB").resize(SIDES, Image.Resampling.LANCZOS)
+    large.save(sink, "JPEG", quality=90)
+    return sink.getvalue()
+
+
+def decode(data: bytes, size: int) -> np.ndarray:
+    """As captioner does it."""
+    pixels = images.decode(data, size).pixels_HW3
+    assert pixels is not None
+    return pixels
+
+
+def decode_in_full(data: bytes, size: int) -> np.ndarray:
+    """All pixels, then the resize."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
+def timed(way: Callable[[bytes, int], np.ndarray], data: bytes, size: int) -> tuple[float, object]:
+    """Seconds, and the pixels."""
+    begin = time.perf_counter()
+    pixels = way(data, size)
+    return time.perf_counter() - begin, pixels
+
+
+@click.command()
+@click.argument("data")
+@click.option("--list", "names", required=True, help="File of the images' names.")
+@click.option("--model", default=bundle.DEFAULT, help="Model directory.")
+@click.option("--images", "count", default=100, show_default=True, help="Evenly from the list.")
+@click.option("--rounds", default=3, show_default=True, help="Times each photo is decoded.")
+def main(data: str, names: str, model: str, count: int, rounds: int) -> None:
+    """Times both ways of decoding, and captions what comes of them in float32."""
+    examples = read_dataset(storage.absolute(data)).listed(names)
+    places = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int)
+    loaded = bundle.load(storage.absolute(model))
+    size = loaded.config.image_size
+    ways = {"captioner": decode, "in full": decode_in_full}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    pixels: dict[str, list[object]] = {way: [] for way in ways}
+    stored = 0
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{place}.jpg") for place in places]
+        for path, place in zip(paths, places, strict=True):
+            path.write_bytes(enlarge(storage.read(examples[place].uri)))
+            stored += path.stat().st_size
+        for turn in range(rounds):
+            for path in paths:
+                photo = path.read_bytes()
+                for way in list(ways)[:: 1 if turn % 2 else -1]:
+                    spent, decoded = timed(ways[way], photo, size)
+                    seconds[way].append(spent)
+                    if turn == 0:
+                        pixels[way].append(decoded)
+    captioner = Captioner(loaded, DecodeConfig(attention="none"), precision="fp32")
+    captions: dict[str, list[str]] = {}
+    for way, arrays in pixels.items():
+        batches = (arrays[begin : begin + BATCH] for begin in range(0, len(arrays), BATCH))
+        captions[way] = [each.text for batch in batches for each in captioner(np.stack(batch))]
+    equal = sum(ours == full for ours, full in zip(*captions.values(), strict=True))
+    for ours, full in zip(*captions.values(), strict=True):
+        if ours != full:
+            click.echo(f"captioner: {ours}\nin full:   {full}\n")
+    ratio = statistics.median(
+        full / ours for ours, full in zip(seconds["captioner"], seconds["in full"], strict=True)
+    )
+    speeds = {way: 1 / statistics.median(spent) for way, spent in seconds.items()}
+    for way, speed in speeds.items():
+        click.echo(f"{way}: {speed:.1f} images/s in one thread")
+    click.echo(f"{ratio:.2f} times as fast; {equal} of {len(paths)} captions are equal")
+    result = {
+        "images": len(paths),
+        "sides": SIDES,
+        "bytes_an_image": round(stored / len(paths)),
+        "images_per_second": {way: round(speed, 1) for way, speed in speeds.items()},
+        "ratio": round(ratio, 2),
+        "equal_captions": equal,
+    }
+    click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
