@@ -22,7 +22,8 @@ from fsspec.spec import AbstractFileSystem
 
 from captioner import report, storage
 from captioner.config import ListingConfig
-from captioner.manifest import OutputDirectory, list_source, part_name
+from captioner.manifest import OutputDirectory, list_source
+from captioner.parts import part_name
 from captioner.schema import part_schema
 
 SETTINGS = {"model": "none"}

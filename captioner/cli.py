@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import logging
+import re
 import sys
 import typing
 from collections.abc import Callable, Container, Iterator
@@ -306,6 +307,38 @@ def report_command(output: str, missing: bool) -> None:
         click.echo(printable(line))
     if summary.accounts.missing:
         sys.exit(1)
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes, with or without KB, MB or GB."""
+
+    name = "size"
+    _units: typing.ClassVar = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B|)", str(value).upper())
+        if match is None:
+            self.fail(f"{value!r} is no size, as 256MB is", param, ctx)
+        return int(float(match[1]) * self._units[match[2]])
+
+
+@main.command()
+@click.argument("output")
+@click.option(
+    "--size",
+    type=_Size(),
+    default="256MB",
+    show_default=True,
+    help="Of a part at most; one of half the size stays as it is. KB, MB, GB.",
+)
+def compact(output: str, size: int) -> None:
+    """Merge the part files in OUTPUT, whose job is finished, to fewer and larger ones.
+
+    The rows and their order stay. Run it again when it was killed.
+    """
+    from captioner import compaction, storage
+
+    click.echo(printable(compaction.compact(storage.absolute(output), size).describe()))
 
 
 @main.command()

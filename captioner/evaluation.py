@@ -133,9 +133,9 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
     directory = OutputDirectory(output)
     job = directory.read_json("run.json").get("settings", {})
     captions: dict[str, str] = {}
-    for number in sorted(directory.done()):
-        part = directory.read_part(number, ["uri", "caption", "status"])
-        ok = part.filter(pc.equal(part["status"], "ok"))
+    directory.settle()
+    for rows in directory.rows(["uri", "caption", "status"]):
+        ok = rows.filter(pc.equal(rows["status"], "ok"))
         captions.update(zip(ok["uri"].to_pylist(), ok["caption"].to_pylist(), strict=True))
     found = {image.uri: image.uri for image in images if image.uri in captions}
     by_name = _by_name(uri for uri in captions if uri not in found)

@@ -1,18 +1,17 @@
 """What is to be captioned, and what is done: the output directory's books.
 
-A listing becomes numbered shards; a shard's part file is there when, and only when, the shard is
-done. Nothing is ever renumbered: images that turn up later become new shards at the end.
+A listing becomes numbered shards; a shard is done when, and only when, its rows are in a part file.
+Nothing is ever renumbered: images that turn up later become new shards at the end.
 """
 
 import hashlib
 import io
 import itertools
 import json
-import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 from captioner import __version__, storage
 from captioner.config import ListingConfig, parse_json
 from captioner.errors import FingerprintError, InputError, OutputError
+from captioner.parts import Part, delete_parts, find_parts, open_part, row_groups
 from captioner.schema import MANIFEST, SCHEMA_VERSION, STATUSES
 from captioner.storage import Listed
 
@@ -36,14 +36,12 @@ __all__ = [
     "Shard",
     "list_source",
     "new_shards",
-    "part_name",
 ]
 
 #: The folder of an output directory that holds its books.
 PRIVATE = "_captioner"
-_PART = re.compile(r"part-(\d{6,})\.parquet")
 _READERS = 16  # threads that read parts: mostly waiting, for a bucket
-_READ_AHEAD = 256  # parts in memory at most
+_READ_AHEAD = 65_536  # rows of parts in memory, unless a part has more
 _TABLES = (".txt", ".csv", ".parquet")
 
 
@@ -68,11 +66,6 @@ class Accounts:
     images: int
     rows: dict[str, int]
     missing: list[str]
-
-
-def part_name(shard: int) -> str:
-    """The file name of a shard's part."""
-    return f"part-{shard:06d}.parquet"
 
 
 def list_source(source: str, listing: ListingConfig) -> list[Listed]:
@@ -158,6 +151,7 @@ class OutputDirectory:
     ::
 
         part-000000.parquet …                one a shard, rows in listing order
+        part-000000-000255.parquet …         or one for many: see :mod:`captioner.parts`
         _captioner/run.json                  settings and fingerprint of the job that began it
         _captioner/manifest-0000.parquet …   uri, size, shard, row; one more when images turn up
         _captioner/summary.json              the last run's counts and times
@@ -231,7 +225,9 @@ class OutputDirectory:
             yield
 
     def tidy(self) -> None:
-        """Deletes the temporary files that killed writers left."""
+        """Deletes the temporary files that killed writers left, and what parts went into others."""
+        _, held = find_parts(storage.names(self.uri))
+        delete_parts(self.uri, held)
         private = storage.join(self.uri, PRIVATE)
         for directory in (self.uri, private, storage.join(private, "attempts")):
             for name in storage.leftovers(directory):
@@ -245,8 +241,8 @@ class OutputDirectory:
 
         The last manifest goes first, so that those which are left are numbered without a gap.
         """
-        for number in self.done():
-            storage.delete(storage.join(self.uri, part_name(number)))
+        counting, held = find_parts(storage.names(self.uri))
+        delete_parts(self.uri, [*held, *counting])
         in_order = sorted(self._private_names(), key=lambda name: (name != "run.json", name))
         for name in reversed(in_order):
             if name != "lock":  # another job would lock the next file of that name
@@ -326,10 +322,23 @@ class OutputDirectory:
             storage.write(self._private(f"manifest-{taken:04d}.parquet"), sink.getvalue())
         return pa.concat_tables([manifest, added])
 
+    def parts(self) -> list[Part]:
+        """The parts that there are, in order.
+
+        Raises:
+            OutputError: two of them hold the same shard.
+        """
+        return find_parts(storage.names(self.uri))[0]
+
+    def settle(self) -> None:
+        """Finishes what a killed compaction left, for a command that only reads, where it can."""
+        if find_parts(storage.names(self.uri))[1]:
+            with suppress(OutputError), self.locked():  # a job at work does it itself
+                self.tidy()
+
     def done(self) -> set[int]:
-        """The numbers of the shards that have their part."""
-        found = (_PART.fullmatch(name) for name in storage.names(self.uri))
-        return {int(match[1]) for match in found if match}
+        """The numbers of the shards whose rows are there."""
+        return {shard for part in self.parts() for shard in part.shards}
 
     def remaining(self, manifest: pa.Table, *, begun: bool = True) -> Iterator[Shard]:
         """The shards that have no part yet, in order; all, where the job has not begun."""
@@ -339,64 +348,106 @@ class OutputDirectory:
                 yield Shard(number, table["uri"].to_pylist(), table["size"].to_pylist())
 
     def not_ok(self, manifest: pa.Table) -> Iterator[Shard]:
-        """Of the shards that have their part, the images whose rows are not ``ok``."""
-        for number, listed, part in self._parts(manifest):
-            rows = np.flatnonzero(pc.not_equal(part["status"], "ok").to_numpy())
-            if len(rows):
-                images = listed.take(rows)
+        """Of the shards that are done, the images whose rows are not ``ok``."""
+        for _, listed, rows in self._parts(manifest):
+            bad = np.flatnonzero(pc.not_equal(rows["status"], "ok").to_numpy())
+            for number, images in _by_shard(listed.take(bad)):
                 uris, sizes = images["uri"].to_pylist(), images["size"].to_pylist()
-                yield Shard(number, uris, sizes, rows.tolist())
+                yield Shard(number, uris, sizes, images["row"].to_pylist())
 
     def accounts(self) -> Accounts:
         """Counts the rows of every part by status, and holds them against the manifest.
 
         Raises:
-            OutputError: a part cannot be read, does not hold its shard's images, each once and in
+            OutputError: a part cannot be read, does not hold its shards' images, each once and in
                 their order, or is no shard's.
         """
-        manifest, done = self.manifest(), self.done()
-        missing: list[str] = []
-        numbers = set()
-        for number, listed in _by_shard(manifest):
-            numbers.add(number)
-            if number not in done:
-                missing += listed["uri"].to_pylist()
-        if strays := sorted(done - numbers):
-            raise OutputError(f"{part_name(strays[0])} is no shard's of the manifest")
+        manifest = self.manifest()
+        missing = [uri for shard in self.remaining(manifest) for uri in shard.uris]
         rows: Counter[str] = Counter()
         for _, _, part in self._parts(manifest):
             rows.update(part["status"].to_pylist())
         by_status: dict[str, int] = {status: rows[status] for status in STATUSES if status in rows}
         return Accounts(len(manifest), by_status, missing)
 
-    def _parts(self, manifest: pa.Table) -> Iterator[tuple[int, pa.Table, pa.Table]]:
-        """The parts there are: number, the shard's images, the part's URIs and statuses."""
-        done = self.done()
-        shards = [shard for shard in _by_shard(manifest) if shard[0] in done]
+    def of_parts(self, manifest: pa.Table) -> list[tuple[Part, pa.Table]]:
+        """The parts that there are, each with its images.
+
+        Raises:
+            OutputError: a part is no shard's of the manifest.
+        """
+        numbers = manifest["shard"].to_numpy()
+        found = []
+        for part in self.parts():
+            begin, end = np.searchsorted(numbers, [part.first, part.last + 1])
+            if begin == end or part.last > numbers[-1]:
+                raise OutputError(f"{part.name} is no shard's of the manifest")
+            found.append((part, manifest.slice(begin, end - begin)))
+        return found
+
+    def _parts(self, manifest: pa.Table) -> Iterator[tuple[Part, pa.Table, pa.Table]]:
+        """The parts there are, each with its images, and its URIs and statuses."""
+        waiting: deque[tuple[Part, pa.Table, Future[pa.Table]]] = deque()
+        rows = 0
         with ThreadPoolExecutor(_READERS) as pool:
-            for begin in range(0, len(shards), _READ_AHEAD):
-                some = shards[begin : begin + _READ_AHEAD]
-                parts = pool.map(lambda shard: self.read_part(shard[0], ["uri", "status"]), some)
-                for (number, listed), part in zip(some, parts, strict=True):
-                    name = part_name(number)
-                    if len(part) != len(listed):
-                        raise OutputError(f"{name} has {len(part)} rows, its shard {len(listed)}")
-                    if not part["uri"].equals(listed["uri"]):
-                        raise OutputError(f"{name} holds other images than its shard")
-                    yield number, listed, part
+            for part, listed in self.of_parts(manifest):
+                while waiting and rows + len(listed) > _READ_AHEAD:
+                    rows -= len(waiting[0][1])
+                    yield _checked(*waiting.popleft())
+                rows += len(listed)
+                waiting.append((part, listed, pool.submit(self._read, part, ["uri", "status"])))
+            while waiting:
+                yield _checked(*waiting.popleft())
+
+    def _read(self, part: Part, columns: list[str] | None) -> pa.Table:
+        with open_part(self.uri, part) as file:
+            return file.read(columns=columns, use_threads=False)
 
     def read_part(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        """A part, or some of its columns.
+        """A shard's own part, or some of its columns.
 
         Raises:
             OutputError: it cannot be read.
         """
-        uri = storage.join(self.uri, part_name(number))
-        try:
-            with storage.open_binary(uri) as file:
-                return pq.read_table(file, columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise OutputError(f"cannot read {uri}: {_one_line(error)}") from error
+        return self._read(Part(number, number), columns)
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """All rows that there are, in order, or some of their columns: some at a time.
+
+        Raises:
+            OutputError: a part cannot be read.
+        """
+        for part in self.parts():
+            yield from row_groups(self.uri, part, columns)
+
+    def find_row(self, shard: int, row: int) -> pa.Table | None:
+        """The row of an image, in a table of its own; None where it has none yet.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+        for part, listed in self.of_parts(self.manifest()):
+            if shard in part.shards:
+                index = int(np.searchsorted(listed["shard"].to_numpy(), shard)) + row
+                with open_part(self.uri, part) as file:
+                    for number in range(file.num_row_groups):
+                        rows = file.metadata.row_group(number).num_rows
+                        if index < rows:
+                            return file.read_row_group(number).slice(index, 1)
+                        index -= rows
+        return None
+
+
+def _checked(
+    part: Part, listed: pa.Table, reading: "Future[pa.Table]"
+) -> tuple[Part, pa.Table, pa.Table]:
+    rows = reading.result()
+    if len(rows) != len(listed):
+        whose = "shard" if part.first == part.last else "shards"
+        raise OutputError(f"{part.name} has {len(rows)} rows, its {whose} {len(listed)}")
+    if not rows["uri"].equals(listed["uri"]):
+        raise OutputError(f"{part.name} holds other images than its shard")
+    return part, listed, rows
 
 
 def new_shards(manifest: pa.Table, listing: Sequence[Listed], shard_size: int) -> pa.Table:

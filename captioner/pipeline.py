@@ -25,6 +25,7 @@ from captioner.attempts import Attempts
 from captioner.bundle import Bundle
 from captioner.bundle import load as load_bundle
 from captioner.captioning import choose_device, choose_dtype
+from captioner.compaction import expose
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.errors import (
     CaptionerError,
@@ -229,7 +230,9 @@ def _caption(
     """Does what is left of a job, and closes the books however that ends."""
     shards = list(directory.remaining(manifest))
     if job.run.retry_failed:
-        shards += directory.not_ok(manifest)
+        failed = list(directory.not_ok(manifest))
+        expose(directory, manifest, {shard.number for shard in failed})
+        shards += failed
     attempts, written, work = Attempts(job.output), Counter[str](), Work()
     started, begin = _now(), time.monotonic()
 

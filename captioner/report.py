@@ -56,13 +56,13 @@ def summarise(output: str) -> Report:
     """
     directory = OutputDirectory(output)
     directory.read_json("run.json")
+    directory.settle()
     accounts = directory.accounts()
     last_run = _last_run(directory)
     worst: list[tuple[float, str, str]] = []
     best: list[tuple[float, str, str]] = []
-    for number in directory.done():
-        part = directory.read_part(number, ["score", "caption", "uri"])
-        scored = part.filter(pc.is_valid(part["score"]))
+    for some in directory.rows(["score", "caption", "uri"]):
+        scored = some.filter(pc.is_valid(some["score"]))
         rows = list(zip(*(scored[name].to_pylist() for name in scored.column_names), strict=True))
         best = heapq.nlargest(_SHOWN, best + rows)
         worst = heapq.nsmallest(_SHOWN, worst + rows)
@@ -110,11 +110,11 @@ def find_row(output: str, uri: str) -> CaptionedRow:
     found = manifest.filter(match)
     if len(found) != 1:
         raise InputError(f"{len(found) or 'no'} images of {output} are {uri}")
-    shard, row = found["shard"][0].as_py(), found["row"][0].as_py()
-    if shard not in directory.done():
+    directory.settle()
+    part = directory.find_row(found["shard"][0].as_py(), found["row"][0].as_py())
+    if part is None:
         raise InputError(f"{uri} has no row yet")
-    part = directory.read_part(shard)
-    [values] = part.slice(row, 1).to_pylist()
+    [values] = part.to_pylist()
     if values["status"] != "ok":
         raise InputError(f"{uri} has no caption: {values['status']}, {values['error']}")
     if values["attention"] is None:

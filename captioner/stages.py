@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from captioner import images, storage
 from captioner.config import DecodeConfig, RunConfig
-from captioner.manifest import OutputDirectory, Shard, part_name
+from captioner.manifest import OutputDirectory, Shard
+from captioner.parts import part_name
 from captioner.schema import STATUSES, CaptionRow, part_schema
 from captioner.work import Work
 

@@ -15,12 +15,13 @@ import random
 import re
 import secrets
 import stat
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -40,8 +41,10 @@ __all__ = [
     "names",
     "open_binary",
     "read",
+    "sizes",
     "version",
     "write",
+    "writing",
 ]
 
 Result = TypeVar("Result")
@@ -311,14 +314,57 @@ def read(uri: str, limit: int | None = None, *, retries: int = _RETRIES) -> byte
     return _attempt(uri, read_bytes, retries=retries)
 
 
-def open_binary(uri: str) -> BinaryIO:
-    """A file to read parts of; a bucket's is read at once.
+def open_binary(uri: str, *, ranges: bool = False) -> BinaryIO:
+    """A file to read parts of; a bucket's is read at once, or with ``ranges`` where it is asked.
 
     Raises:
         OSError: it cannot be opened.
     """
     fs, path = _filesystem(uri)
-    return _open_local(path) if isinstance(fs, LocalFileSystem) else io.BytesIO(read(uri))
+    if isinstance(fs, LocalFileSystem):
+        return _open_local(path)
+    return cast(BinaryIO, _Ranges(uri)) if ranges else io.BytesIO(read(uri))
+
+
+class _Ranges(io.RawIOBase):
+    """A bucket's object as a file: each read is a request for as much, tried again as others are.
+
+    fsspec's own reads ahead, which is not wanted where the reader knows what it needs.
+    """
+
+    def __init__(self, uri: str):
+        self._uri, self._position = uri, 0
+        self._size: int = _attempt(uri, lambda fs, path: fs.info(path)["size"])
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Asks for nothing."""
+        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = begin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """One request, where there is anything left."""
+        begin, end = self._position, min(self._position + len(buffer), self._size)
+        if begin >= end:
+            return 0
+        data = _attempt(self._uri, lambda fs, path: fs.cat_file(path, start=begin, end=end))
+        if len(data) != end - begin:
+            raise OSError(f"{len(data)} bytes came instead of {end - begin}")
+        buffer[: len(data)] = data
+        self._position = end
+        return len(data)
 
 
 def _open_local(path: str) -> BinaryIO:
@@ -374,6 +420,20 @@ def names(directory: str) -> list[str]:
         return []
 
 
+def sizes(directory: str) -> dict[str, int]:
+    """The names of the files in a directory, with their bytes; empty where there is none such.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        entries = _attempt(directory, lambda fs, path: fs.ls(path, detail=True))
+    except FileNotFoundError:
+        return {}
+    files = [entry for entry in entries if entry["type"] == "file"]
+    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in files}
+
+
 def write(uri: str, data: bytes) -> None:
     """Writes a file that is either there in full or not at all.
 
@@ -396,14 +456,44 @@ def write(uri: str, data: bytes) -> None:
         raise OutputError(f"cannot write {uri}: {_reason(error)}") from error
 
 
+@contextmanager
+def writing(uri: str) -> Iterator[BinaryIO]:
+    """A file to write bit by bit: as with :func:`write`, it is there in full afterwards or not.
+
+    What is meant for a bucket stands in a temporary file of this machine until it is complete.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    fs, path = _filesystem(uri)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            with _replacing(path) as file:
+                yield file
+            return
+        with tempfile.NamedTemporaryFile(prefix="captioner-") as spooled:
+            yield cast(BinaryIO, spooled)
+            spooled.flush()
+            _attempt(uri, lambda fs, path: fs.put_file(spooled.name, path))
+    except OSError as error:
+        raise OutputError(f"cannot write {uri}: {_reason(error)}") from error
+
+
 def _write_local(path: str, data: bytes) -> None:
+    with _replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """A new file under a temporary name, which takes the place of ``path`` when all went well."""
     directory, name = os.path.split(path)
     directory = directory or "."
     os.makedirs(directory, exist_ok=True)
     temporary = os.path.join(directory, f".{name}.tmp-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -18,7 +18,8 @@ import pytest
 from captioner import __version__, storage
 from captioner.config import ListingConfig
 from captioner.errors import FingerprintError, InputError, OutputError
-from captioner.manifest import Accounts, OutputDirectory, Shard, list_source, part_name
+from captioner.manifest import Accounts, OutputDirectory, Shard, list_source
+from captioner.parts import part_name
 from captioner.schema import COLUMNS, MANIFEST, CaptionRow, rows_to_table
 from captioner.storage import Listed
 

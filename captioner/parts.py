@@ -1,0 +1,171 @@
+"""The part files of an output directory: their names, which of them count, how they are rewritten.
+
+``part-000007.parquet`` holds the rows of shard 7, ``part-000000-000255.parquet`` those of the
+shards 0 to 255, merged. One rule makes it safe to merge and to split at any moment: a part that
+lies within another's range does not count. Parts are merged by writing the large one and then
+deleting those that went into it, and split by writing the small ones and then deleting the large
+one. Either hangs on one step, the writing or the deletion of the large part; what a crash leaves
+within its range is known by its name, and deleted by the next job. It is never the other way about,
+so that at no moment a row is missing; a reader that knows nothing of the rule may see rows twice
+from that step until the last deletion.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from captioner import storage
+from captioner.errors import OutputError
+
+__all__ = ["Part", "delete_parts", "find_parts", "open_part", "part_name", "rewrite", "row_groups"]
+
+_NAME = re.compile(r"part-(\d{6,})(?:-(\d{6,}))?\.parquet")
+_ROW_GROUP = 8192  # rows of a merged part in memory at once: some 10 MB
+_THREADS = 16  # that delete: mostly waiting, for a bucket
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """The rows of the shards from ``first`` to ``last``, in one file."""
+
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        last = "" if self.first == self.last else f"-{self.last:06d}"
+        return f"part-{self.first:06d}{last}.parquet"
+
+    @property
+    def shards(self) -> range:
+        """The numbers of its shards."""
+        return range(self.first, self.last + 1)
+
+
+def part_name(shard: int) -> str:
+    """The file name of a shard's own part."""
+    return Part(shard, shard).name
+
+
+def find_parts(names: Iterable[str]) -> tuple[list[Part], list[Part]]:
+    """The parts among a directory's names that count, in order; and those that others hold.
+
+    Raises:
+        OutputError: two parts hold the same shard, and neither all of the other's.
+    """
+    matches = (_NAME.fullmatch(name) for name in names)
+    found = {Part(int(match[1]), int(match[2] or match[1])) for match in matches if match}
+    counting: list[Part] = []
+    held: list[Part] = []
+    for part in sorted(found, key=lambda part: (part.first, -part.last)):
+        if not counting or part.first > counting[-1].last:
+            counting.append(part)
+        elif part.last <= counting[-1].last:
+            held.append(part)
+        else:
+            raise OutputError(f"{counting[-1].name} and {part.name} hold the same images")
+    return counting, held
+
+
+def delete_parts(directory: str, parts: Sequence[Part]) -> None:
+    """Deletes files.
+
+    Raises:
+        OutputError: one cannot be deleted.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(lambda part: storage.delete(storage.join(directory, part.name)), parts))
+
+
+@contextmanager
+def open_part(directory: str, part: Part) -> Iterator[pq.ParquetFile]:
+    """A part to be read. Of a merged one, only what is asked for comes from a bucket.
+
+    Raises:
+        OutputError: it cannot be opened or read.
+    """
+    uri = storage.join(directory, part.name)
+    try:
+        with storage.open_binary(uri, ranges=part.first != part.last) as file:
+            yield pq.ParquetFile(file, pre_buffer=True)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
+
+
+def row_groups(directory: str, part: Part, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A part's rows, so many at a time as were written at once.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    with open_part(directory, part) as file:
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number, columns=columns)
+
+
+def rewrite(
+    directory: str,
+    sources: Sequence[Part],
+    targets: Mapping[Part, int],
+    advance: Callable[[int], object],
+) -> None:
+    """Writes the rows of some parts as other parts, and deletes those that they came from.
+
+    Args:
+        directory: where they are.
+        sources: parts that count, one after another.
+        targets: parts of the same shards, in order, with the number of their rows.
+        advance: is told how many rows were written.
+
+    Raises:
+        OutputError: a part cannot be read, or written, or they do not hold the same rows.
+    """
+    with open_part(directory, sources[0]) as file:
+        schema = file.schema_arrow
+    tables = _all_rows(directory, sources, schema)
+    sizes = {part: [*_split(rows)] for part, rows in targets.items()}
+    pieces = _regroup(tables, itertools.chain.from_iterable(sizes.values()))
+    for part in targets:
+        with (
+            storage.writing(storage.join(directory, part.name)) as sink,
+            pq.ParquetWriter(sink, schema, compression="zstd") as writer,
+        ):
+            for piece in itertools.islice(pieces, len(sizes[part])):
+                writer.write_table(piece, row_group_size=len(piece))
+                advance(len(piece))
+    assert next(tables, None) is None, "there are more rows than were said"
+    delete_parts(directory, sources)
+
+
+def _all_rows(directory: str, parts: Sequence[Part], schema: pa.Schema) -> Iterator[pa.Table]:
+    for part in parts:
+        for table in row_groups(directory, part):
+            if not table.schema.equals(schema, check_metadata=True):
+                raise OutputError(f"{part.name} has other columns than {parts[0].name}")
+            yield table
+
+
+def _split(rows: int) -> Iterator[int]:
+    """So many rows, in row groups."""
+    for begin in range(0, rows, _ROW_GROUP):
+        yield min(_ROW_GROUP, rows - begin)
+
+
+def _regroup(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]:
+    """The rows of tables, in order, in tables of these sizes, which are all of the rows."""
+    rest: list[pa.Table] = []
+    for size in sizes:
+        while sum(map(len, rest)) < size:
+            table = next(tables, None)
+            assert table is not None, "there are fewer rows than were said"
+            rest.append(table)
+        whole = pa.concat_tables(rest)
+        yield whole.slice(0, size)
+        rest = [whole.slice(size)]
