@@ -366,7 +366,8 @@ class OutputDirectory:
         missing = [uri for shard in self.remaining(manifest) for uri in shard.uris]
         rows: Counter[str] = Counter()
         for _, _, part in self._parts(manifest):
-            rows.update(part["status"].to_pylist())
+            for each in pc.value_counts(part["status"]).to_pylist():
+                rows[each["values"]] += each["counts"]
         by_status: dict[str, int] = {status: rows[status] for status in STATUSES if status in rows}
         return Accounts(len(manifest), by_status, missing)
 

@@ -20,8 +20,8 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar, cast
+from operator import attrgetter
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -99,8 +99,7 @@ _KINDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(NamedTuple):
     """A file in a listing; ``size`` in bytes, None where the file system does not tell."""
 
     uri: str
@@ -242,14 +241,15 @@ def find(directory: str, endings: tuple[str, ...]) -> list[Listed]:
             raise _no_directory(directory, exists=False)
         if list(found) == [path.rstrip("/")]:
             raise _no_directory(directory, exists=True)
+        scheme = fs.unstrip_protocol(path).removesuffix(path)  # once: there are millions of names
         return [
-            Listed(fs.unstrip_protocol(name), info.get("size"))
+            Listed(scheme + name, info.get("size"))
             for name, info in found.items()
             if info["type"] == "file" and name.lower().endswith(endings)
         ]
 
     try:
-        return sorted(_attempt(directory, list_files), key=lambda each: each.uri)
+        return sorted(_attempt(directory, list_files), key=attrgetter("uri"))
     except OSError as error:
         raise InputError(f"cannot list {directory}: {_reason(error)}") from error
 

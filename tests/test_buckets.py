@@ -29,11 +29,13 @@ from PIL import Image
 
 from captioner import dataset, storage, training
 from captioner.cli import main
+from captioner.compaction import compact, expose
 from captioner.config import RunConfig, TrainConfig
 from captioner.errors import InputError, OutputError
 from captioner.pipeline import caption_images
 from captioner.storage import Listed
 from conftest import TINY, tiny_model, write_photos
+from test_compaction import SIZE, finish, read_rows
 from test_storage import NAMES
 
 s3fs = pytest.importorskip("s3fs")
@@ -97,6 +99,7 @@ class _Proxy(ThreadingHTTPServer):
         self.permanent: dict[str, str] = {}  # the end of a path: its fault, each time
         self.requests: Counter[tuple[str, str]] = Counter()
         self.faults: Counter[str] = Counter()
+        self.sent = 0  # bytes
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away is no news."""
@@ -173,6 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(stated or 0))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if truncated else data)
+        with self.server.lock:
+            self.server.sent += len(data)
         self.close_connection = truncated
 
 
@@ -546,6 +551,31 @@ def test_no_row_is_lost_or_doubled_by_faults(engine, source, bucket, proxy, phot
         print("\n" + json.dumps(counted | {"faults": dict(proxy.faults), "rows": tally}))
     assert tally == SOUND
     assert set(proxy.faults) == set(FAULTS)
+
+
+def test_parts_are_merged_and_split_in_spite_of_faults(bucket, proxy):
+    output = finish(f"{bucket}/out")
+    rows, accounts = read_rows(output.uri), output.accounts()
+    proxy.rate, proxy.kinds = 0.1, ("500", "503", "reset", "truncated")
+    assert compact(output.uri, int(4.5 * SIZE)).after == 3
+    assert output.accounts() == accounts
+    [row] = output.find_row(5, 2).to_pylist()
+    assert row == rows.slice(22, 1).to_pylist()[0]
+    assert proxy.faults
+    proxy.reset()
+    assert read_rows(output.uri).equals(rows)
+    expose(output, output.manifest(), {3})
+    assert len(output.parts()) == 4
+    assert read_rows(output.uri).equals(rows)
+
+
+def test_what_is_asked_about_a_merged_part_is_not_all_of_it(bucket, proxy):
+    output = finish(f"{bucket}/out")
+    compact(output.uri, 10**9)
+    [part] = output.parts()
+    proxy.sent = 0
+    output.accounts()
+    assert proxy.sent < storage.sizes(output.uri)[part.name] / 2
 
 
 def test_an_image_that_cannot_be_had_is_the_only_one_unreadable(

@@ -68,7 +68,7 @@ def _write_part(uri: str, number: int, uris: list[str]) -> None:
     storage.write(storage.join(uri, part_name(number)), sink.getvalue())
 
 
-def _finish(uri: str, images: int = IMAGES) -> OutputDirectory:
+def finish(uri: str, images: int = IMAGES) -> OutputDirectory:
     """An output whose images all have their rows, in shards of four; every tenth failed."""
     output = OutputDirectory(uri)
     if not storage.names(uri):
@@ -83,7 +83,7 @@ def _names(uri: str) -> list[str]:
     return [name for name in storage.names(uri) if name != "_captioner"]
 
 
-def _read(uri: str) -> pa.Table:
+def read_rows(uri: str) -> pa.Table:
     """What a reader makes of it that knows no rule."""
     return pa.concat_tables(
         pq.read_table(io.BytesIO(storage.read(storage.join(uri, name)))) for name in _names(uri)
@@ -91,13 +91,13 @@ def _read(uri: str) -> pa.Table:
 
 
 def test_parts_are_merged_to_about_the_size_and_stay_in_order(place):
-    output = _finish(f"{place}/out [1]")
-    before = _read(output.uri)
+    output = finish(f"{place}/out [1]")
+    before = read_rows(output.uri)
     done = compact(output.uri, int(4.5 * SIZE))
     assert done.describe() == f"{output.uri}: 35 images, 9 parts before, 3 now"
     names = ["part-000000-000003.parquet", "part-000004-000007.parquet", "part-000008.parquet"]
     assert _names(output.uri) == names
-    assert _read(output.uri).equals(before)
+    assert read_rows(output.uri).equals(before)
     for name in names:
         file = pq.ParquetFile(io.BytesIO(storage.read(storage.join(output.uri, name))))
         assert file.schema_arrow.equals(before.schema, check_metadata=True)
@@ -107,29 +107,29 @@ def test_parts_are_merged_to_about_the_size_and_stay_in_order(place):
 
 
 def test_what_is_compact_stays_and_a_larger_size_merges_it_further(place):
-    output = _finish(f"{place}/out")
-    before = _read(output.uri)
+    output = finish(f"{place}/out")
+    before = read_rows(output.uri)
     for singles, expected in ((2.5, 5), (2.5, 5), (5.5, 2), (5.5, 2), (99, 1), (99, 1), (1, 1)):
         assert compact(output.uri, int(SIZE * singles)).after == expected
-        assert _read(output.uri).equals(before)
+        assert read_rows(output.uri).equals(before)
     assert _names(output.uri) == ["part-000000-000008.parquet"]
 
 
 def test_a_merged_part_has_row_groups_of_many_rows(place, monkeypatch):
     monkeypatch.setattr("captioner.parts._ROW_GROUP", 10)
-    output = _finish(f"{place}/out")
-    before = _read(output.uri)
+    output = finish(f"{place}/out")
+    before = read_rows(output.uri)
     compact(output.uri, 10**9)
     [name] = _names(output.uri)
     file = pq.ParquetFile(io.BytesIO(storage.read(storage.join(output.uri, name))))
     groups = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
     assert groups == [10, 10, 10, 5]
-    assert _read(output.uri).equals(before)
+    assert read_rows(output.uri).equals(before)
     for row in (0, 9, 10, 34):
         [found] = output.find_row(row // 4, row % 4).to_pylist()
         assert found["uri"] == f"/{row:03d}.jpg"
     expose(output, output.manifest(), {3})
-    assert _read(output.uri).equals(before)
+    assert read_rows(output.uri).equals(before)
 
 
 # Killed at any moment.
@@ -185,11 +185,11 @@ def _split(output: OutputDirectory) -> None:
 def test_whatever_step_is_the_last_every_image_keeps_its_one_row(place, change, after, monkeypatch):
     steps = 0
     while True:
-        output = _finish(f"{place}/{steps}")
+        output = finish(f"{place}/{steps}")
         if change is _split:
             compact(output.uri, 10**9)
         before = output.accounts()
-        rows = _read(output.uri)
+        rows = read_rows(output.uri)
         with monkeypatch.context() as patched:
             _crash_at(patched, steps, after=after)
             try:
@@ -199,13 +199,13 @@ def test_whatever_step_is_the_last_every_image_keeps_its_one_row(place, change, 
                 pass
         assert output.accounts() == before
         assert pa.concat_tables(output.rows()).equals(rows)
-        uris = _read(output.uri)["uri"].to_pylist()
+        uris = read_rows(output.uri)["uri"].to_pylist()
         assert set(uris) == set(rows["uri"].to_pylist()), "a row is missing to a plain reader"
         {0: output.tidy, 1: lambda output=output: change(output)}[steps % 2]()
-        assert _read(output.uri).equals(rows)
+        assert read_rows(output.uri).equals(rows)
         assert output.accounts() == before
         change(output)
-        assert _read(output.uri).equals(rows)
+        assert read_rows(output.uri).equals(rows)
         steps += 1
     assert steps == (10 if change is _merge else 8)  # merged: 2 from 8; split: 7 from 1
 
@@ -233,8 +233,8 @@ for step in range(100):
 
 
 def test_a_kill_before_any_renaming_or_deletion_costs_nothing(tmp_path):
-    finished = _finish(f"{tmp_path}/finished")
-    rows = _read(finished.uri)
+    finished = finish(f"{tmp_path}/finished")
+    rows = read_rows(finished.uri)
     code = [sys.executable, "-c", _KILLED, finished.uri, f"{tmp_path}/killed"]
     ran = subprocess.run([*code, str(int(4.5 * SIZE))], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -243,7 +243,7 @@ def test_a_kill_before_any_renaming_or_deletion_costs_nothing(tmp_path):
     for path in killed:
         assert pa.concat_tables(OutputDirectory(str(path)).rows()).equals(rows)
         assert compact(str(path), int(4.5 * SIZE)).after == 3
-        assert _read(str(path)).equals(rows)
+        assert read_rows(str(path)).equals(rows)
         assert all(name.startswith("part-") for name in _names(str(path)))
 
 
@@ -255,8 +255,8 @@ def _run(*arguments: object) -> Result:
 
 
 def test_reading_finishes_what_a_killed_compaction_left(place):
-    output = _finish(f"{place}/out")
-    rows = _read(output.uri)
+    output = finish(f"{place}/out")
+    rows = read_rows(output.uri)
     singles = {name: storage.read(storage.join(output.uri, name)) for name in _names(output.uri)}
     compact(output.uri, 10**9)
     for name in list(singles)[3:5]:
@@ -269,7 +269,7 @@ def test_reading_finishes_what_a_killed_compaction_left(place):
     assert result.exit_code == 0, result.output
     assert "31 ok" in result.output
     assert "0 images have no row" in result.output
-    assert _read(output.uri).equals(rows)
+    assert read_rows(output.uri).equals(rows)
 
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
@@ -286,7 +286,7 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
     caption += ["--shard-size", "3", "--device", "cpu", "--precision", "fp32"]
     caption += ["--max-error-rate", "1"]
     assert "17 ok, 3 undecodable" in _run(*caption).output
-    before = _read(str(output))
+    before = read_rows(str(output))
     result = _run("compact", output)
     assert result.output == f"{output}: 20 images, 7 parts before, 1 now\n"
     assert result.exit_code == 0
@@ -302,7 +302,7 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
 
     write_photos(photos / "more", 4, seed=1)
     assert "21 ok, 3 undecodable); 4 now" in _run(*caption).output
-    assert _read(str(output)).slice(0, 20).equals(before)
+    assert read_rows(str(output)).slice(0, 20).equals(before)
     result = _run("compact", output)
     assert result.output == f"{output}: 24 images, 3 parts before, 1 now\n"
 
@@ -314,7 +314,7 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
     assert "23 ok, 1 undecodable); 3 now" in _run(*caption).output
     names = ["000000", "000001-000003", "000004", "000005-000008"]
     assert _names(str(output)) == [f"part-{name}.parquet" for name in names]
-    after = _read(str(output))
+    after = read_rows(str(output))
     assert after["uri"].to_pylist()[:20] == before["uri"].to_pylist()
     for new, old in zip(after.to_pylist(), before.to_pylist(), strict=False):
         if new["uri"] in (str(broken[0]), str(broken[2])):
@@ -322,11 +322,11 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
         else:
             assert new == old
     assert _run("compact", output).output.endswith(" 4 parts before, 1 now\n")
-    assert _read(str(output)).equals(after)
+    assert read_rows(str(output)).equals(after)
 
 
 def test_what_cannot_be_compacted_is_one_line(tmp_path):
-    output = _finish(f"{tmp_path}/out")
+    output = finish(f"{tmp_path}/out")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").touch()
     none = "no caption job's output: it has no run.json"
@@ -354,7 +354,7 @@ def test_what_cannot_be_compacted_is_one_line(tmp_path):
 
 
 def test_parts_with_other_columns_are_not_merged(place):
-    output = _finish(f"{place}/out")
+    output = finish(f"{place}/out")
     uri = storage.join(output.uri, part_name(2))
     sink = io.BytesIO()
     pq.write_table(pq.read_table(io.BytesIO(storage.read(uri))).drop_columns("score"), sink)
@@ -377,7 +377,7 @@ def test_parts_that_hold_some_of_the_same_images_are_an_error():
 
 
 def test_overwriting_deletes_merged_parts(place):
-    output = _finish(f"{place}/out")
+    output = finish(f"{place}/out")
     compact(output.uri, int(4.5 * SIZE))
     output.begin({"beam": 2}, overwrite=True)
     assert _names(output.uri) == []
