@@ -3,16 +3,20 @@
 python benchmarks/million_images.py
 
 The images are in a file system that only lists, the captions come from a captioner that only fills
-rows. Each stage runs in a process of its own, with the job's own code for everything else.
+rows. Each stage runs in a process of its own, with the job's own code for everything else. What a
+hundred times as many would take is the line through these figures and those of a quarter.
 """
 
 import json
+import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import fsspec
@@ -28,6 +32,7 @@ from captioner.schema import part_schema
 
 SETTINGS = {"model": "none"}
 SHARD = 256
+PAGE = 1000  # names that a bucket lists at a request
 SPREAD = 0x9E3779B97F4A7C15  # makes names that are not in order
 
 
@@ -127,24 +132,63 @@ def main(images: int, stage: str | None, output: str | None) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         click.echo(json.dumps(done | {"largest MiB": round(peak)}))
         return
-    results = {}
+    quarter, whole = (run_stages(count) for count in (images // 4, images))
+    many = 100 * images
+    expected = extrapolate(quarter, whole, images, many)
+    click.echo(f"{many} images, extrapolated:")
+    for name, value in expected.items():
+        click.echo(f"  {name}: {value:,}")
+    click.echo(json.dumps({"images": images} | whole | {f"expected of {many}": expected}))
+
+
+def run_stages(images: int) -> dict[str, Any]:
+    """Each stage, in a process of its own and in this order."""
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         for name in STAGES:
             command = [sys.executable, __file__, "--images", str(images), "--stage", name]
             ran = subprocess.run(
                 [*command, "--output", f"{directory}/out"], stdout=subprocess.PIPE, check=True
             )
-            results[name] = json.loads(ran.stdout)
-            if "seconds" in results[name]:
-                seconds = results[name]["seconds"] = {
-                    key: round(value, 2) for key, value in results[name]["seconds"].items()
-                }
-                total = sum(seconds.values())
-                click.echo(f"{name}: {total:.1f} s, {results[name]['largest MiB']} MiB: {seconds}")
+            done = results[name] = json.loads(ran.stdout)
+            if "seconds" in done:
+                done["seconds"] = {key: round(value, 2) for key, value in done["seconds"].items()}
+                total = sum(done["seconds"].values())
+                click.echo(
+                    f"{images} images, {name}: {total:.1f} s, {done['largest MiB']} MiB: "
+                    f"{done['seconds']}"
+                )
         size = sum(path.stat().st_size for path in Path(directory).rglob("manifest-*"))
         results["manifest bytes an image"] = round(size / images, 1)
     del results["caption"]
-    click.echo(json.dumps({"images": images} | results))
+    return results
+
+
+def extrapolate(
+    quarter: dict[str, Any], whole: dict[str, Any], images: int, many: int
+) -> dict[str, int]:
+    """What ``many`` images would take: counted where it can be, else on a straight line."""
+
+    def at(figure: Callable[[dict[str, Any]], float]) -> int:
+        slope = (figure(whole) - figure(quarter)) / (images - images // 4)
+        return round(figure(whole) + slope * (many - images))
+
+    parts = math.ceil(many / SHARD)
+    pages, part_pages = math.ceil(many / PAGE), math.ceil(parts / PAGE)
+    return {
+        "requests to list the images": pages,
+        "requests to read the images": many,
+        "requests to write the parts": parts,
+        "requests to resume when all is done": pages + part_pages + parts,
+        "parts": parts,
+        "manifest, MB": round(many * whole["manifest bytes an image"] / 1e6),
+        "planning, s": at(lambda each: sum(each["plan"]["seconds"].values())),
+        "planning, MiB": at(lambda each: each["plan"]["largest MiB"]),
+        "resuming, s": at(lambda each: sum(each["resume"]["seconds"].values())),
+        "resuming, MiB": at(lambda each: each["resume"]["largest MiB"]),
+        "attention before zstd, 9×9 and 11 words, GB": round(many * 9 * 9 * 11 / 1e9),
+        "pixels of a shard in the object store, 260×260, MB": round(SHARD * 260 * 260 * 3 / 1e6),
+    }
 
 
 if __name__ == "__main__":

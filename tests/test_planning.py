@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from captioner.cli import main
 from captioner.config import RunConfig
 from captioner.errors import InputError
-from captioner.pipeline import _Actors
+from captioner.manifest import Shard
+from captioner.pipeline import _Actors, _choose_compile
 from conftest import write_photos
 
 
@@ -122,3 +123,18 @@ for logged in (None, False):
         written = ran.stderr.splitlines()
         assert len(written) >= lines if lines else not written
         assert not lines or written[-1].startswith("epoch: 5 of 9 images, ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "expected"),
+    [
+        ({}, 9_999, "off"),
+        ({}, 10_000, "on"),
+        ({"compile": "off"}, 10_000, "off"),
+        ({"compile": "on"}, 1, "on"),
+    ],
+)
+def test_the_encoder_is_compiled_where_that_pays(settings, images, expected):
+    shards = [Shard(n, [""] * 100, [None] * 100) for n in range(images // 100)]
+    shards.append(Shard(len(shards), [""] * (images % 100), [None] * (images % 100)))
+    assert _choose_compile(RunConfig(device="cpu", **settings), shards) == expected
