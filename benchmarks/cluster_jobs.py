@@ -83,10 +83,16 @@ class Cluster:
         return node
 
     def add_worker(self) -> subprocess.Popen[bytes]:
-        """A node of two CPUs."""
+        """A node of two CPUs, which has joined when this returns."""
         [agent] = free_ports(1)
+        before = self._joined()
         options = [f"--address={self.address}", "--num-cpus=2"]
-        return self._start(*options, f"--dashboard-agent-listen-port={agent}")
+        node = self._start(*options, f"--dashboard-agent-listen-port={agent}")
+        wait_until(lambda: self._joined() > before)
+        return node
+
+    def _joined(self) -> int:
+        return self.run("status", f"--address={self.address}").stdout.count(" node_")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A command of `ray`."""

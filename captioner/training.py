@@ -403,6 +403,7 @@ def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
 
 
 def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
+    from ray.exceptions import RayError
     from ray.train import (
         CheckpointConfig,
         FailureConfig,
@@ -433,7 +434,7 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
     )
     try:
         trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:
         causes = [error, *getattr(error, "worker_failures", {}).values()]
         reason = " ".join(str(causes[-1]).split()) or type(error).__name__
         raise CaptionerError(f"training failed: {reason[-500:]}") from error

@@ -1,4 +1,9 @@
-"""Stores a trained model in half precision: ``python jobs/pack_model.py MODEL DIRECTORY``."""
+"""Stores trained models as one, in half precision: ``python jobs/pack_model.py MODEL… DIRECTORY``.
+
+Several models' weights are averaged: models that were fine-tuned from one and the same model are
+often better together than each alone, and cost no more than one (Wortsman et al. 2022, "Model
+soups").
+"""
 
 import sys
 from pathlib import Path
@@ -12,12 +17,23 @@ from captioner import bundle, storage
 
 
 @click.command()
-@click.argument("model")
+@click.argument("models", nargs=-1, required=True)
 @click.argument("directory")
-def main(model: str, directory: str) -> None:
-    """Writes the bundle MODEL to DIRECTORY with float16 weights."""
-    loaded = bundle.load(storage.absolute(model))
-    bundle.save(storage.absolute(directory), loaded.model, loaded.vocabulary, dtype=torch.float16)
+def main(models: tuple[str, ...], directory: str) -> None:
+    """Writes the average of the bundles MODELS to DIRECTORY with float16 weights.
+
+    A model that is named twice counts twice.
+    """
+    first, *others = (bundle.load(storage.absolute(model)) for model in models)
+    state = {name: tensor.double() for name, tensor in first.model.state_dict().items()}
+    for model, other in zip(models[1:], others, strict=True):
+        for name in ("config.json", "tokenizer.json"):
+            if other.digests[name] != first.digests[name]:
+                raise click.ClickException(f"{model} has another {name} than {models[0]}")
+        for name, tensor in other.model.state_dict().items():
+            state[name] += tensor
+    first.model.load_state_dict({name: tensor / len(models) for name, tensor in state.items()})
+    bundle.save(storage.absolute(directory), first.model, first.vocabulary, dtype=torch.float16)
 
 
 if __name__ == "__main__":
