@@ -377,10 +377,11 @@ class OutputDirectory:
         Raises:
             OutputError: a part is no shard's of the manifest.
         """
-        numbers = manifest["shard"].to_numpy()
+        numbers, parts = manifest["shard"].to_numpy(), self.parts()
+        begins = np.searchsorted(numbers, np.array([p.first for p in parts], numbers.dtype))
+        ends = np.searchsorted(numbers, np.array([p.last for p in parts], numbers.dtype), "right")
         found = []
-        for part in self.parts():
-            begin, end = np.searchsorted(numbers, [part.first, part.last + 1])
+        for part, begin, end in zip(parts, begins.tolist(), ends.tolist(), strict=True):
             if begin == end or part.last > numbers[-1]:
                 raise OutputError(f"{part.name} is no shard's of the manifest")
             found.append((part, manifest.slice(begin, end - begin)))
