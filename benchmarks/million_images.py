@@ -33,6 +33,10 @@ from captioner.schema import part_schema
 SETTINGS = {"model": "none"}
 SHARD = 256
 PAGE = 1000  # names that a bucket lists at a request
+# On Ray, of a shard: its part is written; twice, when its images are loaded and when they are
+# captioned, a file in _captioner/attempts is looked for, written, and deleted with two requests.
+SHARD_REQUESTS = 1 + 2 * 4
+LISTINGS = 9  # how often a job lists its output
 SPREAD = 0x9E3779B97F4A7C15  # makes names that are not in order
 
 
@@ -178,8 +182,8 @@ def extrapolate(
     return {
         "requests to list the images": pages,
         "requests to read the images": many,
-        "requests to write the parts": parts,
-        "requests to resume when all is done": pages + part_pages + parts,
+        "requests for the shards, on Ray": SHARD_REQUESTS * parts,
+        "requests to resume when all is done": pages + LISTINGS * part_pages + parts,
         "parts": parts,
         "manifest, MB": round(many * whole["manifest bytes an image"] / 1e6),
         "planning, s": at(lambda each: sum(each["plan"]["seconds"].values())),
