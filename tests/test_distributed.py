@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import timm
 import torch
 from torch import distributed, multiprocessing
 
@@ -260,3 +261,26 @@ def test_a_submitted_job_whose_processes_are_killed_ends_as_one_that_was_left_al
     figures = ("train_loss", "validation_loss", "validation_cider")
     expected = [[each[name] for name in figures] for each in epochs(tmp_path / "whole")]
     assert [[each[name] for name in figures] for each in epochs(output)] == expected
+
+
+@pytest.mark.slow
+def test_submitted_jobs_outlive_a_node(tmp_path: Path):
+    """A head and workers of their own processes; one worker's raylet is killed in each job."""
+    write_photos(tmp_path / "photos", 160)
+    data = write_data(tmp_path / "data", 80)
+    weights = timm.create_model("tf_efficientnet_lite2").state_dict()
+    torch.save(weights, tmp_path / "encoder.pth")
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, str(root / "benchmarks" / "cluster_jobs.py")]
+    command += [str(tmp_path / "photos"), str(data), "--encoder-weights"]
+    command += [str(tmp_path / "encoder.pth"), "--train-list", str(data / "train.txt")]
+    command += ["--val-list", str(data / "val.txt")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads(ran.stdout.splitlines()[-1])
+    caption, train = results["caption"], results["train"]
+    assert (caption["status"], caption["exit_code"]) == ("SUCCEEDED", 0)
+    assert (caption["images"], caption["rows"], caption["missing"]) == (160, {"ok": 160}, 0)
+    assert 2 <= caption["parts_before_the_kill"] < 10
+    assert (train["status"], train["exit_code"], train["epochs"]) == ("SUCCEEDED", 0, 3)
+    assert 1 <= train["epochs_before_the_kill"] < 3
