@@ -101,8 +101,8 @@ def test_a_compiled_encoder_writes_the_same_captions(vocabulary, tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     options = {"device": "cpu", "precision": "fp32"}
-    plain = Captioner(Bundle(tiny_model(), vocabulary, {}), **options)
-    compiled = Captioner(Bundle(tiny_model(), vocabulary, {}), compiled=True, **options)
+    plain = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), **options)
+    compiled = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), compiled=True, **options)
     for count in (1, 9, 17):  # parts that are full, and that are not
         for one, other in zip(plain(_images(count)), compiled(_images(count)), strict=True):
             assert one.tokens == other.tokens
@@ -117,7 +117,7 @@ def test_an_encoder_that_cannot_be_compiled_is_used_as_it_is(vocabulary, monkeyp
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(captioning.torch, "compile", fail)
-    captioner = Captioner(Bundle(tiny_model(), vocabulary, {}), device="cpu", compiled=True)
+    captioner = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), device="cpu", compiled=True)
     assert len(captioner(_images(3))) == 3
     assert [record.getMessage() for record in caplog.records] == [
         "the encoder is not compiled: no C++ compiler"
