@@ -279,6 +279,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.thorough
 def test_a_node_that_dies_costs_nothing(model_directory, tmp_path):
     photos, output = tmp_path / "photos", tmp_path / "out"
     write_photos(photos, 120)
