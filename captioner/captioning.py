@@ -5,13 +5,13 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captioner import storage
 from captioner.bundle import Bundle
 from captioner.config import DecodeConfig
 from captioner.errors import InputError
@@ -87,8 +87,7 @@ def _keep_compiled() -> None:
 
     variable = "TORCHINDUCTOR_CACHE_DIR"
     if os.environ.get(variable, default_cache_dir()) == default_cache_dir():
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        os.environ[variable] = str(Path(base) / "captioner" / "compiled")
+        os.environ[variable] = str(storage.cache_directory("compiled"))
 
 
 class Captioner:

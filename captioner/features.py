@@ -9,7 +9,6 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -96,7 +95,7 @@ def compute_features(
         share: this process and how many there are on this machine: each computes some files.
         wait: returns when all of them are done; needed where there are several.
     """
-    cache = _cache_directory()
+    cache = storage.cache_directory("features")
     cache.mkdir(parents=True, exist_ok=True)
     settings = f"{image_size} {view} {dtype} {images.PREPROCESSING_VERSION} "
     encoder_key = settings + _fingerprint(encoder)
@@ -146,11 +145,6 @@ def _encode(
         encoded.append(features)
         progress.update(len(pixels))
     return np.concatenate(encoded)
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "captioner" / "features"
 
 
 def _fingerprint(encoder: ImageEncoder) -> str:

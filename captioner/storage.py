@@ -21,6 +21,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import fsspec
@@ -32,6 +33,7 @@ __all__ = [
     "Listed",
     "absolute",
     "arrow_filesystem",
+    "cache_directory",
     "delete",
     "find",
     "is_directory",
@@ -208,6 +210,12 @@ def absolute(uri: str, base: str | None = None) -> str:
     """
     _refuse_credentials(uri)
     return uri if _SCHEME.match(uri) else os.path.abspath(os.path.join(base or "", uri))
+
+
+def cache_directory(name: str) -> Path:
+    """A directory of ours among what this user's programs keep to be quicker; it may not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "captioner" / name
 
 
 def join(directory: str, name: str) -> str:

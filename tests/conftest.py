@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -76,6 +77,23 @@ def tiny_model(seed: int = 0, **changes: object) -> CaptionModel:
                 parameter.mul_(3)
         model.decoder.head.weight[2] *= 2  # captions end at different lengths
     return model
+
+
+@pytest.fixture
+def memory_bucket() -> Iterator[str]:
+    """The URI of an empty bucket of a kind: fsspec's file system in memory."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    yield "memory://bucket"
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest) -> str:
+    """The URI of an empty directory: on the disk, and in a bucket of a kind."""
+    return str(request.getfixturevalue("tmp_path" if request.param == "local" else "memory_bucket"))
 
 
 @pytest.fixture(scope="session")

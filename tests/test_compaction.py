@@ -7,10 +7,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,20 +30,6 @@ IMAGES = 35  # in nine shards, the last of which has one fewer
 MAP = 20_000  # bytes
 SIZE = 85_000  # of a part, about
 SCHEMA = part_schema(attention="tokens", grid=3, levels=127)
-
-
-@pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URI of an empty directory: on the disk, and in a bucket of a kind."""
-    if request.param == "local":
-        yield str(tmp_path)
-        return
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    yield "memory://bucket"
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
 
 
 def _write_part(uri: str, number: int, uris: list[str]) -> None:

@@ -6,10 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,20 +21,6 @@ from captioner.schema import COLUMNS, MANIFEST, CaptionRow, rows_to_table
 from captioner.storage import Listed
 
 SETTINGS = {"model": "0" * 64, "vocabulary": "1" * 64, "beam": 1, "length_penalty": 1.0}
-
-
-@pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URI of an empty directory: on the disk, and in a bucket of a kind."""
-    if request.param == "local":
-        yield str(tmp_path)
-        return
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    yield "memory://bucket"
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture

@@ -22,14 +22,9 @@ IMAGES = (".jpg", ".png")
 
 
 @pytest.fixture
-def memory() -> Iterator[str]:
-    """The URI of an empty directory in fsspec's file system in memory: a bucket of a kind."""
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    yield "memory://bucket/photos"
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
+def memory(memory_bucket: str) -> str:
+    """The URI of an empty directory in a bucket of a kind."""
+    return f"{memory_bucket}/photos"
 
 
 def _uris(directory: object) -> list[str]:
