@@ -14,6 +14,7 @@ import click
 import torch
 
 from captioner import bundle, storage
+from captioner.errors import CaptionerError, printable
 
 
 @click.command()
@@ -37,4 +38,7 @@ def main(models: tuple[str, ...], directory: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CaptionerError as error:
+        sys.exit(f"pack_model: {printable(str(error))}")
