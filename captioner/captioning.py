@@ -95,7 +95,8 @@ class Captioner:
 
     It takes the bundle's model over: moves it, and folds its BatchNorm layers away. With
     ``compiled`` the encoder is compiled for this machine, which takes seconds, or less where it was
-    compiled before, and makes it faster; where that fails it is used as it is.
+    compiled before, and makes it faster; where that fails it is used as it is. On a CPU this is
+    done here, on a GPU for the first batch and for each that is larger than all before.
     """
 
     def __init__(
@@ -119,37 +120,48 @@ class Captioner:
         fold_batch_norm(self.model.encoder, self.image_size)
         self.model.to(self.device, self.dtype)
         self.model.encoder.to(memory_format=torch.channels_last)
-        self._compiled = self._compile() if compiled else None
+        self._compiles = compiled
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._compiled_for = 0  # images
+        if compiled and self._in_parts:
+            self._compile(self._part)
 
     @torch.no_grad()
     def __call__(self, images_BHW3: np.ndarray) -> list[Caption]:
         """Captions uint8 RGB images ``(B, size, size, 3)``, ``size`` being ``image_size``."""
-        images = torch.from_numpy(images_BHW3).to(self.device, non_blocking=True)
+        images = torch.from_numpy(images_BHW3)
+        if self.device.type == "cuda":
+            images = images.pin_memory()  # only from there is a copy not waited for
+        images = images.to(self.device, non_blocking=True)
         features_BhwC = torch.cat([self._encode(part) for part in self._parts(images)])
         hypotheses = generate(self.model.decoder, features_BhwC, self.decode)
         return [self._caption(hypothesis) for hypothesis in hypotheses]
 
+    @property
+    def _in_parts(self) -> bool:
+        """Whether a batch is encoded in parts: on a CPU that takes less memory and no more time."""
+        return self.device.type == "cpu"
+
     def _parts(self, images: Tensor) -> Sequence[Tensor]:
-        """A batch in parts: on a CPU more images at once take more memory and no less time."""
-        if self.device.type != "cpu":
-            return [images]
-        return torch.split(images, self._part)
+        return torch.split(images, self._part) if self._in_parts else [images]
 
     @property
     def _part(self) -> int:
         return _IMAGES_A_THREAD * torch.get_num_threads()
 
     def _encode(self, images_BHW3: Tensor) -> Tensor:
-        if self._compiled is None or len(images_BHW3) > self._part:
+        if self._compiles and len(images_BHW3) > self._compiled_for:
+            self._compile(len(images_BHW3))
+        if self._compiled is None:
             return self.model.encoder(images_BHW3)  # type: ignore[no-any-return]
         # It was compiled for so many images, neither more nor less.
-        missing = self._part - len(images_BHW3)
+        missing = self._compiled_for - len(images_BHW3)
         filled = F.pad(images_BHW3, (0, 0, 0, 0, 0, 0, 0, missing))
-        features: Tensor = self._compiled(filled)
-        return features[: len(images_BHW3)]
+        return self._compiled(filled)[: len(images_BHW3)]
 
-    def _compile(self) -> Callable[[Tensor], Tensor] | None:
-        blank = torch.zeros(self._part, self.image_size, self.image_size, 3, dtype=torch.uint8)
+    def _compile(self, images: int) -> None:
+        shape = (images, self.image_size, self.image_size, 3)
+        blank = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         try:
             import torch._inductor.config as inductor
 
@@ -158,14 +170,17 @@ class Captioner:
             # Weights are constants then. It has no effect among torch.compile's own options, nor
             # in inference mode.
             with inductor.patch(freezing=True), torch.no_grad():
-                compiled(blank.to(self.device))
+                compiled(blank)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as problem:  # of the compilers that torch calls, or that are not there
             reason = str(problem).strip().splitlines()
             _logger.warning(
                 "the encoder is not compiled: %s", reason[0] if reason else type(problem).__name__
             )
-            return None
-        return compiled
+            self._compiles, self._compiled = False, None
+        else:
+            self._compiled, self._compiled_for = compiled, images
 
     def _caption(self, hypothesis: Hypothesis) -> Caption:
         words, maps_SP = len(hypothesis.ids), hypothesis.attention_SP
