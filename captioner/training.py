@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captioner import bundle, storage
+from captioner.bundle import Bundle
 from captioner.captioning import choose_device
 from captioner.config import LaunchConfig, ModelConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
@@ -153,7 +154,8 @@ def train(
     Raises:
         InputError: the encoder's weights cannot be had, or nearly no image can be decoded.
         BundleError: ``begin_with`` is not a sound bundle.
-        OutputError: ``output`` holds another model, or cannot be written.
+        OutputError: ``output`` holds another model, another process trains one there (in a bucket
+            that is not noticed), or it cannot be written.
     """
     launch = launch or LaunchConfig()
     workers = max(1, launch.workers)
@@ -172,24 +174,36 @@ def train(
         "begin_with": earlier and earlier.digests["model.safetensors"],
         "captions": _digest(split),
     }
-    begun = _begun(output, settings, overwrite=overwrite)
-    if not begun and earlier is not None:
-        bundle.save(job.private("initial"), earlier.model, earlier.vocabulary)
-    elif not begun:
+    if not overwrite:
+        _begun(output, settings)  # a directory that is refused is left as it is, without a lock
+    with storage.locked(job.private("lock")):
+        if overwrite:
+            _delete_run(output)
+        if overwrite or not _begun(output, settings):
+            _begin(job, model_config, encoder_weights, earlier)
+        text = json.dumps(settings, indent=2) + "\n"
+        storage.write(storage.join(output, "training.json"), text.encode())
+        if launch.workers:
+            _train_on_ray(job, launch)
+        else:
+            _train_loop(job, _alone(job))
+    return _read_epochs(output)
+
+
+def _begin(
+    job: _Job, model_config: ModelConfig, encoder_weights: str | None, earlier: Bundle | None
+) -> None:
+    """Writes the model that every worker begins with."""
+    if earlier is not None:
+        model, vocabulary = earlier.model, earlier.vocabulary
+    else:
         vocabulary = Vocabulary.from_captions(
-            (text for each in split.train for text in _used(each, config)),
-            minimum_count=config.minimum_count,
+            (text for each in job.split.train for text in _used(each, job.config)),
+            minimum_count=job.config.minimum_count,
         )
         model_config = replace(model_config, vocabulary_size=len(vocabulary))
-        model = build_model(model_config, encoder_weights, seed=config.seed)
-        bundle.save(job.private("initial"), model, vocabulary)
-    text = json.dumps(settings, indent=2) + "\n"
-    storage.write(storage.join(output, "training.json"), text.encode())
-    if launch.workers:
-        _train_on_ray(job, launch)
-    else:
-        _train_loop(job, _alone(job))
-    return _read_epochs(output)
+        model = build_model(model_config, encoder_weights, seed=job.config.seed)
+    bundle.save(job.private("initial"), model, vocabulary)
 
 
 def _read_epochs(output: str) -> list[Epoch]:
@@ -208,18 +222,22 @@ def _digest(split: Split) -> str:
     return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
 
 
-def _begun(output: str, settings: dict[str, Any], *, overwrite: bool) -> bool:
+def _delete_run(output: str) -> None:
+    for name in ("training.json", "epochs.json"):
+        storage.delete(storage.join(output, name))
+    private = storage.join(output, _PRIVATE)
+    for name in storage.names(private):
+        if name != "lock":  # another run would lock the next file of that name
+            storage.delete(storage.join(private, name))
+
+
+def _begun(output: str, settings: dict[str, Any]) -> bool:
     """Whether this run has begun in ``output``.
 
     Raises:
         OutputError: ``output`` holds another run, or a model.
     """
     names = storage.names(output)
-    if overwrite:
-        for name in ("training.json", "epochs.json", _PRIVATE):
-            if name in names:
-                storage.delete(storage.join(output, name))
-        return False
     advice = "use another directory, or --overwrite"
     if "training.json" not in names:
         if "config.json" in names:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -206,9 +207,18 @@ def test_another_run_in_the_same_place_is_refused(data: Path, tmp_path: Path):
         run(learning_rate=1e-3)
     assert len(run(scst_epochs=1)) == 2
     assert len(run(learning_rate=1e-3, overwrite=True)) == 1
+    with (
+        storage.locked(f"{output}/_training/lock"),
+        pytest.raises(OutputError, match=r"^another job is at work"),
+    ):
+        run(overwrite=True)  # it would delete what the other writes
+    assert (tmp_path / "model" / "epochs.json").exists()
+    shutil.rmtree(tmp_path / "model" / "_training")
     (tmp_path / "model" / "training.json").unlink()
+    before = sorted((tmp_path / "model").iterdir())
     with pytest.raises(OutputError, match="holds a model already"):
         run()
+    assert sorted((tmp_path / "model").iterdir()) == before
 
 
 def test_bad_images_are_left_out(data: Path, tmp_path: Path, capsys):
