@@ -166,11 +166,15 @@ class _Search:
 
     def _keep_best(self, step: int, finished_BK: Tensor) -> None:
         score_B, beam_B = (finished_BK / (step + 1) ** self.config.length_penalty).max(1)
-        better_B = score_B > self.best_B[self.live]
-        images = self.live[better_B]
-        self.best_B[images] = score_B[better_B]
-        self.best_step_B[images] = step
-        self.best_beam_B[images] = beam_B[better_B]
+        best_B = self.best_B[self.live]
+        better_B = score_B > best_B
+        # Chosen by torch.where, and not by a mask as an index: a GPU would have to be waited for.
+        for kept, new, old in (
+            (self.best_B, score_B, best_B),
+            (self.best_step_B, step, self.best_step_B[self.live]),
+            (self.best_beam_B, beam_B, self.best_beam_B[self.live]),
+        ):
+            kept[self.live] = torch.where(better_B, new, old)
 
     def _select(self, alive_B: Tensor, parents_BK: Tensor, words_BK: Tensor) -> None:
         """Makes the chosen words the next rows; enough done images are taken out."""
