@@ -198,6 +198,9 @@ class TrainConfig(_Checked):
     views: int = setting(
         1, "versions of an image: itself, its mirror image, then random crops", minimum=1
     )
+    augmentation: Literal["crops", "strong"] = setting(
+        "crops", "strong: crops also of other brightness, contrast, saturation, and a part erased"
+    )
     sort_batches: int = setting(
         1, "batches whose images are sorted by caption length together; 1 sorts none", minimum=1
     )
@@ -221,8 +224,19 @@ class TrainConfig(_Checked):
     fine_tune_from: int | None = setting(
         2, "first encoder stage to train, 0 is the stem; none freezes the encoder", minimum=0
     )
+    drop_path: float = setting(
+        0.0,
+        "how often a trained encoder goes without its last residual branch; earlier ones less",
+        minimum=0,
+        maximum=0.9,
+    )
     precision: Precision = setting("auto", "bf16 computes matrix products in bfloat16")
     seed: int = setting(0, "seed of the weights, the shuffling and dropout", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_path and self.fine_tune_from is None:
+            raise InputError("drop_path is for an encoder that is trained: give fine_tune_from")
 
 
 @dataclass(frozen=True, kw_only=True)

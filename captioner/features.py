@@ -6,9 +6,11 @@ next file; images that were added cost no more than themselves.
 """
 
 import hashlib
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -24,13 +26,19 @@ __all__ = ["Features", "compute_features", "load_view"]
 
 _CHUNK = 512  # images a file
 _LEAST_CROP = 0.7  # of the height and of the width
+_LARGEST_CHANGE = 0.35  # of brightness, contrast and saturation
+_ERASED = 0.6  # of the views
+_ERASED_AREA = (0.02, 0.12)  # of the image
+_LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
 
-def load_view(uri: str, size: int, view: int) -> np.ndarray | None:
+def load_view(uri: str, size: int, view: int, augmentation: str = "crops") -> np.ndarray | None:
     """One of the versions of an image that are trained on: pixels ``(size, size, 3)``.
 
     View 0 is the image itself. Odd views are mirrored; from view 2 on they are crops, chosen by the
-    view's number and the file's name. None where the image cannot be read or decoded.
+    view's number and the file's name. With ``strong`` augmentation these crops differ in
+    brightness, contrast and saturation too (not in hue: captions name colours), and most have a
+    rectangle erased (Zhong et al. 2017). None where the image cannot be read or decoded.
     """
     try:
         data = storage.read(uri)
@@ -45,9 +53,29 @@ def load_view(uri: str, size: int, view: int) -> np.ndarray | None:
         if pixels_HW3 is not None:
             top, left = (generator.randint(0, enlarged - size) for _ in range(2))
             pixels_HW3 = pixels_HW3[top : top + size, left : left + size]
+            if augmentation == "strong":
+                pixels_HW3 = _change(pixels_HW3, generator)
     if pixels_HW3 is not None and view % 2:
         pixels_HW3 = pixels_HW3[:, ::-1]
     return None if pixels_HW3 is None else np.ascontiguousarray(pixels_HW3)
+
+
+def _change(pixels_HW3: np.ndarray, generator: random.Random) -> np.ndarray:
+    brightness, contrast, saturation = (
+        generator.uniform(1 - _LARGEST_CHANGE, 1 + _LARGEST_CHANGE) for _ in range(3)
+    )
+    grey_HW1 = (pixels_HW3 @ _LUMA)[..., None]
+    values_HW3 = grey_HW1 + (pixels_HW3 - grey_HW1) * saturation
+    middle = grey_HW1.mean()
+    values_HW3 = (middle + (values_HW3 - middle) * contrast) * brightness
+    if generator.random() < _ERASED:
+        size = len(values_HW3)
+        area, aspect = generator.uniform(*_ERASED_AREA), generator.uniform(0.5, 2)
+        height, width = (round(size * math.sqrt(area * each)) for each in (aspect, 1 / aspect))
+        top, left = generator.randint(0, size - height), generator.randint(0, size - width)
+        values_HW3[top : top + height, left : left + width] = 127
+    changed: np.ndarray = values_HW3.clip(0, 255).astype(np.uint8)
+    return changed
 
 
 class Features:
@@ -78,6 +106,7 @@ def compute_features(
     *,
     image_size: int,
     view: int = 0,
+    augmentation: str = "crops",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
@@ -90,6 +119,7 @@ def compute_features(
         examples: the images.
         image_size: their height and width.
         view: see :func:`load_view`.
+        augmentation: see :func:`load_view`.
         dtype: to compute in.
         batch_size: images a forward pass.
         share: this process and how many there are on this machine: each computes some files.
@@ -98,6 +128,9 @@ def compute_features(
     cache = storage.cache_directory("features")
     cache.mkdir(parents=True, exist_ok=True)
     settings = f"{image_size} {view} {dtype} {images.PREPROCESSING_VERSION} "
+    if view > 1 and augmentation != "crops":
+        settings += f"{augmentation} "
+    load = partial(load_view, size=image_size, view=view, augmentation=augmentation)
     encoder_key = settings + _fingerprint(encoder)
     chunks = [examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK)]
     paths = [cache / f"{_chunk_key(encoder_key, chunk)}.npy" for chunk in chunks]
@@ -111,7 +144,7 @@ def compute_features(
         description = "features" if view == 0 else f"features, view {view + 1}"
         with progress_bar(total, unit="image", description=description) as progress:
             for path, chunk in missing:
-                features = _encode(encoder, chunk, image_size, view, batch_size, progress)
+                features = _encode(encoder, chunk, load, image_size, batch_size, progress)
                 temporary = path.with_suffix(f".tmp-{os.getpid()}")
                 with open(temporary, "wb") as file:
                     np.save(file, features)
@@ -125,17 +158,15 @@ def compute_features(
 def _encode(
     encoder: ImageEncoder,
     examples: Sequence[CaptionedImage],
+    load: Callable[[str], np.ndarray | None],
     image_size: int,
-    view: int,
     batch_size: int,
     progress: "tqdm[NoReturn]",
 ) -> np.ndarray:
     device = next(encoder.parameters()).device
     blank = np.zeros((image_size, image_size, 3), np.uint8)
     encoded = []
-    loaded = ahead(
-        lambda example: load_view(example.uri, image_size, view), examples, os.cpu_count() or 1
-    )
+    loaded = ahead(lambda example: load(example.uri), examples, os.cpu_count() or 1)
     for begin in range(0, len(examples), batch_size):
         pixels = [next(loaded) for _ in examples[begin : begin + batch_size]]
         stacked = np.stack([blank if each is None else each for each in pixels])

@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,6 +101,26 @@ class ImageEncoder(nn.Module):
         }
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in trained)
+
+    def drop_paths(self, rate: float) -> None:
+        """Leaves residual branches out at random in training: stochastic depth (Huang et al. 2016).
+
+        The last branch of the backbone is left out at this rate, earlier ones at rates that rise to
+        it, as timm has it for the backbone.
+
+        Raises:
+            InputError: the backbone knows no such rate.
+        """
+        cfg = self.backbone.pretrained_cfg
+        try:
+            with torch.device("meta"):
+                other = timm.create_model(cfg["architecture"], drop_path_rate=rate)
+        except TypeError as error:
+            raise InputError(f"{cfg['architecture']} has no branches to drop") from error
+        for name, module in other.named_modules():
+            if isinstance(module, DropPath):
+                parent, _, attribute = name.rpartition(".")
+                setattr(self.backbone.get_submodule(parent), attribute, module)
 
     @property
     def frozen(self) -> bool:

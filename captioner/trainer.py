@@ -112,6 +112,7 @@ class Source:
     model: ModelConfig
     vocabulary: Vocabulary
     captions: str = "all"
+    augmentation: str = "crops"
     unreadable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -142,7 +143,7 @@ class Source:
             size = self.model.image_size
             inputs = np.zeros((len(pairs), size, size, 3), np.uint8)
             for row, (image, view, _) in enumerate(pairs):
-                pixels = load_view(self.examples[image].uri, size, view)
+                pixels = load_view(self.examples[image].uri, size, view, self.augmentation)
                 if pixels is None:
                     self.unreadable.add(self.examples[image].uri)
                     sequences[row] = [[]]
@@ -191,6 +192,8 @@ class Trainer:
             keep_freed_memory()
         self.model = model.to(self.device)
         self.model.encoder.fine_tune(config.fine_tune_from)
+        if config.drop_path:
+            self.model.encoder.drop_paths(config.drop_path)
         self.parallel: nn.Module = self.model
         if workers > 1:
             self.parallel = DistributedDataParallel(self.model)

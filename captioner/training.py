@@ -174,13 +174,15 @@ def train(
         "begin_with": earlier and earlier.digests["model.safetensors"],
         "captions": _digest(split),
     }
-    if not overwrite:
-        _begun(output, settings)  # a directory that is refused is left as it is, without a lock
+    # First what may be refused: such a directory is left as it is, without a lock.
+    initial = None
+    if overwrite or not _begun(output, settings):
+        initial = _initial(job, model_config, encoder_weights, earlier)
     with storage.locked(job.private("lock")):
         if overwrite:
             _delete_run(output)
-        if overwrite or not _begun(output, settings):
-            _begin(job, model_config, encoder_weights, earlier)
+        if initial is not None and (overwrite or not _begun(output, settings)):
+            bundle.save(job.private("initial"), *initial)
         text = json.dumps(settings, indent=2) + "\n"
         storage.write(storage.join(output, "training.json"), text.encode())
         if launch.workers:
@@ -190,20 +192,18 @@ def train(
     return _read_epochs(output)
 
 
-def _begin(
+def _initial(
     job: _Job, model_config: ModelConfig, encoder_weights: str | None, earlier: Bundle | None
-) -> None:
-    """Writes the model that every worker begins with."""
+) -> tuple[CaptionModel, Vocabulary]:
+    """The model that every worker begins with."""
     if earlier is not None:
-        model, vocabulary = earlier.model, earlier.vocabulary
-    else:
-        vocabulary = Vocabulary.from_captions(
-            (text for each in job.split.train for text in _used(each, job.config)),
-            minimum_count=job.config.minimum_count,
-        )
-        model_config = replace(model_config, vocabulary_size=len(vocabulary))
-        model = build_model(model_config, encoder_weights, seed=job.config.seed)
-    bundle.save(job.private("initial"), model, vocabulary)
+        return earlier.model, earlier.vocabulary
+    vocabulary = Vocabulary.from_captions(
+        (text for each in job.split.train for text in _used(each, job.config)),
+        minimum_count=job.config.minimum_count,
+    )
+    model_config = replace(model_config, vocabulary_size=len(vocabulary))
+    return build_model(model_config, encoder_weights, seed=job.config.seed), vocabulary
 
 
 def _read_epochs(output: str) -> list[Epoch]:
@@ -359,15 +359,23 @@ def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, S
     """Both sides of the split; with a frozen encoder their features, bad images left out."""
     config, vocabulary, model = trainer.config, trainer.vocabulary, trainer.model
     sides = []
+    source = partial(
+        Source,
+        model=model.config,
+        vocabulary=vocabulary,
+        captions=config.captions,
+        augmentation=config.augmentation,
+    )
     for examples, count in ((split.train, config.views), (split.validation, 1)):
         if not model.encoder.frozen:
-            sides.append(Source(examples, None, model.config, vocabulary, config.captions))
+            sides.append(source(examples, None))
             continue
         compute = partial(
             compute_features,
             model.encoder.eval(),
             examples,
             image_size=model.config.image_size,
+            augmentation=config.augmentation,
             dtype=trainer.dtype,
             share=worker.local,
             wait=worker.wait,
@@ -380,7 +388,7 @@ def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, S
             _report_bad({examples[i].uri for i in np.flatnonzero(~views[0].decodable())})
         kept = [examples[i] for i in good]
         selected = [view.select(good) for view in views]
-        sides.append(Source(kept, selected, model.config, vocabulary, config.captions))
+        sides.append(source(kept, selected))
     return sides[0], sides[1]
 
 

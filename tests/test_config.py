@@ -135,6 +135,12 @@ def test_the_least_and_greatest_values_are_allowed(kind, values):
     assert {name: getattr(made, name) for name in values} == values
 
 
+def test_branches_are_dropped_of_a_trained_encoder_only():
+    text = "drop_path is for an encoder that is trained: give fine_tune_from"
+    _refused(TrainConfig, text, drop_path=0.1, fine_tune_from=None)
+    assert TrainConfig(drop_path=0.9, fine_tune_from=4).drop_path == 0.9
+
+
 def test_a_whole_number_is_a_number():
     """Otherwise the same settings would give two fingerprints."""
     first, second = DecodeConfig(length_penalty=1), DecodeConfig(length_penalty=1.0)

@@ -17,6 +17,7 @@ from captioner.dataset import CaptionedImage, Split
 from captioner.errors import InputError, OutputError
 from captioner.features import compute_features, load_view
 from captioner.journal import Epoch
+from captioner.model import ImageEncoder
 from conftest import TINY, tiny_model, write_photos
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -275,6 +276,53 @@ def test_views_are_the_image_its_mirror_image_and_crops(tmp_path: Path):
     assert not any(np.array_equal(views[0], view) for view in views[1:])
     np.testing.assert_array_equal(views[2], load_view(str(path), 48, 2))
     assert load_view(str(tmp_path / "missing.jpg"), 48, 0) is None
+
+
+def test_strong_augmentation_changes_what_is_seen_but_not_hues(tmp_path: Path):
+    path = str(tmp_path / "red.png")
+    Image.new("RGB", (64, 64), (200, 40, 40)).save(path)
+    for view in range(2):
+        np.testing.assert_array_equal(
+            load_view(path, 48, view, "strong"), load_view(path, 48, view)
+        )
+    erased = 0
+    colours = set()
+    for view in range(2, 42):
+        pixels = load_view(path, 48, view, "strong")
+        np.testing.assert_array_equal(pixels, load_view(path, 48, view, "strong"))
+        away = (pixels == 127).all(-1)
+        erased += away.any()
+        assert away.mean() < 0.13
+        red, green, blue = (int(value) for value in pixels[~away][0])
+        assert red > green == blue
+        colours.add((red, green))
+    assert 15 < erased < 33
+    assert len(colours) > 35
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0"])
+def test_branches_are_dropped_in_training_only(backbone):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(dataclasses.replace(TINY, backbone=backbone))
+    names = encoder.state_dict().keys()
+    encoder.fine_tune(4)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # timm's new ResNets begin with branches of nothing
+    images = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        before = encoder.eval()(images)
+        torch.testing.assert_close(encoder.train()(images), before)
+        encoder.drop_paths(0.5)
+        torch.testing.assert_close(encoder.eval()(images), before)
+        assert not torch.allclose(encoder.train()(images), before)
+    assert encoder.state_dict().keys() == names
+
+
+def test_a_backbone_without_branches_has_none_to_drop():
+    encoder = ImageEncoder(dataclasses.replace(TINY, backbone="vgg11"))
+    with pytest.raises(InputError, match=r"^vgg11 has no branches to drop$"):
+        encoder.drop_paths(0.1)
 
 
 def test_the_loss_is_the_notebooks():
