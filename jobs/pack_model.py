@@ -2,7 +2,9 @@
 
 Several models' weights are averaged: models that were fine-tuned from one and the same model are
 often better together than each alone, and cost no more than one (Wortsman et al. 2022, "Model
-soups").
+soups"). ``--encoder-weights`` is for an encoder that has learned its images by heart: between it
+and the one that it was fine-tuned from is a better one to go on with (Wortsman et al. 2022,
+"Robust fine-tuning").
 """
 
 import sys
@@ -15,12 +17,16 @@ import torch
 
 from captioner import bundle, storage
 from captioner.errors import CaptionerError, printable
+from captioner.training import build_model
 
 
 @click.command()
 @click.argument("models", nargs=-1, required=True)
 @click.argument("directory")
-def main(models: tuple[str, ...], directory: str) -> None:
+@click.option(
+    "--encoder-weights", help="Takes the encoder half the way back to these published weights."
+)
+def main(models: tuple[str, ...], directory: str, encoder_weights: str | None) -> None:
     """Writes the average of the bundles MODELS to DIRECTORY with float16 weights.
 
     A model that is named twice counts twice.
@@ -33,7 +39,13 @@ def main(models: tuple[str, ...], directory: str) -> None:
                 raise click.ClickException(f"{model} has another {name} than {models[0]}")
         for name, tensor in other.model.state_dict().items():
             state[name] += tensor
-    first.model.load_state_dict({name: tensor / len(models) for name, tensor in state.items()})
+    state = {name: tensor / len(models) for name, tensor in state.items()}
+    if encoder_weights is not None:
+        published = build_model(first.model.config, encoder_weights).state_dict()
+        for name, tensor in published.items():
+            if name.startswith("encoder."):
+                state[name] = (state[name] + tensor.double()) / 2
+    first.model.load_state_dict(state)
     bundle.save(storage.absolute(directory), first.model, first.vocabulary, dtype=torch.float16)
 
 
