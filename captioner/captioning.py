@@ -121,8 +121,8 @@ class Captioner:
         self.model.to(self.device, self.dtype)
         self.model.encoder.to(memory_format=torch.channels_last)
         self._compiles = compiled
-        self._compiled: Callable[[Tensor], Tensor] | None = None
-        self._compiled_for = 0  # images
+        self._compiled: Callable[[Tensor], Tensor] = self.model.encoder
+        self._compiled_for: list[int] = []  # numbers of images
         if compiled and self._in_parts:
             self._compile(self._part)
 
@@ -150,14 +150,17 @@ class Captioner:
         return _IMAGES_A_THREAD * torch.get_num_threads()
 
     def _encode(self, images_BHW3: Tensor) -> Tensor:
-        if self._compiles and len(images_BHW3) > self._compiled_for:
-            self._compile(len(images_BHW3))
-        if self._compiled is None:
+        count = len(images_BHW3)
+        if self._compiles and count > max(self._compiled_for, default=0):
+            self._compile(count)
+        # It was compiled for so many images, neither more nor less. Where memory ran out, batches
+        # of half the size must not be filled up again.
+        sizes = [s for s in self._compiled_for if count <= s and (self._in_parts or s < 2 * count)]
+        if not sizes:
             return self.model.encoder(images_BHW3)  # type: ignore[no-any-return]
-        # It was compiled for so many images, neither more nor less.
-        missing = self._compiled_for - len(images_BHW3)
-        filled = F.pad(images_BHW3, (0, 0, 0, 0, 0, 0, 0, missing))
-        return self._compiled(filled)[: len(images_BHW3)]
+        filled = F.pad(images_BHW3, (0, 0, 0, 0, 0, 0, 0, min(sizes) - count))
+        features: Tensor = self._compiled(filled)
+        return features[:count]
 
     def _compile(self, images: int) -> None:
         shape = (images, self.image_size, self.image_size, 3)
@@ -166,11 +169,11 @@ class Captioner:
             import torch._inductor.config as inductor
 
             _keep_compiled()
-            compiled = torch.compile(self.model.encoder, dynamic=False)
+            self._compiled = torch.compile(self.model.encoder, dynamic=False)
             # Weights are constants then. It has no effect among torch.compile's own options, nor
             # in inference mode.
             with inductor.patch(freezing=True), torch.no_grad():
-                compiled(blank)
+                self._compiled(blank)
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # of the compilers that torch calls, or that are not there
@@ -178,9 +181,9 @@ class Captioner:
             _logger.warning(
                 "the encoder is not compiled: %s", reason[0] if reason else type(problem).__name__
             )
-            self._compiles, self._compiled = False, None
+            self._compiles, self._compiled_for = False, []
         else:
-            self._compiled, self._compiled_for = compiled, images
+            self._compiled_for.append(images)
 
     def _caption(self, hypothesis: Hypothesis) -> Caption:
         words, maps_SP = len(hypothesis.ids), hypothesis.attention_SP

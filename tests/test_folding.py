@@ -113,8 +113,25 @@ def test_a_compiled_encoder_writes_the_same_captions(vocabulary, tmp_path, monke
             assert one.tokens == other.tokens
             np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-4)
             np.testing.assert_allclose(one.attention_TGG, other.attention_TGG, atol=1e-4)
-    assert compiled._compiled is not None
+    assert compiled._compiled_for == ([4 * torch.get_num_threads()] if in_parts else [17])
     assert list((tmp_path / "captioner" / "compiled").iterdir())
+
+
+def test_batches_that_were_halved_are_not_filled_up_again(vocabulary, monkeypatch):
+    """Where memory ran out in the encoder it would do so again."""
+    monkeypatch.setattr(Captioner, "_in_parts", False)
+    encoded = []
+
+    def compiled(images: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(images))
+        return captioner.model.encoder(images)
+
+    monkeypatch.setattr(captioning.torch, "compile", lambda *_, **__: compiled)
+    captioner = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), device="cpu", compiled=True)
+    for count in (8, 7, 4, 16, 9, 8, 5, 4):
+        assert len(captioner(_images(count))) == count
+    # 8 and 16 are encoded once more when they are compiled; 4 goes through the plain encoder.
+    assert encoded == [8, 8, 8, 16, 16, 16, 8, 8]
 
 
 def test_an_encoder_that_cannot_be_compiled_is_used_as_it_is(vocabulary, monkeypatch, caplog):
