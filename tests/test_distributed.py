@@ -276,7 +276,10 @@ def test_submitted_jobs_outlive_a_node(tmp_path: Path):
     command += [str(tmp_path / "photos"), str(data), "--encoder-weights"]
     command += [str(tmp_path / "encoder.pth"), "--train-list", str(data / "train.txt")]
     command += ["--val-list", str(data / "val.txt")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    soon = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=root, env={**os.environ, **soon}
+    )
     assert ran.returncode == 0, ran.stderr
     results = json.loads(ran.stdout.splitlines()[-1])
     caption, train = results["caption"], results["train"]
