@@ -200,7 +200,7 @@ def _kill_workers(
 
 def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_path):
     """A handful; ``CAPTIONER_TEST_KILLS=20 pytest tests/test_kills.py -s -k random`` for more."""
-    kills = int(os.environ.get("CAPTIONER_TEST_KILLS", "5"))
+    kills = int(os.environ.get("CAPTIONER_TEST_KILLS", "3"))
     on_ray = {"driver": max(1, kills // 10), "actor": max(1, kills // 5)}
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # with which a failure's moments can be drawn again
