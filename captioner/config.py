@@ -176,6 +176,9 @@ class ModelConfig(_Checked):
     shared_dropout: bool = setting(
         False, "one dropout mask for all words of a caption (Gal and Ghahramani 2016)"
     )
+    beam: int = setting(
+        1, "beam width of a job that does not ask for another", minimum=1, maximum=100
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,7 +258,9 @@ class LaunchConfig(_Checked):
 class DecodeConfig(_Checked):
     """What decides a caption besides the model: part of a job's fingerprint."""
 
-    beam: int = setting(1, "beam width; 1 is greedy", minimum=1)
+    beam: int | None = setting(
+        None, "beam width; 1 is greedy; none: the model's own, see its config.json", minimum=1
+    )
     length_penalty: float = setting(
         1.0, "beams are ranked by log-probability over length to this power", minimum=0
     )
@@ -271,6 +276,10 @@ class DecodeConfig(_Checked):
     attention_levels: Literal[15, 31, 63, 127, 255] = setting(
         127, "steps between 0 and a map's largest value"
     )
+
+    def of_model(self, model: ModelConfig) -> "DecodeConfig":
+        """These settings, with the model's beam where none is asked for."""
+        return self if self.beam else dataclasses.replace(self, beam=model.beam)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +391,7 @@ PRESETS = {
             pre_norm=True,
             tied_embeddings=True,
             shared_dropout=True,
+            beam=3,
         ),
         train=TrainConfig(
             epochs=14,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from importlib import resources
 
 from captioner import report, storage
-from captioner.config import DecodeConfig, RunConfig
+from captioner.config import RunConfig
 from captioner.errors import InputError
 from captioner.pipeline import caption_images
 
@@ -45,8 +45,7 @@ def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
     photos, captions = storage.join(output, "photos"), storage.join(output, "captions")
     for name in PHOTOS:
         storage.write(storage.join(photos, name), (pictures / name).read_bytes())
-    decode, run = DecodeConfig(beam=3), RunConfig(engine="local")
-    caption_images(photos, captions, model, decode=decode, run=run, overwrite=True)
+    caption_images(photos, captions, model, run=RunConfig(engine="local"), overwrite=True)
     for name in PHOTOS:
         row = report.find_row(captions, name)
         target = storage.join(output, f"overlays/{name.rsplit('.', 1)[0]}.png")

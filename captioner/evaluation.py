@@ -97,10 +97,12 @@ def caption_dataset(
     """
     if run.batch_size == "auto":
         raise InputError("batch_size must be a number to evaluate: auto is for caption jobs")
-    captioner = Captioner(bundle.load(model), decode, device=run.device, precision=run.precision)
+    loaded = bundle.load(model)
+    decode = decode.of_model(loaded.config)
+    captioner = Captioner(loaded, decode, device=run.device, precision=run.precision)
     load = partial(load_view, size=captioner.image_size, view=0)
     threads = run.decoders or os.cpu_count() or 1
-    loaded = dataset.ahead(load, [image.uri for image in images], threads)
+    pixels_of = dataset.ahead(load, [image.uri for image in images], threads)
     kept: list[CaptionedImage] = []
     captions: list[str] = []
     undecodable: list[str] = []
@@ -109,7 +111,7 @@ def caption_dataset(
             batch = images[begin : begin + run.batch_size]
             pixels = []
             for image in batch:
-                pixels_HW3 = next(loaded)
+                pixels_HW3 = next(pixels_of)
                 if pixels_HW3 is None:
                     undecodable.append(image.uri)
                 else:

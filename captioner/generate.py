@@ -54,7 +54,7 @@ def generate(
         features_BhwC: the encoder's features, in the decoder's dtype and on its device.
         config: beam width, length penalty, length limit, whether ``<unk>`` may be chosen.
     """
-    config = config or DecodeConfig()
+    config = (config or DecodeConfig()).of_model(decoder.config)
     memory = decoder.memory(features_BhwC)
     search = _Search(decoder, memory, len(features_BhwC), config)
     for step in range(search.limit):
@@ -108,7 +108,7 @@ class _Search:
         longest = decoder.config.max_length
         self.limit = min(config.max_words or longest, longest)
         device = memory.keys[0].device
-        K = config.beam
+        K = config.beam or 1
         self.live = torch.arange(images, device=device)  # the image of each row group
         self.ids_R = torch.full((images * K,), START, device=device)
         self.cache = KeyValueCache(decoder.config, images * K, self.limit, memory.keys[0])

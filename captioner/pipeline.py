@@ -352,7 +352,7 @@ def _settings(bundle: Bundle, decode: DecodeConfig) -> dict[str, Any]:
         "vocabulary": bundle.digests["tokenizer.json"],
         "preprocessing version": images.PREPROCESSING_VERSION,
         "schema version": SCHEMA_VERSION,
-        **asdict(decode),
+        **asdict(decode.of_model(bundle.config)),
     }
 
 

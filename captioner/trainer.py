@@ -414,7 +414,7 @@ class Trainer:
         """
         model = self.kept.eval()
         self._refresh_writer(model)
-        decode = DecodeConfig(attention="none", max_words=_LONGEST_GREEDY)
+        decode = DecodeConfig(beam=1, attention="none", max_words=_LONGEST_GREEDY)
         mine = range(self.rank, len(source.examples), self.workers)
         size = self.config.batch_size
         batches = [

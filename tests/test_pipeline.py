@@ -157,6 +157,20 @@ def test_another_model_on_the_same_output_is_refused(photos, model_directory, tm
     assert len(_rows(output)) == 13
 
 
+def test_a_job_that_names_no_beam_takes_the_models(photos, tmp_path, vocabulary):
+    model, output, greedy = (str(tmp_path / name) for name in ("model", "out", "greedy"))
+    bundle.save(model, tiny_model(beam=3), vocabulary)
+    caption_images(str(photos), output, model, run=RUN)
+    # Asked for, it is the same job; greedy captions are another's.
+    again = caption_images(str(photos), output, model, decode=DecodeConfig(beam=3), run=RUN)
+    assert again.captioned == 0
+    with pytest.raises(FingerprintError, match="beam was 3, is 1"):
+        caption_images(str(photos), output, model, decode=DecodeConfig(beam=1), run=RUN)
+    caption_images(str(photos), greedy, model, decode=DecodeConfig(beam=1), run=RUN)
+    scores, others = ([row["score"] for row in _rows(Path(each))] for each in (output, greedy))
+    assert scores != others
+
+
 @pytest.mark.parametrize(("mode", "maps"), [("mean", 1), ("none", 0)])
 def test_fewer_maps_may_be_kept(mode, maps, photos, model_directory, tmp_path):
     output = tmp_path / "out"
