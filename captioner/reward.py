@@ -18,7 +18,10 @@ Vector = dict[tuple[str, ...], float]
 
 
 def content_words(caption: str) -> list[str]:
-    """The caption's lower-case words, without punctuation."""
+    """The caption's lower-case words, split on white space as a vocabulary's.
+
+    Those of punctuation alone are left out; what stands beside a word, as in ``grass.``, is kept.
+    """
     return [word for word in caption.lower().split() if any(c.isalnum() for c in word)]
 
 

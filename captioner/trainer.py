@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -41,7 +42,8 @@ from captioner.vocabulary import EOS, PAD, SPECIAL, START, UNKNOWN, Vocabulary
 
 __all__ = ["Source", "Trainer", "caption_loss", "learning_rate_factor", "plan_batches"]
 
-_SIDES = frozenset({"left", "right", "leftmost", "rightmost", "left-hand", "right-hand"})
+_SIDE = re.compile(r"(left|right)(most|wards?|hand|handed)?")
+_LETTERS = re.compile(r"[^\W\d_]+")
 _LONGEST_SAMPLE, _LONGEST_GREEDY = 18, 30  # words
 
 
@@ -158,7 +160,7 @@ class Source:
 
 
 def _names_a_side(caption: str) -> bool:
-    return not _SIDES.isdisjoint(content_words(caption))
+    return any(_SIDE.fullmatch(letters) for letters in _LETTERS.findall(caption.lower()))
 
 
 @torch.no_grad()

@@ -24,5 +24,6 @@ def test_it_is_pycocoevalcaps_cider():
     assert max(scores) > 1
 
 
-def test_punctuation_and_case_do_not_count():
-    assert content_words('A "dog" \'s ball , on-line .') == ["a", '"dog"', "'s", "ball", "on-line"]
+def test_punctuation_by_itself_and_case_do_not_count():
+    words = ["a", '"dog"', "'s", "ball", "on-line,", "ends."]
+    assert content_words('A "dog" \'s ball , on-line, ends. .') == words

@@ -259,13 +259,17 @@ def test_a_mirrored_image_has_no_caption_that_names_a_side(vocabulary, data: Pat
         CaptionedImage("a", ["a dog on the left", "a dog runs"]),
         CaptionedImage("b", ["the Right dog"]),
         CaptionedImage("c", ["a bright dog"]),
+        CaptionedImage("d", ["a dog on the left."]),
+        CaptionedImage("e", ["a man looks right, away"]),
+        CaptionedImage("f", ["the left-most man"]),
+        CaptionedImage("g", ['the man in the upright "cleft"']),
     ]
     source = trainer.Source(examples, None, TINY, vocabulary)
     encoded = source.ids
     assert source.choose(0, 0) == (0, encoded[0])
     assert source.choose(0, 1) == (1, encoded[0][1:])
     assert source.choose(1, 3) == (2, encoded[1])
-    assert source.choose(2, 1) == (1, encoded[2])
+    assert [source.choose(i, 1)[0] for i in range(2, 7)] == [1, 0, 0, 0, 1]
 
 
 def test_views_are_the_image_its_mirror_image_and_crops(tmp_path: Path):
