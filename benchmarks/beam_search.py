@@ -39,7 +39,8 @@ def main(
     examples = read_dataset(storage.absolute(data)).listed(names)
     loaded = bundle.load(storage.absolute(model))
     encoder = loaded.model.encoder.to(device)
-    features = compute_features(encoder, examples, image_size=loaded.config.image_size, dtype=dtype)
+    size = loaded.config.image_size
+    [features] = compute_features(encoder, examples, image_size=size, dtype=dtype)
     decoder = loaded.model.decoder.to(device, dtype)
     references = [each.captions for each in examples]
     results = []

@@ -60,10 +60,9 @@ def plain(split: Split, config: TrainConfig, *, cached: bool, fused: bool = Fals
     dtype = choose_dtype(config.precision, choose_device("cpu"))
     views = None
     if cached:
-        features = compute_features(
+        views = compute_features(
             network.encoder, split.train, image_size=settings.image_size, dtype=dtype
         )
-        views = [features]
     if fused:
         for module in network.modules():
             if isinstance(module, model.Dropout):

@@ -5,12 +5,14 @@ encoder's weights, the images and their versions, the view. A job that was kille
 next file; images that were added cost no more than themselves.
 """
 
+import copy
 import hashlib
 import math
 import os
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -105,54 +107,82 @@ def compute_features(
     examples: Sequence[CaptionedImage],
     *,
     image_size: int,
-    view: int = 0,
+    views: int = 1,
     augmentation: str = "crops",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] | None = None,
-) -> Features:
+) -> list[Features]:
     """The features of each image, from the user's cache directory where they stand there already.
 
     Args:
-        encoder: in eval mode.
+        encoder: in eval mode; it is left as it is.
         examples: the images.
         image_size: their height and width.
-        view: see :func:`load_view`.
+        views: how many versions of each image; see :func:`load_view`.
         augmentation: see :func:`load_view`.
         dtype: to compute in.
         batch_size: images a forward pass.
         share: this process and how many there are on this machine: each computes some files.
         wait: returns when all of them are done; needed where there are several.
+
+    Returns:
+        The features of each view.
     """
     cache = storage.cache_directory("features")
     cache.mkdir(parents=True, exist_ok=True)
-    settings = f"{image_size} {view} {dtype} {images.PREPROCESSING_VERSION} "
-    if view > 1 and augmentation != "crops":
-        settings += f"{augmentation} "
-    load = partial(load_view, size=image_size, view=view, augmentation=augmentation)
-    encoder_key = settings + _fingerprint(encoder)
     chunks = [examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK)]
-    paths = [cache / f"{_chunk_key(encoder_key, chunk)}.npy" for chunk in chunks]
+    versions = [_versions(chunk) for chunk in chunks]
+    fingerprint = _fingerprint(encoder)
+    # Rounding the model itself would change what is trained and kept, and the names of the files.
+    converted = copy.deepcopy(encoder).to(dtype).to(memory_format=torch.channels_last)
     rank, processes = share
-    mine = [(p, c) for p, c in list(zip(paths, chunks, strict=True))[rank::processes]]
-    missing = [(path, chunk) for path, chunk in mine if not path.exists()]
-    if missing:
-        weights = next(encoder.parameters()).dtype
-        encoder.to(dtype).to(memory_format=torch.channels_last)
-        total = sum(len(chunk) for _, chunk in missing)
-        description = "features" if view == 0 else f"features, view {view + 1}"
-        with progress_bar(total, unit="image", description=description) as progress:
-            for path, chunk in missing:
-                features = _encode(encoder, chunk, load, image_size, batch_size, progress)
-                temporary = path.with_suffix(f".tmp-{os.getpid()}")
-                with open(temporary, "wb") as file:
-                    np.save(file, features)
-                os.replace(temporary, path)
-        encoder.to(weights).to(memory_format=torch.contiguous_format)
-    if wait is not None:
-        wait()
-    return Features([np.load(path, mmap_mode="r") for path in paths])
+    features = []
+    for view in range(views):
+        settings = f"{image_size} {view} {dtype} {images.PREPROCESSING_VERSION} "
+        if view > 1 and augmentation != "crops":
+            settings += f"{augmentation} "
+        paths = [cache / _file_name(settings + fingerprint, each) for each in versions]
+        files = list(zip(paths, chunks, strict=True))
+        compute = partial(
+            _compute_files,
+            converted,
+            view=view,
+            image_size=image_size,
+            augmentation=augmentation,
+            batch_size=batch_size,
+        )
+        compute([each for each in files[rank::processes] if not each[0].exists()])
+        if wait is not None:
+            wait()
+        # To another process an image may have had another version, and the file another name.
+        compute([each for each in files if not each[0].exists()])
+        features.append(Features([np.load(path, mmap_mode="r") for path in paths]))
+    return features
+
+
+def _compute_files(
+    encoder: ImageEncoder,
+    files: Sequence[tuple[Path, Sequence[CaptionedImage]]],
+    *,
+    view: int,
+    image_size: int,
+    augmentation: str,
+    batch_size: int,
+) -> None:
+    if not files:
+        return
+    load = partial(load_view, size=image_size, view=view, augmentation=augmentation)
+    total = sum(len(chunk) for _, chunk in files)
+    description = "features" if view == 0 else f"features, view {view + 1}"
+    with progress_bar(total, unit="image", description=description) as progress:
+        for path, chunk in files:
+            encoded = _encode(encoder, chunk, load, image_size, batch_size, progress)
+            temporary = path.with_suffix(f".tmp-{os.getpid()}")
+            with open(temporary, "wb") as file:
+                np.save(file, encoded)
+            os.replace(temporary, path)
 
 
 def _encode(
@@ -187,8 +217,9 @@ def _fingerprint(encoder: ImageEncoder) -> str:
     return digest.hexdigest()
 
 
-def _chunk_key(encoder_key: str, examples: Sequence[CaptionedImage]) -> str:
-    digest = hashlib.sha256(encoder_key.encode())
-    for example in examples:
-        digest.update(f"{example.uri} {storage.version(example.uri)}\n".encode())
-    return digest.hexdigest()[:32]
+def _versions(examples: Sequence[CaptionedImage]) -> str:
+    return "".join(f"{each.uri} {storage.version(each.uri)}\n" for each in examples)
+
+
+def _file_name(settings: str, versions: str) -> str:
+    return hashlib.sha256((settings + versions).encode()).hexdigest()[:32] + ".npy"

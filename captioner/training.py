@@ -370,17 +370,16 @@ def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, S
         if not model.encoder.frozen:
             sides.append(source(examples, None))
             continue
-        compute = partial(
-            compute_features,
+        views = compute_features(
             model.encoder.eval(),
             examples,
             image_size=model.config.image_size,
+            views=count,
             augmentation=config.augmentation,
             dtype=trainer.dtype,
             share=worker.local,
             wait=worker.wait,
         )
-        views = [compute(view=view) for view in range(count)]
         good = np.flatnonzero(views[0].decodable())
         if not len(good):
             raise InputError("none of the images can be decoded")

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import shutil
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from captioner import bundle, dataset, storage, trainer, training
+from captioner import features as features_module
 from captioner.captioning import Captioner
 from captioner.config import DecodeConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
@@ -357,7 +359,7 @@ def test_features_are_computed_once_and_bad_images_left_out(data: Path, tmp_path
     encoder = tiny_model().encoder.eval()
     uris = [str(data / "Images" / f"{index:02d}.png") for index in range(8)]
     examples = [CaptionedImage(uri, ["a"]) for uri in uris]
-    features = compute_features(encoder, examples, image_size=64)
+    [features] = compute_features(encoder, examples, image_size=64)
     assert features[0].shape == (2, 2, 512)
     assert features.decodable().tolist() == [i != 5 for i in range(8)]
     with torch.no_grad():
@@ -368,10 +370,48 @@ def test_features_are_computed_once_and_bad_images_left_out(data: Path, tmp_path
     before = file.stat().st_mtime_ns
     compute_features(encoder, examples, image_size=64)
     assert file.stat().st_mtime_ns == before
-    compute_features(encoder, examples, image_size=64, view=1)
+    _, mirrored = compute_features(encoder, examples, image_size=64, views=2)
+    assert mirrored.decodable().tolist() == [i != 5 for i in range(8)]
+    assert file.stat().st_mtime_ns == before
     Image.new("RGB", (64, 64)).save(uris[5])
     compute_features(encoder, examples, image_size=64)
     assert len(list(file.parent.iterdir())) == 3
+
+
+def _examples(data: Path, count: int) -> list[CaptionedImage]:
+    return [CaptionedImage(str(data / "Images" / f"{i:02d}.png"), ["a dog"]) for i in range(count)]
+
+
+def test_two_workers_name_the_same_features_and_leave_the_model_as_it_is(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In bfloat16, where the second worker has nothing to compute."""
+    examples = _examples(data, 4)
+    real_encode, encoded = features_module._encode, []
+
+    def encode(*arguments: object) -> np.ndarray:
+        encoded.append(arguments)
+        return real_encode(*arguments)
+
+    monkeypatch.setattr(features_module, "_encode", encode)
+    first, expected = tiny_model().encoder.eval(), tiny_model().encoder.state_dict()
+    second = copy.deepcopy(first)
+    arguments = {"image_size": 64, "views": 2, "dtype": torch.bfloat16}
+    views = compute_features(first, examples, share=(0, 2), **arguments)
+    others = compute_features(second, examples, share=(1, 2), **arguments)
+    assert len(encoded) == 2  # one for each view
+    for encoder in (first, second):
+        torch.testing.assert_close(encoder.state_dict(), expected, rtol=0, atol=0)
+    for view, other in zip(views, others, strict=True):
+        np.testing.assert_array_equal(view[3], other[3])
+    with torch.no_grad():
+        pixels = torch.from_numpy(load_view(examples[3].uri, 64, 1))
+        exact = first(pixels[None])[0].numpy()
+    np.testing.assert_allclose(views[1][3], exact, rtol=0.1, atol=0.1 * exact.max())
+    # The second worker cannot ask for an image's version, and so looks for another name.
+    monkeypatch.setattr(storage, "version", lambda _: "")
+    [view] = compute_features(second, examples, share=(1, 2), image_size=64)
+    assert view.decodable().all()
 
 
 def test_captions_of_an_image_stand_together(vocabulary):
