@@ -13,10 +13,12 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from captioner import images, storage
@@ -83,23 +85,29 @@ def _change(pixels_HW3: np.ndarray, generator: random.Random) -> np.ndarray:
 class Features:
     """Float16 features of images in files that are memory-mapped."""
 
-    def __init__(self, chunks: Sequence[np.ndarray], rows: np.ndarray | None = None):
-        self._chunks = chunks
-        self._rows = np.arange(sum(map(len, chunks))) if rows is None else rows
+    def __init__(self, paths: Sequence[Path]):
+        # np.load would keep a descriptor of each: there are more files than a process may open.
+        self._files: list[Any] = [safe_open(path, framework="numpy") for path in paths]
+        first = [file.get_slice("features")[:, 0, 0, 0] for file in self._files]
+        self._decodable = ~np.isnan(np.concatenate(first))
+        self._rows = np.arange(len(self._decodable))
 
     def __getitem__(self, image: int) -> np.ndarray:
         """The features ``(h, w, C)`` of an image; all NaN where it cannot be decoded."""
         chunk, row = divmod(int(self._rows[image]), _CHUNK)
-        return np.asarray(self._chunks[chunk][row])
+        features: np.ndarray = self._files[chunk].get_slice("features")[row]
+        return features
 
     def select(self, images: np.ndarray) -> "Features":
         """The features of some of the images, which are counted anew."""
-        return Features(self._chunks, self._rows[images])
+        selected = copy.copy(self)
+        selected._rows = self._rows[images]
+        return selected
 
     def decodable(self) -> np.ndarray:
         """Whether each image could be decoded."""
-        everything = np.concatenate([~np.isnan(chunk[:, 0, 0, 0]) for chunk in self._chunks])
-        return everything[self._rows]
+        decodable: np.ndarray = self._decodable[self._rows]
+        return decodable
 
 
 def compute_features(
@@ -158,7 +166,7 @@ def compute_features(
             wait()
         # To another process an image may have had another version, and the file another name.
         compute([each for each in files if not each[0].exists()])
-        features.append(Features([np.load(path, mmap_mode="r") for path in paths]))
+        features.append(Features(paths))
     return features
 
 
@@ -180,8 +188,7 @@ def _compute_files(
         for path, chunk in files:
             encoded = _encode(encoder, chunk, load, image_size, batch_size, progress)
             temporary = path.with_suffix(f".tmp-{os.getpid()}")
-            with open(temporary, "wb") as file:
-                np.save(file, encoded)
+            save_file({"features": encoded}, temporary)
             os.replace(temporary, path)
 
 
@@ -201,7 +208,8 @@ def _encode(
         pixels = [next(loaded) for _ in examples[begin : begin + batch_size]]
         stacked = np.stack([blank if each is None else each for each in pixels])
         with torch.inference_mode():
-            features = encoder(torch.from_numpy(stacked).to(device)).half().cpu().numpy()
+            encoded_BhwC = encoder(torch.from_numpy(stacked).to(device))
+            features = encoded_BhwC.half().contiguous().cpu().numpy()
         features[[each is None for each in pixels]] = np.nan
         encoded.append(features)
         progress.update(len(pixels))
@@ -222,4 +230,4 @@ def _versions(examples: Sequence[CaptionedImage]) -> str:
 
 
 def _file_name(settings: str, versions: str) -> str:
-    return hashlib.sha256((settings + versions).encode()).hexdigest()[:32] + ".npy"
+    return hashlib.sha256((settings + versions).encode()).hexdigest()[:32] + ".safetensors"

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -412,6 +413,19 @@ def test_two_workers_name_the_same_features_and_leave_the_model_as_it_is(
     monkeypatch.setattr(storage, "version", lambda _: "")
     [view] = compute_features(second, examples, share=(1, 2), image_size=64)
     assert view.decodable().all()
+
+
+def test_features_keep_no_file_open(data: Path, monkeypatch: pytest.MonkeyPatch):
+    """COCO's fill more than a thousand files."""
+    monkeypatch.setattr(features_module, "_CHUNK", 2)
+    examples = _examples(data, 8)
+    encoder = tiny_model().encoder.eval()
+    before = len(os.listdir("/proc/self/fd"))
+    views = compute_features(encoder, examples, image_size=64, views=3)
+    read = [view[image] for view in views for image in range(8)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    np.testing.assert_array_equal(read[0], read[3])  # both are of one red
+    assert not np.array_equal(read[0], read[1])
 
 
 def test_captions_of_an_image_stand_together(vocabulary):
