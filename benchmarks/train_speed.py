@@ -80,7 +80,7 @@ def plain(split: Split, config: TrainConfig, *, cached: bool, fused: bool = Fals
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logits = network(inputs, batch.ids_RT)
             loss = caption_loss(logits, batch.ids_RT, config.label_smoothing)
-            (loss / source.words([(place, 0) for place in places])).backward()
+            (loss / batch.words).backward()
             nn.utils.clip_grad_norm_(trained, config.clip_norm or 1.0)
             optimizer.step()
     return len(split.train) / (time.perf_counter() - begin)

@@ -2,7 +2,9 @@
 
 The features stand in files of a few hundred images, each named for all that they depend on: the
 encoder's weights, the images and their versions, the view. A job that was killed goes on with the
-next file; images that were added cost no more than themselves.
+next file; images that were added cost no more than themselves. A file says of each image whether it
+could be read: one with an image that could not is computed again by the next run, since its name
+would not change when the disk or the bucket is well again.
 """
 
 import copy
@@ -29,6 +31,7 @@ from captioner.progress import progress_bar
 __all__ = ["Features", "compute_features", "load_view"]
 
 _CHUNK = 512  # images a file
+_DECODED, _UNDECODABLE, _UNREADABLE = range(3)  # what a file says of an image
 _LEAST_CROP = 0.7  # of the height and of the width
 _LARGEST_CHANGE = 0.35  # of brightness, contrast and saturation
 _ERASED = 0.6  # of the views
@@ -48,6 +51,12 @@ def load_view(uri: str, size: int, view: int, augmentation: str = "crops") -> np
         data = storage.read(uri)
     except OSError:
         return None
+    return _decode_view(data, uri, size, view, augmentation)
+
+
+def _decode_view(
+    data: bytes, uri: str, size: int, view: int, augmentation: str
+) -> np.ndarray | None:
     if view < 2:
         pixels_HW3 = images.decode(data, size).pixels_HW3
     else:
@@ -88,26 +97,18 @@ class Features:
     def __init__(self, paths: Sequence[Path]):
         # np.load would keep a descriptor of each: there are more files than a process may open.
         self._files: list[Any] = [safe_open(path, framework="numpy") for path in paths]
-        first = [file.get_slice("features")[:, 0, 0, 0] for file in self._files]
-        self._decodable = ~np.isnan(np.concatenate(first))
-        self._rows = np.arange(len(self._decodable))
+        statuses = np.concatenate([file.get_tensor("statuses") for file in self._files])
+        self._decodable: np.ndarray = statuses == _DECODED
 
     def __getitem__(self, image: int) -> np.ndarray:
-        """The features ``(h, w, C)`` of an image; all NaN where it cannot be decoded."""
-        chunk, row = divmod(int(self._rows[image]), _CHUNK)
+        """The features ``(h, w, C)`` of an image; all NaN where it is not decodable."""
+        chunk, row = divmod(image, _CHUNK)
         features: np.ndarray = self._files[chunk].get_slice("features")[row]
         return features
 
-    def select(self, images: np.ndarray) -> "Features":
-        """The features of some of the images, which are counted anew."""
-        selected = copy.copy(self)
-        selected._rows = self._rows[images]
-        return selected
-
     def decodable(self) -> np.ndarray:
-        """Whether each image could be decoded."""
-        decodable: np.ndarray = self._decodable[self._rows]
-        return decodable
+        """Whether each image could be read and decoded."""
+        return self._decodable
 
 
 def compute_features(
@@ -161,7 +162,7 @@ def compute_features(
             augmentation=augmentation,
             batch_size=batch_size,
         )
-        compute([each for each in files[rank::processes] if not each[0].exists()])
+        compute([each for each in files[rank::processes] if not _is_complete(each[0])])
         if wait is not None:
             wait()
         # To another process an image may have had another version, and the file another name.
@@ -181,39 +182,59 @@ def _compute_files(
 ) -> None:
     if not files:
         return
-    load = partial(load_view, size=image_size, view=view, augmentation=augmentation)
+    load = partial(_load, size=image_size, view=view, augmentation=augmentation)
     total = sum(len(chunk) for _, chunk in files)
     description = "features" if view == 0 else f"features, view {view + 1}"
     with progress_bar(total, unit="image", description=description) as progress:
         for path, chunk in files:
-            encoded = _encode(encoder, chunk, load, image_size, batch_size, progress)
+            encoded = _encode(encoder, chunk, load, batch_size, progress)
             temporary = path.with_suffix(f".tmp-{os.getpid()}")
-            save_file({"features": encoded}, temporary)
+            save_file(encoded, temporary)
             os.replace(temporary, path)
+
+
+def _load(
+    example: CaptionedImage, size: int, view: int, augmentation: str
+) -> tuple[np.ndarray, int]:
+    """The pixels ``(size, size, 3)`` and the status of an image; without any it is black."""
+    blank = np.zeros((size, size, 3), np.uint8)
+    try:
+        data = storage.read(example.uri)
+    except OSError:
+        return blank, _UNREADABLE
+    pixels = _decode_view(data, example.uri, size, view, augmentation)
+    return (blank, _UNDECODABLE) if pixels is None else (pixels, _DECODED)
 
 
 def _encode(
     encoder: ImageEncoder,
     examples: Sequence[CaptionedImage],
-    load: Callable[[str], np.ndarray | None],
-    image_size: int,
+    load: Callable[[CaptionedImage], tuple[np.ndarray, int]],
     batch_size: int,
     progress: "tqdm[NoReturn]",
-) -> np.ndarray:
+) -> dict[str, np.ndarray]:
+    """What a file holds: ``features`` ``(images, h, w, C)`` and the ``statuses`` of the images."""
     device = next(encoder.parameters()).device
-    blank = np.zeros((image_size, image_size, 3), np.uint8)
-    encoded = []
-    loaded = ahead(lambda example: load(example.uri), examples, os.cpu_count() or 1)
+    encoded, statuses = [], []
+    loaded = ahead(load, examples, os.cpu_count() or 1)
     for begin in range(0, len(examples), batch_size):
-        pixels = [next(loaded) for _ in examples[begin : begin + batch_size]]
-        stacked = np.stack([blank if each is None else each for each in pixels])
+        batch = [next(loaded) for _ in examples[begin : begin + batch_size]]
+        pixels = torch.from_numpy(np.stack([each for each, _ in batch]))
         with torch.inference_mode():
-            encoded_BhwC = encoder(torch.from_numpy(stacked).to(device))
-            features = encoded_BhwC.half().contiguous().cpu().numpy()
-        features[[each is None for each in pixels]] = np.nan
-        encoded.append(features)
-        progress.update(len(pixels))
-    return np.concatenate(encoded)
+            encoded.append(encoder(pixels.to(device)).half().contiguous().cpu().numpy())
+        statuses += [status for _, status in batch]
+        progress.update(len(batch))
+    features = np.concatenate(encoded)
+    features[np.array(statuses) != _DECODED] = np.nan
+    return {"features": features, "statuses": np.array(statuses, np.uint8)}
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether there is such a file, and all of its images could be read."""
+    if not path.exists():
+        return False
+    with safe_open(path, framework="numpy") as file:
+        return _UNREADABLE not in file.get_tensor("statuses")
 
 
 def _fingerprint(encoder: ImageEncoder) -> str:

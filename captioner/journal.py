@@ -23,7 +23,8 @@ class Epoch:
 
     ``train_loss`` and ``validation_loss`` are nats a word; a self-critical epoch has
     ``train_cider``, the mean of its samples, in place of the first. CIDEr is as pycocoevalcap
-    computes it, times 100. ``samples`` are the captions of the first validation images.
+    computes it, times 100. ``samples`` are the captions of the first validation images, empty for
+    one that could not be read.
     """
 
     epoch: int

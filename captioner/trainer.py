@@ -33,6 +33,7 @@ from captioner import dataset
 from captioner.captioning import choose_device, choose_dtype
 from captioner.config import DecodeConfig, ModelConfig, TrainConfig
 from captioner.dataset import CaptionedImage
+from captioner.errors import InputError
 from captioner.features import Features, load_view
 from captioner.generate import generate, sample
 from captioner.memory import keep_freed_memory
@@ -94,19 +95,32 @@ class Batch:
     """Some images: ``inputs`` are features ``(B, h, w, C)`` or images ``(B, size, size, 3)``.
 
     ``ids_RT`` are their captions and ``images`` their places in the source; an image that cannot be
-    read has captions of nothing but padding.
+    read is black, or has features of zeros, and has captions of nothing but padding.
     """
 
     inputs: Tensor
     ids_RT: Tensor
     images: list[int]
 
+    @property
+    def readable(self) -> Tensor:
+        """Whether each image could be read: ``(B,)``."""
+        return (self.ids_RT.view(len(self.images), -1) != PAD).any(1)
+
+    @property
+    def words(self) -> int:
+        """How many words are predicted in the captions, their ends counted."""
+        return int((self.ids_RT[:, 1:] != PAD).sum())
+
 
 @dataclass
 class Source:
     """The images of one side of the split.
 
-    ``views`` are the features of each view of them, where the encoder is frozen.
+    ``views`` are the features of each view of them, where the encoder is frozen. ``unreadable`` are
+    the URIs of images that could not be read or decoded: with features those that lack a view, and
+    what others add; else those that were found so far. They stay in the plan of batches, so that it
+    is the same for all workers and after a resume, whatever each of them could read.
     """
 
     examples: Sequence[CaptionedImage]
@@ -126,6 +140,9 @@ class Source:
             for encoded, texts in zip(self.ids, chosen, strict=True)
         ]
         self.lengths = [max(map(len, encoded)) for encoded in self.ids]
+        for view in self.views or []:
+            decodable = zip(self.examples, view.decodable(), strict=True)
+            self.unreadable |= {example.uri for example, good in decodable if not good}
 
     def choose(self, image: int, view: int) -> tuple[int, list[list[int]]]:
         """The view to take in place of ``view``, and the captions that are true of it."""
@@ -137,26 +154,28 @@ class Source:
 
     def batch(self, chosen: Sequence[tuple[int, int]]) -> Batch:
         """The images and views of ``chosen``."""
-        pairs = [(image, *self.choose(image, view)) for image, view in chosen]
-        sequences = [ids for _, _, ids in pairs]
-        if self.views is not None:
-            inputs = np.stack([self.views[view][image] for image, view, _ in pairs])
-        else:
-            size = self.model.image_size
-            inputs = np.zeros((len(pairs), size, size, 3), np.uint8)
-            for row, (image, view, _) in enumerate(pairs):
-                pixels = load_view(self.examples[image].uri, size, view, self.augmentation)
-                if pixels is None:
-                    self.unreadable.add(self.examples[image].uri)
-                    sequences[row] = [[]]
-                else:
-                    inputs[row] = pixels
+        inputs, sequences = [], []
+        for image, view in chosen:
+            true_view, captions = self.choose(image, view)
+            values, readable = self._load(image, true_view)
+            inputs.append(values)
+            sequences.append(captions if readable else [[]])
         images = [image for image, _ in chosen]
-        return Batch(torch.from_numpy(inputs), dataset.collate(sequences), images)
+        return Batch(torch.from_numpy(np.stack(inputs)), dataset.collate(sequences), images)
 
-    def words(self, chosen: Sequence[tuple[int, int]]) -> int:
-        """How many words are predicted in these images' captions, their ends counted."""
-        return sum(len(ids) - 1 for each in chosen for ids in self.choose(*each)[1])
+    def _load(self, image: int, view: int) -> tuple[np.ndarray, bool]:
+        """Features or pixels, and whether the image could be read; without them zeros."""
+        uri = self.examples[image].uri
+        if self.views is not None:
+            features = self.views[view][image]
+            readable = uri not in self.unreadable
+            return (features, True) if readable else (np.zeros_like(features), False)
+        size = self.model.image_size
+        pixels = load_view(uri, size, view, self.augmentation)
+        if pixels is None:
+            self.unreadable.add(uri)
+            return np.zeros((size, size, 3), np.uint8), False
+        return pixels, True
 
 
 def _names_a_side(caption: str) -> bool:
@@ -251,6 +270,9 @@ class Trainer:
 
         Returns:
             The mean loss of a word; in a self-critical epoch the mean CIDEr of the samples.
+
+        Raises:
+            InputError: none of the images can be read or decoded.
         """
         critical = epoch > self.config.epochs
         if epoch == self.config.epochs + 1:
@@ -270,15 +292,15 @@ class Trainer:
         for index, parts in enumerate(self._parts(source, chosen)):
             if critical:
                 self._set_learning_rate(self.config.scst_learning_rate)
-                value = self._critical_step(parts, len(chosen[index]))
-                weight = float(len(chosen[index]))
+                value, weight = self._critical_step(parts)
             else:
                 factor = learning_rate_factor(first_step + index, steps, self.config)
                 self._set_learning_rate(self.config.learning_rate * factor)
-                weight = source.words(chosen[index])
-                value = self._step(parts, weight)
-            total, count = total + value * weight, count + weight
-            advance(len(chosen[index]), total / count)
+                value, weight = self._step(parts)
+            total, count = total + value, count + weight
+            advance(len(chosen[index]), total / max(1.0, count))
+        if not count:
+            raise InputError("none of the images to train on can be read or decoded")
         return total / count
 
     def _set_learning_rate(self, rate: float) -> None:
@@ -297,21 +319,27 @@ class Trainer:
 
         return dataset.ahead(load, chosen, threads=os.cpu_count() or 1)
 
-    def _step(self, parts: Sequence[Batch], words: float) -> float:
-        """A step on the cross-entropy; ``words`` is the whole batch's number of them."""
+    def _step(self, parts: Sequence[Batch]) -> tuple[float, float]:
+        """A step on the cross-entropy: the whole batch's loss, summed, and number of words."""
+        words = self._sum(sum(part.words for part in parts))
 
         def backward(part: Batch) -> float:
             ids_RT = part.ids_RT.to(self.device)
             logits_RTV = self._logits(part.inputs.to(self.device), ids_RT)
             loss = caption_loss(logits_RTV, ids_RT, self.config.label_smoothing)
-            (loss * (self.workers / words)).backward()  # type: ignore[no-untyped-call]
+            (loss * (self.workers / max(1.0, words))).backward()  # type: ignore[no-untyped-call]
             return loss.item()
 
-        return self._sum(self._descend(parts, backward)) / words
+        return self._sum(self._descend(parts, backward)), words
 
-    def _critical_step(self, parts: Sequence[Batch], images: int) -> float:
-        """A step that makes samples likelier the more their CIDEr is above the others'."""
+    def _critical_step(self, parts: Sequence[Batch]) -> tuple[float, float]:
+        """A step that makes samples likelier the more their CIDEr is above the others'.
+
+        Returns:
+            The sum of the images' mean CIDEr over the whole batch, and how many could be read.
+        """
         n = self.config.scst_samples
+        images = self._sum(sum(int(part.readable.sum()) for part in parts))
 
         def backward(part: Batch) -> float:
             with self._autocast():
@@ -320,8 +348,8 @@ class Trainer:
             ids_RT = sample(self.writer, features.detach(), n, _LONGEST_SAMPLE).clone()
             rewards_BN = self._rewards(part, ids_RT)
             others_BN = (rewards_BN.sum(1, keepdim=True) - rewards_BN) / (n - 1)
-            readable_B1 = (part.ids_RT.view(len(rewards_BN), -1) != PAD).any(1, keepdim=True)
-            advantage_R = ((rewards_BN - others_BN) * readable_B1).flatten().to(self.device)
+            advantage_BN = (rewards_BN - others_BN) * part.readable[:, None]
+            advantage_R = advantage_BN.flatten().to(self.device)
             logits_RTV = self._logits(features, ids_RT)[:, :-1].float()
             logits_RTV[..., [PAD, START, UNKNOWN]] = -torch.inf  # they were not to be drawn
             targets_RT = ids_RT[:, 1:]
@@ -329,11 +357,11 @@ class Trainer:
             words = targets_RT.masked_fill(~counted_RT, EOS)[..., None]
             logprobs_RT = logits_RTV.log_softmax(-1).gather(-1, words)[..., 0]
             caption_R = (logprobs_RT * counted_RT).sum(1)
-            loss = -(advantage_R * caption_R).sum() / (images * n)
+            loss = -(advantage_R * caption_R).sum() / (max(1.0, images) * n)
             (loss * self.workers).backward()  # type: ignore[no-untyped-call]
-            return float(rewards_BN.mean(1).sum())
+            return float(rewards_BN.mean(1)[part.readable].sum())
 
-        return self._sum(self._descend(parts, backward)) / images
+        return self._sum(self._descend(parts, backward)), images
 
     def _descend(self, parts: Sequence[Batch], backward: Callable[[Batch], float]) -> float:
         """One step of AdamW on the sum of the parts' gradients; the sum of what they return."""
@@ -412,7 +440,8 @@ class Trainer:
     def validate(self, source: Source) -> tuple[float, dict[int, str]]:
         """The mean loss of a word without label smoothing, and this worker's greedy captions.
 
-        The captions are those of the images ``rank``, ``rank + workers``, …, by their places.
+        The captions are those of the images ``rank``, ``rank + workers``, …, by their places;
+        images that cannot be read or decoded are left out.
         """
         model = self.kept.eval()
         self._refresh_writer(model)
@@ -430,8 +459,10 @@ class Trainer:
                 features = self._features(model, batch)
                 logits_RTV, _ = model.decoder(ids_RT, features)
             total += caption_loss(logits_RTV, ids_RT).item()
-            words += int((batch.ids_RT[:, 1:] != PAD).sum())
+            words += batch.words
             hypotheses = generate(self.writer, features, decode)
-            for image, hypothesis in zip(batch.images, hypotheses, strict=True):
-                captions[image] = " ".join(self.vocabulary.words(hypothesis.ids))
+            readable = batch.readable.tolist()
+            for image, kept, hypothesis in zip(batch.images, readable, hypotheses, strict=True):
+                if kept:
+                    captions[image] = " ".join(self.vocabulary.words(hypothesis.ids))
         return self._sum(total) / max(1.0, self._sum(words)), captions

@@ -285,6 +285,7 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
     judge = ConsensusReward(
         [[content_words(text) for text in each.captions] for each in validation.examples]
     )
+    reported = training.unreadable | validation.unreadable
     epochs: list[Epoch] = []
     if (checkpoint := worker.latest()) is not None:
         state = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
@@ -305,11 +306,13 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
         if not np.isfinite(value):
             raise CaptionerError(f"the loss is {value} in epoch {number}: lower learning_rate")
         loss, mine = trainer.validate(validation)
-        if number == 1:
-            bad = worker.gather(training.unreadable | validation.unreadable)
-            if worker.rank == 0:
-                _report_bad(set().union(*bad))
+        bad = set().union(*worker.gather(training.unreadable | validation.unreadable))
+        if worker.rank == 0:
+            _report_bad(bad - reported)
+        reported |= bad
         captions = {image: text for each in worker.gather(mine) for image, text in each.items()}
+        if not captions:
+            raise InputError("none of the images to validate on can be read or decoded")
         state_bytes = None
         if worker.rank == 0:
             scores = [judge.score(image, content_words(text)) for image, text in captions.items()]
@@ -322,7 +325,9 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
                 validation_cider=100 * sum(scores) / len(scores),
                 seconds=seconds,
                 images_per_second=len(training.examples) / seconds,
-                samples=[captions[image] for image in range(min(_SAMPLES, len(captions)))],
+                samples=[
+                    captions.get(i, "") for i in range(min(_SAMPLES, len(validation.examples)))
+                ],
             )
             epochs.append(epoch)
             print(f"epoch {number}/{last}: {epoch.describe()}", flush=True)
@@ -356,7 +361,7 @@ def _keep(job: _Job, trainer: Trainer, epochs: Sequence[Epoch], validation: Sour
 
 
 def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, Source]:
-    """Both sides of the split; with a frozen encoder their features, bad images left out."""
+    """Both sides of the split; with a frozen encoder their features."""
     config, vocabulary, model = trainer.config, trainer.vocabulary, trainer.model
     sides = []
     source = partial(
@@ -380,19 +385,18 @@ def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, S
             share=worker.local,
             wait=worker.wait,
         )
-        good = np.flatnonzero(views[0].decodable())
-        if not len(good):
-            raise InputError("none of the images can be decoded")
+        side = source(examples, views)
+        side.unreadable = set().union(*worker.gather(side.unreadable))
+        if len(side.unreadable) == len(examples):
+            raise InputError("none of the images can be read or decoded")
         if worker.rank == 0:
-            _report_bad({examples[i].uri for i in np.flatnonzero(~views[0].decodable())})
-        kept = [examples[i] for i in good]
-        selected = [view.select(good) for view in views]
-        sides.append(source(kept, selected))
+            _report_bad(side.unreadable)
+        sides.append(side)
     return sides[0], sides[1]
 
 
 def _report_bad(uris: set[str]) -> None:
-    """Names the images that cannot be trained on."""
+    """Names the images that are left out of training and validation."""
     if uris:
         first = ", ".join(sorted(uris)[:5]) + (", …" if len(uris) > 5 else "")
         text = f"{len(uris)} images cannot be read or decoded and are left out: {first}"

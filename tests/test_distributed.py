@@ -117,6 +117,8 @@ def _take_steps(rank: int, workers: int, port: int, data: Path, result: Path) ->
 @pytest.mark.slow
 def test_two_workers_take_the_same_steps_as_one(tmp_path: Path):
     data = write_data(tmp_path / "data", 42)
+    for index in (3, 35):  # one to train on, one to validate on
+        (data / "Images" / f"photo-{index:04d}.jpg").write_bytes(b"no image")
     _take_steps(0, 1, 0, data, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -129,6 +131,7 @@ def test_two_workers_take_the_same_steps_as_one(tmp_path: Path):
     torch.testing.assert_close(first["kept"], second["kept"], rtol=0, atol=0)
     assert first["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert {**first["captions"], **second["captions"]} == one["captions"]
+    assert len(one["captions"]) == 10
 
 
 @pytest.fixture

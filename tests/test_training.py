@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from captioner.errors import InputError, OutputError
 from captioner.features import compute_features, load_view
 from captioner.journal import Epoch
 from captioner.model import ImageEncoder
+from captioner.reward import ConsensusReward
+from captioner.vocabulary import EOS, PAD, START
 from conftest import TINY, tiny_model, write_photos
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -225,18 +228,90 @@ def test_another_run_in_the_same_place_is_refused(data: Path, tmp_path: Path):
     assert sorted((tmp_path / "model").iterdir()) == before
 
 
-def test_bad_images_are_left_out(data: Path, tmp_path: Path, capsys):
-    (data / "Images" / "05.png").write_bytes(b"no image")
-    for fine_tune_from in (None, 2):
-        epochs = training.train(
+@pytest.mark.parametrize("fine_tune_from", [None, 2])
+def test_bad_images_are_left_out(
+    fine_tune_from, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Of training, of the validation's captions and of its CIDEr."""
+    for name in ("05.png", "36.png"):
+        (data / "Images" / name).write_bytes(b"no image")
+    judged = []
+    real_score = ConsensusReward.score
+
+    def score(self: ConsensusReward, image: int, words: list[str]) -> float:
+        judged.append(image)
+        return real_score(self, image, words)
+
+    monkeypatch.setattr(ConsensusReward, "score", score)
+    [epoch] = training.train(
+        _split(data),
+        str(tmp_path / "model"),
+        model_config=TINY,
+        config=_config(epochs=1, fine_tune_from=fine_tune_from),
+        encoder_weights=_weights(tmp_path),
+    )
+    assert np.isfinite(epoch.train_loss)
+    assert sorted(judged) == list(range(1, 12))
+    assert [bool(text) for text in epoch.samples] == [False] + [True] * 7
+    printed = capsys.readouterr().err
+    assert all(printed.count(name) == 1 for name in ("05.png", "36.png"))
+
+
+@pytest.mark.parametrize("fine_tune_from", [None, 2])
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_images_of_which_none_can_be_read_are_refused(
+    side: str, fine_tune_from, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a frozen encoder before the first epoch: all have been read by then."""
+    if fine_tune_from is None:
+        monkeypatch.delattr(trainer.Trainer, "train_epoch")
+    for name in (data / f"{side}.txt").read_text().split():
+        (data / "Images" / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"^none of the images"):
+        training.train(
             _split(data),
-            str(tmp_path / f"model {fine_tune_from}"),
+            str(tmp_path / "model"),
             model_config=TINY,
-            config=_config(epochs=1, scst_epochs=1, fine_tune_from=fine_tune_from),
+            config=_config(fine_tune_from=fine_tune_from),
             encoder_weights=_weights(tmp_path),
         )
-        assert np.isfinite(epochs[0].train_loss)
-        assert "05.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fine_tune_from", [None, 2])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_bad_image_changes_nothing_of_a_step(
+    epoch: int, fine_tune_from, data: Path, vocabulary, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither the gradient nor the mean, in the cross-entropy and in self-critical training."""
+    captions = {
+        "00.png": ["a dog runs", "the dog in the grass"],
+        "01.png": ["two men"],
+        "02.png": ["a cat and a dog", "red water"],
+        "missing.png": ["a dog jumps", "a dog"],
+    }
+    examples = [CaptionedImage(str(data / "Images" / n), texts) for n, texts in captions.items()]
+    config = _config(epochs=1, scst_epochs=1, scst_samples=2, fine_tune_from=fine_tune_from)
+    samples = torch.tensor([[START, 4, EOS, PAD], [START, 4, 8, EOS]])  # "a", "a dog"
+    monkeypatch.setattr(trainer, "sample", lambda _, each, *__: samples.repeat(len(each), 1))
+
+    def step(count: int) -> tuple[float, list[torch.Tensor]]:
+        model = tiny_model(
+            embedding_dropout=0, attention_dropout=0, residual_dropout=0, head_dropout=0
+        )
+        own = trainer.Trainer(model, vocabulary, config, device="cpu")
+        own.reward_for(examples)
+        views = None
+        if fine_tune_from is None:
+            views = compute_features(model.encoder, examples[:count], image_size=64)
+        source = trainer.Source(examples[:count], views, TINY, vocabulary)
+        value = own.train_epoch(source, epoch, lambda *_: None)
+        return value, [each.grad for each in model.parameters() if each.requires_grad]
+
+    expected, gradients = step(3)
+    assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0.1
+    value, others = step(4)
+    assert value == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(others, gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_every_image_is_in_one_batch_of_an_epoch():
@@ -366,7 +441,7 @@ def test_features_are_computed_once_and_bad_images_left_out(data: Path, tmp_path
     with torch.no_grad():
         expected = encoder(torch.from_numpy(load_view(uris[0], 64, 0))[None])[0].numpy()
     np.testing.assert_allclose(features[0], expected, rtol=2e-3, atol=1e-3)
-    np.testing.assert_array_equal(features.select(np.array([3, 0]))[1], features[0])
+    assert np.isnan(features[5]).all()
     [file] = (tmp_path / "cache" / "captioner" / "features").iterdir()
     before = file.stat().st_mtime_ns
     compute_features(encoder, examples, image_size=64)
@@ -390,7 +465,7 @@ def test_two_workers_name_the_same_features_and_leave_the_model_as_it_is(
     examples = _examples(data, 4)
     real_encode, encoded = features_module._encode, []
 
-    def encode(*arguments: object) -> np.ndarray:
+    def encode(*arguments: object) -> dict[str, np.ndarray]:
         encoded.append(arguments)
         return real_encode(*arguments)
 
@@ -413,6 +488,67 @@ def test_two_workers_name_the_same_features_and_leave_the_model_as_it_is(
     monkeypatch.setattr(storage, "version", lambda _: "")
     [view] = compute_features(second, examples, share=(1, 2), image_size=64)
     assert view.decodable().all()
+
+
+def test_an_image_that_cannot_be_read_for_a_moment_is_tried_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Too many open files, a bucket's time-out: the features kept do not say so for good."""
+    examples = _examples(data, 4)
+    encoder = tiny_model().encoder.eval()
+    real_read, reads = storage.read, []
+
+    def read(uri: str) -> bytes:
+        reads.append(uri)
+        if uri == examples[2].uri and reads.count(uri) == 2:  # of the second view
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real_read(uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read", read)
+        views = compute_features(encoder, examples, image_size=64, views=2)
+    assert [view.decodable().tolist() for view in views] == [[True] * 4, [True, True, False, True]]
+    assert np.isnan(views[1][2]).all()
+    monkeypatch.setattr(storage, "read", lambda uri: reads.append(uri) or real_read(uri))
+    reads.clear()
+    views = compute_features(encoder, examples, image_size=64, views=2)
+    assert all(view.decodable().all() for view in views)
+    assert np.isfinite(views[1][2]).all()
+    assert sorted(reads) == [each.uri for each in examples]  # those of the second view
+
+
+def test_an_image_that_any_worker_lacks_in_any_view_is_left_out(
+    data: Path, vocabulary, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """With a frozen encoder; all workers still plan the same batches."""
+    examples = _examples(data, 8)
+    split = Split(examples[:6], examples[6:], [])
+    own = trainer.Trainer(tiny_model(), vocabulary, _config(views=2), device="cpu")
+    real_read, reads = storage.read, []
+
+    def read(uri: str) -> bytes:
+        reads.append(uri)
+        if uri == examples[2].uri and reads.count(uri) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return real_read(uri)
+
+    monkeypatch.setattr(storage, "read", read)
+    others = {examples[4].uri}  # the other worker is on another machine
+
+    def gather(value: object) -> list[object]:
+        return [value, others if isinstance(value, set) else None]
+
+    worker = training._Worker(0, 2, (0, 1), gather, lambda: None, lambda *_: None)
+    source, _ = training._sources(split, own, worker)
+    assert source.unreadable == {examples[2].uri, examples[4].uri}
+    assert len(source.lengths) == 6
+    printed = capsys.readouterr().err
+    assert "2 images cannot be read or decoded and are left out: " in printed
+    for view in range(2):
+        batch = source.batch([(image, view) for image in range(6)])
+        assert batch.readable.tolist() == [True, True, False, True, False, True]
+        assert batch.inputs.isfinite().all()
+        assert not batch.inputs[[2, 4]].any()
 
 
 def test_features_keep_no_file_open(data: Path, monkeypatch: pytest.MonkeyPatch):
