@@ -231,6 +231,7 @@ def _caption(
     shards = list(directory.remaining(manifest))
     if job.run.retry_failed:
         failed = list(directory.not_ok(manifest))
+        directory.delete_held()
         expose(directory, manifest, {shard.number for shard in failed})
         shards += failed
     attempts, written, work = Attempts(job.output), Counter[str](), Work()
@@ -274,7 +275,7 @@ def _caption(
         first = ", ".join(missing[:20])
         raise IncompleteError(f"{len(missing)} images have no row: {first}")
     attempts.clear()
-    bad = 1 - summary.rows.get("ok", 0) / summary.images
+    bad = (summary.images - summary.rows.get("ok", 0)) / summary.images
     if bad > job.run.max_error_rate:
         raise ErrorRateError(
             f"{summary.counts()}: {bad:.1%} are not ok, "
@@ -407,6 +408,8 @@ class _Actors:
         needed = f"{least} actors of {own_cpus:g} CPUs and {own_gpus:g} GPUs"
         free = cpus - least * own_cpus
         grows = run.wait_for_nodes or _is_known_to_grow(ray)
+        if run.device == "cuda" and not gpus and not grows:
+            raise InputError(f"there is no GPU for --device cuda: the cluster has {cluster}")
         if room < least and not grows:
             raise InputError(
                 f"no room for {needed}, but for {room}: the cluster has {cluster}; "
