@@ -43,6 +43,7 @@ _TRANSPOSE = {
 # the pixels needed along each side: the resize that follows then hides the difference.
 _REDUCING_GAP = 2.0
 _BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # in Pillow; else 4
+_COPIES = {"WEBP": 4, "AVIF": 4}  # of the pixels: the decoder's and Pillow's; else 1
 _MEMORY_A_PIXEL = 1.5  # bytes that decoding may take for each pixel that is allowed
 _STRIP = 1 << 20  # pixels that are converted at a time
 _LARGE = 1 << 27  # bytes
@@ -51,6 +52,10 @@ _one_large_image = threading.Lock()
 _MOST_SCANS = 100
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither a stuffed byte nor a restart
 _SCAN, _END = b"\xda", b"\xd9"
+
+
+class _OverLimitError(Exception):
+    """An image is not worth its memory or time; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +96,37 @@ def decode(
         return DecodedImage(None, status="rejected", error=f"more than {max_bytes} bytes")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns at first; ours is checked below
     _silence()
+    with contextlib.ExitStack() as alone:
+        return _decoded(data, size, keep_aspect, max_pixels, alone)
+
+
+def _decoded(
+    data: bytes, size: int, keep_aspect: bool, max_pixels: int, alone: contextlib.ExitStack
+) -> DecodedImage:
+    """The outcome for a file that is not too long; a large image enters ``alone``.
+
+    The image and its decoder are local here, so that they go before ``alone`` is left: closing the
+    image keeps the decoder.
+    """
     width = height = None
     try:
+        canvas = _webp_canvas(data)
+        if canvas is not None:  # opening a WebP allocates it, twice
+            width, height = canvas
+            _admit(width, height, width * height * 4 * _COPIES["WEBP"], max_pixels, alone)
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = _own_size(image)
-            scans = _scans(data) if isinstance(image, JpegImagePlugin.JpegImageFile) else 0
-            if problem := _too_much(image, scans, max_pixels):
-                return DecodedImage(None, width, height, "rejected", problem)
+            if canvas is None:
+                scans = _scans(data) if isinstance(image, JpegImagePlugin.JpegImageFile) else 0
+                if _tile_pixels(image) > max_pixels:
+                    raise _OverLimitError(f"its tiles have more than {max_pixels} pixels")
+                if scans > _MOST_SCANS:
+                    raise _OverLimitError(f"it has more than {_MOST_SCANS} scans")
+                _admit(width, height, _memory(image, scans), max_pixels, alone)
             target = _fit(*image.size, size) if keep_aspect else (size, size)
-            large = _memory(image, scans) > _LARGE
-            with _large_image(image) if large else contextlib.nullcontext():
-                return DecodedImage(_pixels(image, target), width, height)
+            return DecodedImage(_pixels(image, target), width, height)
+    except _OverLimitError as over:
+        return DecodedImage(None, width, height, "rejected", str(over))
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow names the BytesIO object, whose address would differ from run to run.
@@ -127,31 +152,49 @@ def _silence_once() -> None:
             getattr(libraries, name)(None)
 
 
-def _too_much(image: Image.Image, scans: int, max_pixels: int) -> str | None:
-    """Why an image is not worth its memory or time; None where it is."""
-    width, height = _own_size(image)
+def _admit(
+    width: int, height: int, memory: int, max_pixels: int, alone: contextlib.ExitStack
+) -> None:
+    """Lets an image that takes so many bytes in, alone if they are many.
+
+    Raises:
+        _OverLimitError: it is over a limit.
+    """
     if width * height > max_pixels:
-        return f"{width}×{height} is more than {max_pixels} pixels"
-    if _tile_pixels(image) > max_pixels:
-        return f"its tiles have more than {max_pixels} pixels"
+        raise _OverLimitError(f"{width}×{height} is more than {max_pixels} pixels")
     most = max(_LARGE, int(_MEMORY_A_PIXEL * max_pixels))
-    if (memory := _memory(image, scans)) > most:
-        return f"decoding takes {memory} bytes of memory, more than {most}"
-    if scans > _MOST_SCANS:
-        return f"it has more than {_MOST_SCANS} scans"
-    return None
+    if memory > most:
+        raise _OverLimitError(f"decoding takes {memory} bytes of memory, more than {most}")
+    if memory > _LARGE:
+        alone.enter_context(_large_image())
 
 
 @contextlib.contextmanager
-def _large_image(image: Image.Image) -> Iterator[None]:
-    """One at a time, and in memory that the process had freed but kept; the image is closed."""
+def _large_image() -> Iterator[None]:
+    """One at a time, and in memory that the process had freed but kept; leaves none of its own."""
     with _one_large_image:
         release_freed_memory()
         try:
             yield
         finally:
-            image.close()  # its pixels go before the next image's come
             release_freed_memory()
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the canvas that decoding a WebP takes; None for what is none."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    kind, count = data[12:16], len(data)
+    if kind == b"VP8X" and count >= 30:  # of a still image or an animation, of any parts
+        sides = int.from_bytes(data[24:30], "little")
+        return (sides & 0xFFFFFF) + 1, (sides >> 24) + 1
+    if kind == b"VP8L" and count >= 25 and data[20] == 0x2F:  # lossless
+        sides = int.from_bytes(data[21:25], "little")
+        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 " and count >= 30 and data[23:26] == b"\x9d\x01\x2a":  # lossy
+        sides = int.from_bytes(data[26:30], "little")
+        return sides & 0x3FFF, sides >> 16 & 0x3FFF
+    return None
 
 
 def _memory(image: Image.Image, scans: int) -> int:
@@ -169,8 +212,7 @@ def _memory(image: Image.Image, scans: int) -> int:
         rows = min(tags.get(TiffImagePlugin.ROWSPERSTRIP, height), height)
         bits = sum(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
         return int(pixels + width * rows * bits // 8)
-    copies = {"WEBP": 4, "AVIF": 4}.get(image.format or "", 1)
-    return pixels * copies
+    return pixels * _COPIES.get(image.format or "", 1)
 
 
 def _scans(data: bytes) -> int:

@@ -1,5 +1,6 @@
 import functools
 import io
+import pickle
 import resource
 import struct
 import subprocess
@@ -609,6 +610,98 @@ def test_tiles_of_too_many_pixels_are_rejected_at_once():
     assert _decoded_cheaply(_tiff(100, 100, *tiles, compression=5)) == DecodedImage(
         None, 100, 100, "rejected", error
     )
+
+
+def _riff(kind: bytes, data: bytes) -> bytes:
+    return kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+
+
+def _webp_canvas(width: int, height: int, frame: bytes | None = None) -> bytes:
+    """An animated WebP whose one frame, of a pixel, stands on a canvas of that size."""
+    frame = frame or _encoded(Image.new("RGB", (1, 1), RED), "WEBP", lossless=True)[12:]
+    sides = b"".join(struct.pack("<I", side - 1)[:3] for side in (width, height))
+    body = b"WEBP" + _riff(b"VP8X", b"\x02\0\0\0" + sides) + _riff(b"ANIM", bytes(6))
+    body += _riff(b"ANMF", bytes(12) + b"\x64\0\0\0" + frame)
+    return _riff(b"RIFF", body)
+
+
+def _decoded_in_a_process(*files: bytes) -> list[tuple[DecodedImage, int, int]]:
+    """Outcomes in a process that keeps freed memory, as jobs do; the MiB each took, and left."""
+    code = """
+import pickle, sys
+from captioner import images, memory
+
+def mebibytes(name):
+    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) // 1024
+
+memory.keep_freed_memory()
+files, measured = pickle.load(sys.stdin.buffer), []
+images.decode(files[0], 8, max_pixels=1)
+for data in files:
+    memory.release_freed_memory()
+    open("/proc/self/clear_refs", "w").write("5")
+    before = mebibytes("VmRSS")
+    decoded = images.decode(data, 16)
+    measured.append((decoded, mebibytes("VmHWM") - before, mebibytes("VmRSS") - before))
+pickle.dump(measured, sys.stdout.buffer)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(files), capture_output=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr.decode()
+    return pickle.loads(ran.stdout)
+
+
+def test_what_opening_would_allocate_is_checked_before():
+    bombs = [_webp_canvas(15_900, 15_900)] * 2  # at first the memory is zero without being touched
+    for decoded, most, _ in _decoded_in_a_process(*bombs):
+        error = "decoding takes 4044960000 bytes of memory, more than 384000000"
+        assert decoded == DecodedImage(None, 15_900, 15_900, "rejected", error)
+        assert most < 100
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_the_size_of_a_webp_is_read_from_its_head(monkeypatch, lossless, alpha):
+    image = Image.new("RGBA", (301, 202), (*RED, 90)) if alpha else Image.new("RGB", (301, 202))
+    data = _encoded(image, "WEBP", lossless=lossless)
+    assert images.decode(data, SIZE, max_pixels=301 * 202).status == "ok"
+    monkeypatch.setattr(Image, "open", None)
+    error = "301×202 is more than 60801 pixels"
+    assert images.decode(data, SIZE, max_pixels=301 * 202 - 1) == DecodedImage(
+        None, 301, 202, "rejected", error
+    )
+
+
+def test_a_large_image_leaves_no_memory_behind():
+    sound, side = _photo(3500, 3500), 3500
+    lossy = _encoded(sound, "WEBP", method=0)
+    files = {
+        "canvas": _webp_canvas(side, side),
+        "webp": lossy,
+        "webp, broken": lossy[: len(lossy) // 2] + bytes(len(lossy) - len(lossy) // 2),
+        "png": _png(9000, 9000, 8, 2, bytes(27_000)),
+        "png, broken": _png(9000, 9000, 8, 2, bytes(27_000)).replace(b"IEND", b"IDAT")[:-40],
+    }
+    for name, (_, most, left) in zip(files, _decoded_in_a_process(*files.values()), strict=True):
+        assert most > 128, name
+        assert left < 20, name
+
+
+def test_a_large_webp_is_opened_alone(monkeypatch):
+    alone = []
+    open_image = Image.open
+
+    def record(*arguments, **options):
+        alone.append(images._one_large_image.locked())
+        return open_image(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", record)
+    for side in (100, 3500):
+        assert images.decode(_webp_canvas(side, side), SIZE).status == "ok"
+    assert alone == [False, True]
+    assert not images._one_large_image.locked()
 
 
 # What is no image, or is one no more.
