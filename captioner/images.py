@@ -18,7 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
+from PIL import (
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    _imaging,
+)
 
 from captioner.memory import release_freed_memory
 from captioner.schema import Status
@@ -28,7 +36,7 @@ __all__ = ["PREPROCESSING_VERSION", "DecodedImage", "decode"]
 #: Counts up when the same bytes would give other pixels: part of a job's fingerprint.
 PREPROCESSING_VERSION = 1
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
+_FORMATS = ("JPEG", "FIRST PNG", "WEBP", "BMP", "DIB", "FIRST GIF", "TIFF", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,6 +64,29 @@ _SCAN, _END = b"\xda", b"\xd9"
 
 class _OverLimitError(Exception):
     """An image is not worth its memory or time; the message is the reason."""
+
+
+class _FirstFrame:
+    """An animation that stays at its first frame: nothing takes that one's place.
+
+    Pillow fills a canvas for that in opening, before the size of the image can be looked at.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, 0 if name in ("disposal_method", "dispose_op") else value)
+
+
+class _Png(_FirstFrame, PngImagePlugin.PngImageFile):
+    pass
+
+
+class _Gif(_FirstFrame, GifImagePlugin.GifImageFile):
+    pass
+
+
+# Not by Image.register_open: who opens images without naming formats is to get Pillow's own.
+Image.OPEN["FIRST PNG"] = _Png, Image.OPEN["PNG"][1]
+Image.OPEN["FIRST GIF"] = _Gif, Image.OPEN["GIF"][1]
 
 
 @dataclass(frozen=True, slots=True)

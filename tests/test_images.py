@@ -564,12 +564,18 @@ def _bombs() -> dict[str, tuple[int, bytes]]:
     n, small = 60_000, Image.new("RGB", (16, 16))
     gif_colours = b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
     gif_frame = b"," + struct.pack("<HHHHB", 0, 0, n, n, 0) + b"\x02\x02\x4c\x01\0;"
+    gif_clearing = b"!\xf9\x04\x08\0\0\0\0"  # to the background, after the frame
+    frames = _chunk(b"acTL", struct.pack(">II", 2, 0))
+    frames += _chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, n, n, 0, 0, 1, 1, 1, 0))
+    cleared = _png(n, 1, 8, 2, b"", frames)
     lossless = _encoded(small, "WEBP", lossless=True)
     at = lossless.index(b"VP8L") + 9
     webp = lossless[:at] + struct.pack("<I", 16_382 << 14 | 16_382) + lossless[at + 4 :]
     return {
         "png": (n, _png(n, 1, 8, 2, b"").replace(_chunk_head(n, 1), _chunk_head(n, n))),
+        "png, cleared": (n, cleared.replace(_chunk_head(n, 1), _chunk_head(n, n))),
         "gif": (n, b"GIF89a" + struct.pack("<HH", n, n) + gif_colours + gif_frame),
+        "gif, cleared": (n, b"GIF89a" + bytes(4) + gif_colours + gif_clearing + gif_frame),
         "gif, frame": (n, b"GIF89a" + struct.pack("<HH", 9, 9) + gif_colours + gif_frame),
         "tiff": (n, _tiff(n, n)),
         "tiff-lzw": (n, _tiff(n, n, compression=5)),
