@@ -36,7 +36,7 @@ __all__ = ["PREPROCESSING_VERSION", "DecodedImage", "decode"]
 #: Counts up when the same bytes would give other pixels: part of a job's fingerprint.
 PREPROCESSING_VERSION = 1
 
-_FORMATS = ("JPEG", "FIRST PNG", "WEBP", "BMP", "DIB", "FIRST GIF", "TIFF", "AVIF")
+_FORMATS = ("JPEG", "FIRST PNG", "WEBP", "BMP", "DIB", "FIRST GIF", "TIFF OF FEW STRIPS", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,6 +58,9 @@ _LARGE = 1 << 27  # bytes
 _one_large_image = threading.Lock()
 # Encoders write about ten scans; each costs a pass over the image, and may be a few bytes long.
 _MOST_SCANS = 100
+# Of a TIFF, strips or tiles. Opening makes an object of each, and the file may tell where they are
+# by a byte each: 4 MB of them took 1 GB and a minute.
+_MOST_STRIPS = 100_000
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither a stuffed byte nor a restart
 _SCAN, _END = b"\xda", b"\xd9"
 
@@ -84,9 +87,20 @@ class _Gif(_FirstFrame, GifImagePlugin.GifImageFile):
     pass
 
 
+class _Tiff(TiffImagePlugin.TiffImageFile):
+    """A TIFF that is over the limit, and raises so, where it has too many strips or tiles."""
+
+    def _setup(self) -> None:
+        for tag in (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS):
+            if len(self.tag_v2.get(tag, ())) > _MOST_STRIPS:
+                raise _OverLimitError(f"it has more than {_MOST_STRIPS} strips or tiles")
+        super()._setup()
+
+
 # Not by Image.register_open: who opens images without naming formats is to get Pillow's own.
 Image.OPEN["FIRST PNG"] = _Png, Image.OPEN["PNG"][1]
 Image.OPEN["FIRST GIF"] = _Gif, Image.OPEN["GIF"][1]
+Image.OPEN["TIFF OF FEW STRIPS"] = _Tiff, Image.OPEN["TIFF"][1]
 
 
 @dataclass(frozen=True, slots=True)

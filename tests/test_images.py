@@ -85,6 +85,7 @@ def _tiff(
         (279, 4, 1, 100),
         *extra,
     ]
+    tags = list({tag[0]: tag for tag in tags}.values())
     packed = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + packed + bytes(200)
 
@@ -616,6 +617,17 @@ def test_tiles_of_too_many_pixels_are_rejected_at_once():
     assert _decoded_cheaply(_tiff(100, 100, *tiles, compression=5)) == DecodedImage(
         None, 100, 100, "rejected", error
     )
+
+
+@pytest.mark.parametrize(("tag", "kind"), [(273, 1), (324, 3)])
+def test_a_tiff_of_too_many_strips_or_tiles_is_rejected(tag, kind):
+    """Each is a pixel, at 8 or at 0: the offsets are bytes, or of 16 bits."""
+    for count, problem in [(100_000, None), (100_001, "it has more than 100000 strips or tiles")]:
+        data = _tiff(1, count, (278, 4, 1, 1), (322, 4, 1, 1), (323, 4, 1, 1))
+        offsets = struct.pack("<HHII", tag, kind, count, len(data))
+        data = data.replace(struct.pack("<HHII", 273, 4, 1, 8), offsets) + b"\x08\0" * count
+        decoded = images.decode(data, SIZE)
+        assert (decoded.status, decoded.error) == ("rejected" if problem else "ok", problem)
 
 
 def _riff(kind: bytes, data: bytes) -> bytes:
