@@ -161,15 +161,18 @@ def _decoded(
             _admit(width, height, width * height * 4 * _COPIES["WEBP"], max_pixels, alone)
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = _own_size(image)
+            target = _fit(*image.size, size) if keep_aspect else (size, size)
+            least = int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)
+            drafted = image.draft(None, least)  # a JPEG is as large as it is decoded from here on
             if canvas is None:
-                scans = _scans(data) if isinstance(image, JpegImagePlugin.JpegImageFile) else 0
+                scans = _scans(data) if isinstance(image, JpegImagePlugin.JpegImageFile) else []
                 if _tile_pixels(image) > max_pixels:
                     raise _OverLimitError(f"its tiles have more than {max_pixels} pixels")
-                if scans > _MOST_SCANS:
+                if len(scans) > _MOST_SCANS:
                     raise _OverLimitError(f"it has more than {_MOST_SCANS} scans")
-                _admit(width, height, _memory(image, scans), max_pixels, alone)
-            target = _fit(*image.size, size) if keep_aspect else (size, size)
-            return DecodedImage(_pixels(image, target), width, height)
+                _admit(width, height, _memory(image, width, height, scans), max_pixels, alone)
+            box = drafted[1] if drafted else None  # in a fraction, the last pixel may be a part
+            return DecodedImage(_pixels(image, target, box), width, height)
     except _OverLimitError as over:
         return DecodedImage(None, width, height, "rejected", str(over))
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken file
@@ -242,16 +245,22 @@ def _webp_canvas(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _memory(image: Image.Image, scans: int) -> int:
-    """Bytes that decoding takes at its peak, about; ``scans`` are a JPEG's."""
-    width, height = _own_size(image)
-    pixels = width * height * _BYTES_A_PIXEL.get(image.mode, 4)
+def _memory(image: Image.Image, width: int, height: int, scans: list[int]) -> int:
+    """Bytes that decoding takes at its peak, about.
+
+    Args:
+        image: not loaded yet; a JPEG at the fraction of its size that it is decoded at.
+        width: the file's own, in pixels.
+        height: the file's own, in pixels.
+        scans: what :func:`_scans` says of a JPEG.
+    """
+    pixels = image.width * image.height * _BYTES_A_PIXEL.get(image.mode, 4)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        if scans == 1:  # decoded a few rows at a time, and only in a fraction of its size
-            return width * height
-        # All coefficients are kept; the pixels are a fraction of them.
+        if scans == [len(image.layer)] and "progressive" not in image.info:
+            return pixels  # decoded a few rows at a time
+        # Scans that bring a part of each block, be it only one: all coefficients are kept.
         samples = [across * down for _, across, down, _ in image.layer]
-        return 2 * width * height * sum(samples) // max(samples)
+        return pixels + 2 * width * height * sum(samples) // max(samples)
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile[0][0] == "libtiff":
         tags = image.tag_v2
         rows = min(tags.get(TiffImagePlugin.ROWSPERSTRIP, height), height)
@@ -260,14 +269,16 @@ def _memory(image: Image.Image, scans: int) -> int:
     return pixels * _COPIES.get(image.format or "", 1)
 
 
-def _scans(data: bytes) -> int:
-    """Scans of a JPEG, counted to one more than is allowed."""
-    scans = position = 0
+def _scans(data: bytes) -> list[int]:
+    """How many of a JPEG's colour components each of its scans has; one scan more than allowed."""
+    scans: list[int] = []
+    position = 0
     while (marker := _MARKER.search(data, position)) and marker[1] != _END:
-        scans += marker[1] == _SCAN
-        if scans > _MOST_SCANS:
-            break
         position = marker.end()
+        if marker[1] == _SCAN:
+            scans += data[position + 2 : position + 3]
+            if len(scans) > _MOST_SCANS:
+                break
         if marker[1] != b"\xd8":  # the start has no length
             position += int.from_bytes(data[position : position + 2], "big")
         # Most have one scan, nearly all of the file: it is not gone through if no other may follow.
@@ -276,13 +287,14 @@ def _scans(data: bytes) -> int:
     return scans
 
 
-def _pixels(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
-    """Decodes, resizes to ``target`` and turns upright."""
-    least = int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)
-    drafted = image.draft(None, least)
+def _pixels(
+    image: Image.Image,
+    target: tuple[int, int],
+    box: tuple[float, float, float, float] | None,
+) -> np.ndarray:
+    """Decodes, resizes to ``target`` what is in ``box``, or all, and turns upright."""
     image.load()
-    # In a fraction, the last pixel may be a part.
-    left, top, right, bottom = drafted[1] if drafted else (0, 0, *image.size)
+    left, top, right, bottom = box or (0, 0, *image.size)
     orientation = _orientation(image)  # after loading, which turns a TIFF upright itself
     across = int((right - left) / target[0] / _REDUCING_GAP) or 1
     down = int((bottom - top) / target[1] / _REDUCING_GAP) or 1

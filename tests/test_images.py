@@ -510,13 +510,13 @@ def test_a_photo_is_gone_through_once(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_scans_of_a_jpeg_are_counted():
     one = _encoded(_photo(160, 120), "JPEG")
-    assert images._scans(one) == 1
-    assert images._scans(one + one) == 1, "what follows the end does not count"
-    ten = images._scans(_encoded(_photo(160, 120), "JPEG", progressive=True))
-    assert ten > 5
+    assert images._scans(one) == [3]
+    assert images._scans(_encoded(_photo(160, 120).convert("L"), "JPEG")) == [1]
+    assert images._scans(one + one) == [3], "what follows the end does not count"
+    assert len(images._scans(_encoded(_photo(160, 120), "JPEG", progressive=True))) > 5
     header, body = one[:2], one[2:]
     thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + len(one)) + one
-    assert images._scans(header + thumbnail + body) == 1
+    assert images._scans(header + thumbnail + body) == [3]
 
 
 def test_a_fraction_keeps_the_aspect_too():
@@ -693,18 +693,101 @@ def test_the_size_of_a_webp_is_read_from_its_head(monkeypatch, lossless, alpha):
 
 
 def test_a_large_image_leaves_no_memory_behind():
-    sound, side = _photo(3500, 3500), 3500
-    lossy = _encoded(sound, "WEBP", method=0)
+    side = 2900
+    png = _png(5900, 5900, 8, 2, bytes(3 * 5900))
     files = {
-        "canvas": _webp_canvas(side, side),
-        "webp": lossy,
-        "webp, broken": lossy[: len(lossy) // 2] + bytes(len(lossy) - len(lossy) // 2),
-        "png": _png(9000, 9000, 8, 2, bytes(27_000)),
-        "png, broken": _png(9000, 9000, 8, 2, bytes(27_000)).replace(b"IEND", b"IDAT")[:-40],
+        "webp": _encoded(_photo(side, side), "WEBP", method=0),
+        "webp, canvas": _webp_canvas(side, side),
+        "webp, broken frame": _webp_canvas(side, side, _riff(b"VP8L", b"\x2f" + bytes(4))),
+        "png": png,
+        "png, broken": png[: len(png) // 2],
     }
-    for name, (_, most, left) in zip(files, _decoded_in_a_process(*files.values()), strict=True):
-        assert most > 128, name
+    for name, measured in zip(files, _decoded_in_a_process(*files.values()), strict=True):
+        decoded, most, left = measured
+        assert decoded.status == ("undecodable" if "broken" in name else "ok"), name
+        assert most > 60, name
         assert left < 20, name
+
+
+def _memory(data: bytes, size: int, monkeypatch, **options) -> int:
+    """Bytes that an image is reckoned to take."""
+    reckoned = []
+    admit = images._admit
+
+    def record(width: int, height: int, memory: int, *arguments):
+        reckoned.append(memory)
+        admit(width, height, memory, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "_admit", record)
+        images.decode(data, size, **options)
+    [memory] = reckoned
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "keep_aspect", "fraction"),
+    [
+        (512, 512, False, 8),
+        (4000, 512, False, 8),
+        (4000, 511, False, 4),
+        (4000, 255, False, 2),
+        (4000, 127, False, 1),
+        (127, 4000, False, 1),
+        (4000, 127, True, 8),
+        (127, 127, True, 1),
+    ],
+)
+def test_a_jpeg_is_reckoned_at_the_fraction_that_it_is_decoded_at(
+    monkeypatch, width, height, keep_aspect, fraction
+):
+    """Its pixels are 4 bytes in Pillow, and 1 byte where they are grey."""
+    pixels = -(-width // fraction) * -(-height // fraction)
+    options = {"keep_aspect": keep_aspect}
+    for mode, count in (("RGB", 4), ("CMYK", 4), ("L", 1)):
+        data = _encoded(Image.new(mode, (width, height)), "JPEG")
+        assert _memory(data, 32, monkeypatch, **options) == pixels * count
+    # With all its coefficients of 2 bytes: the two of colour are a quarter as many, or as many.
+    for sampling, coefficients in (("4:2:0", 1.5), ("4:4:4", 3)):
+        data = _encoded(_photo(width, height), "JPEG", progressive=True, subsampling=sampling)
+        expected = pixels * 4 + int(width * height * 2 * coefficients)
+        assert _memory(data, 32, monkeypatch, **options) == expected
+
+
+def _first_scan(data: bytes) -> bytes:
+    """A JPEG that has no more."""
+    scan = data.index(b"\xff\xda")
+    scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+    return data[: data.index(b"\xff", scan)] + b"\xff\xd9"
+
+
+def test_a_jpeg_of_one_scan_may_keep_all_its_coefficients(monkeypatch):
+    """One whose scan has not all components, or not all of a block."""
+    side = 512
+    data = _encoded(Image.new("RGB", (side, side)), "JPEG", subsampling=0, progressive=True)
+    coarse = _first_scan(data)
+    assert images._scans(coarse) == [3]
+    assert _memory(coarse, 32, monkeypatch) == (side // 8) ** 2 * 4 + side**2 * 6
+    plain = _encoded(Image.new("RGB", (side, side)), "JPEG", subsampling=0)
+    one_of_three = plain.replace(b"\xff\xda\0\x0c\x03", b"\xff\xda\0\x08\x01")
+    assert images._scans(one_of_three) == [1]
+    assert _memory(one_of_three, 32, monkeypatch) == (side // 8) ** 2 * 4 + side**2 * 6
+
+
+def test_a_wide_jpeg_is_decoded_alone(monkeypatch):
+    alone = []
+    load = ImageFile.ImageFile.load
+
+    def record(image: ImageFile.ImageFile):
+        if image.tile:
+            alone.append(images._one_large_image.locked())
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", record)
+    data = _encoded(Image.new("RGB", (65_500, 540)), "JPEG")
+    for size in (136, 134):  # 4 bytes of each pixel are 141 MB; at a half they are 35
+        assert images.decode(data, size).status == "ok"
+    assert alone == [True, False]
 
 
 def test_a_large_webp_is_opened_alone(monkeypatch):
@@ -716,7 +799,7 @@ def test_a_large_webp_is_opened_alone(monkeypatch):
         return open_image(*arguments, **options)
 
     monkeypatch.setattr(Image, "open", record)
-    for side in (100, 3500):
+    for side in (100, 2900):
         assert images.decode(_webp_canvas(side, side), SIZE).status == "ok"
     assert alone == [False, True]
     assert not images._one_large_image.locked()
