@@ -265,7 +265,8 @@ def _memory(image: Image.Image, width: int, height: int, scans: list[int]) -> in
         tags = image.tag_v2
         rows = min(tags.get(TiffImagePlugin.ROWSPERSTRIP, height), height)
         bits = sum(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-        return int(pixels + width * rows * bits // 8)
+        at_once = max(_tile_pixels(image), width * rows)  # a tile may be larger
+        return int(pixels + at_once * bits // 8)
     return pixels * _COPIES.get(image.format or "", 1)
 
 

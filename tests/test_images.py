@@ -774,6 +774,12 @@ def test_a_jpeg_of_one_scan_may_keep_all_its_coefficients(monkeypatch):
     assert _memory(one_of_three, 32, monkeypatch) == (side // 8) ** 2 * 4 + side**2 * 6
 
 
+def test_a_tile_is_reckoned_though_it_is_larger_than_its_image(monkeypatch):
+    tiles = [(322, 4, 1, 5000), (323, 4, 1, 4000), (324, 4, 1, 8), (325, 4, 1, 100)]
+    expected = 100 * 100 + 5000 * 4000
+    assert _memory(_tiff(100, 100, *tiles, compression=5), 32, monkeypatch) == expected
+
+
 def test_a_wide_jpeg_is_decoded_alone(monkeypatch):
     alone = []
     load = ImageFile.ImageFile.load
