@@ -21,6 +21,7 @@ import numpy as np
 from PIL import (
     GifImagePlugin,
     Image,
+    ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -245,7 +246,7 @@ def _webp_canvas(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _memory(image: Image.Image, width: int, height: int, scans: list[int]) -> int:
+def _memory(image: ImageFile.ImageFile, width: int, height: int, scans: list[int]) -> int:
     """Bytes that decoding takes at its peak, about.
 
     Args:
@@ -267,6 +268,8 @@ def _memory(image: Image.Image, width: int, height: int, scans: list[int]) -> in
         bits = sum(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
         at_once = max(_tile_pixels(image), width * rows)  # a tile may be larger
         return int(pixels + at_once * bits // 8)
+    if image.tile and image.tile[0][0] == "bmp_rle":  # decoded in Python, to an array of its own
+        return pixels * 3
     return pixels * _COPIES.get(image.format or "", 1)
 
 

@@ -780,6 +780,16 @@ def test_a_tile_is_reckoned_though_it_is_larger_than_its_image(monkeypatch):
     assert _memory(_tiff(100, 100, *tiles, compression=5), 32, monkeypatch) == expected
 
 
+def test_a_compressed_bitmap_is_rejected_where_its_copies_are_too_many():
+    """Each of its runs is 255 rows that are left out."""
+    side, rows = 15_300, b"\0\2\0\xff" * 60 + b"\0\1"
+    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, 0, 0, 0, 2, 0)
+    start = 14 + len(header) + 8
+    data = b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + bytes(8) + rows
+    error = f"decoding takes {3 * side**2} bytes of memory, more than 384000000"
+    assert _decoded_cheaply(data) == DecodedImage(None, side, side, "rejected", error)
+
+
 def test_a_wide_jpeg_is_decoded_alone(monkeypatch):
     alone = []
     load = ImageFile.ImageFile.load
