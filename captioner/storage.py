@@ -68,6 +68,8 @@ _EXTRAS = {
     **dict.fromkeys(("abfs", "abfss", "az", "adl"), "azure"),
 }
 
+_LEAST_READ = 1 << 16  # bytes
+
 # What may pass when it is tried again.
 _RETRIES = 2
 _FIRST_WAIT = 0.2  # seconds, doubled each time
@@ -312,7 +314,7 @@ def read(uri: str, limit: int | None = None, *, retries: int = _RETRIES) -> byte
         if isinstance(fs, LocalFileSystem):
             try:
                 with _open_local(path) as file:
-                    return file.read(-1 if end is None else end)
+                    return file.read() if end is None else _at_most(file, end)
             except ValueError as error:  # there is a zero byte in the name
                 raise OSError(str(error)) from error
         try:
@@ -324,6 +326,18 @@ def read(uri: str, limit: int | None = None, *, retries: int = _RETRIES) -> byte
             raise
 
     return _attempt(uri, read_bytes, retries=retries)
+
+
+def _at_most(file: BinaryIO, count: int) -> bytes:
+    """The first ``count`` bytes of a local file, or all; takes memory for as many as there are."""
+    # To read(n), n bytes are allocated at once. One more than the file's size is the end of a file
+    # that has not grown since; the least is for those whose size is not told (in /proc).
+    at_once = max(os.fstat(file.fileno()).st_size + 1, _LEAST_READ)
+    pieces = []
+    while piece := file.read(min(at_once, count)):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
 
 
 def open_binary(uri: str, *, ranges: bool = False) -> BinaryIO:

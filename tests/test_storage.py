@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -283,6 +284,27 @@ def test_a_directory_is_told_from_a_file(tmp_path):
 def test_at_most_one_byte_over_the_limit_is_read(tmp_path, limit, length):
     (tmp_path / "a").write_bytes(b"x" * 100)
     assert storage.read(f"{tmp_path}/a", limit) == b"x" * length
+
+
+@pytest.mark.parametrize("limit", [10**8, 10**12])
+def test_memory_follows_the_file_and_not_the_limit(tmp_path, limit):
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    tracemalloc.start()
+    try:
+        assert storage.read(f"{tmp_path}/a", limit) == b"x" * 100
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_is_longer_than_its_size_says_is_read_to_its_end_or_the_limit(monkeypatch):
+    """As one that grows is; the kernel says 0 of those in /proc."""
+    monkeypatch.setattr(storage, "_LEAST_READ", 7)
+    environment = Path("/proc/self/environ").read_bytes()
+    assert len(environment) > 100
+    assert storage.read("/proc/self/environ", 10**6) == environment
+    for limit in (0, 5, 6, 7, 90):
+        assert storage.read("/proc/self/environ", limit) == environment[: limit + 1]
 
 
 def test_what_cannot_be_read_is_an_oserror(tmp_path):
