@@ -1,8 +1,8 @@
 """A training run: from a split to a model directory, in this process or on Ray's workers.
 
 The same loop runs in both. After each epoch it leaves a checkpoint; the same command goes on from
-the last one, and dropout, shuffling and samples depend on the seed and the epoch alone, so that it
-ends as a run that nobody disturbed.
+the last one, also on another number of workers. Shuffling depends on the seed and the epoch alone,
+dropout and samples on the worker too, so that it ends as a run that nobody disturbed.
 """
 
 import hashlib
@@ -38,7 +38,8 @@ from captioner.vocabulary import Vocabulary
 __all__ = ["build_model", "train"]
 
 _SAMPLES = 8  # validation images whose captions are kept after each epoch
-_PRIVATE = "_training"  # what a run keeps for itself: the model as it began, checkpoints
+_PRIVATE = "_training"  # what a run keeps for itself: the model as it began, a checkpoint
+_CHECKPOINT = "checkpoint.pt"
 
 
 def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> CaptionModel:
@@ -111,8 +112,6 @@ class _Worker:
     workers: int
     local: tuple[int, int]  # this process and how many there are, on this machine
     gather: Callable[[Any], list[Any]]
-    latest: Callable[[], bytes | None]
-    report: Callable[[int, bytes | None], None]
 
     def wait(self) -> None:
         """Returns when all workers are here."""
@@ -188,7 +187,7 @@ def train(
         if launch.workers:
             _train_on_ray(job, launch)
         else:
-            _train_loop(job, _alone(job))
+            _train_loop(job, _Worker(0, 1, (0, 1), lambda value: [value]))
     return _read_epochs(output)
 
 
@@ -285,11 +284,8 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
     judge = ConsensusReward(
         [[content_words(text) for text in each.captions] for each in validation.examples]
     )
-    epochs: list[Epoch] = []
-    if (checkpoint := worker.latest()) is not None:
-        state = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
-        epochs = [Epoch(**each) for each in json.loads(state.pop("epochs"))]
-        trainer.load_state(state)
+    # Nobody writes the next one before all have read this one: an epoch needs all of them.
+    epochs = _resume(job, trainer)
     last = config.epochs + config.scst_epochs
     for number in range(len(epochs) + 1, last + 1):
         begin = time.monotonic()
@@ -310,7 +306,6 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
             if worker.rank == 0:
                 _report_bad(set().union(*bad))
         captions = {image: text for each in worker.gather(mine) for image, text in each.items()}
-        state_bytes = None
         if worker.rank == 0:
             scores = [judge.score(image, content_words(text)) for image, text in captions.items()]
             critical = number > config.epochs
@@ -327,12 +322,8 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
             epochs.append(epoch)
             print(f"epoch {number}/{last}: {epoch.describe()}", flush=True)
             _keep(job, trainer, epochs, validation)
-            sink = io.BytesIO()
-            torch.save({"epochs": _as_json(epochs), **trainer.state()}, sink)
-            state_bytes = sink.getvalue()
         else:
             epochs.append(None)  # type: ignore[arg-type]  # only their number counts here
-        worker.report(number, state_bytes)
 
 
 def _advance(progress: "tqdm[NoReturn]", images: int, value: float) -> None:
@@ -344,8 +335,20 @@ def _as_json(epochs: Sequence[Epoch]) -> str:
     return json.dumps([asdict(each) for each in epochs])
 
 
+def _resume(job: _Job, trainer: Trainer) -> list[Epoch]:
+    """Loads the last checkpoint, where there is one; the epochs that are done."""
+    try:
+        data = storage.read(job.private(_CHECKPOINT))
+    except FileNotFoundError:
+        return []
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    epochs = [Epoch(**each) for each in json.loads(state.pop("epochs"))]
+    trainer.load_state(state)
+    return epochs
+
+
 def _keep(job: _Job, trainer: Trainer, epochs: Sequence[Epoch], validation: Source) -> None:
-    """Writes the bundles and the journal after an epoch."""
+    """Writes the bundles, the journal and, last, the checkpoint after an epoch."""
     best = max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
     bundle.save(storage.join(job.output, "last"), trainer.kept, trainer.vocabulary)
     if best is epochs[-1]:
@@ -353,6 +356,9 @@ def _keep(job: _Job, trainer: Trainer, epochs: Sequence[Epoch], validation: Sour
     names = [each.uri.rsplit("/", 1)[-1] for each in validation.examples[:_SAMPLES]]
     write_journal(job.output, epochs, names)
     storage.write(storage.join(job.output, "epochs.json"), _as_json(epochs).encode())
+    sink = io.BytesIO()
+    torch.save({"epochs": _as_json(epochs), **trainer.state()}, sink)
+    storage.write(job.private(_CHECKPOINT), sink.getvalue())
 
 
 def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, Source]:
@@ -400,24 +406,7 @@ def _report_bad(uris: set[str]) -> None:
         tqdm.write(printable(text), file=sys.stderr)
 
 
-# Alone, or on Ray.
-
-
-def _alone(job: _Job) -> _Worker:
-    """This process; its checkpoint is a file beside the model."""
-    uri = job.private("checkpoint.pt")
-
-    def latest() -> bytes | None:
-        try:
-            return storage.read(uri)
-        except FileNotFoundError:
-            return None
-
-    def report(_: int, checkpoint: bytes | None) -> None:
-        assert checkpoint is not None
-        storage.write(uri, checkpoint)
-
-    return _Worker(0, 1, (0, 1), lambda each: [each], latest, report)
+# On Ray.
 
 
 def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
@@ -430,13 +419,7 @@ def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
 
 def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
     from ray.exceptions import RayError
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
-    )
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = launch.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= launch.workers
@@ -455,7 +438,6 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=launch.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
     try:
@@ -467,8 +449,6 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
-    import tempfile
-
     import ray
     import ray.train
     from torch import distributed
@@ -485,25 +465,6 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         distributed.all_gather_object(values, value)
         return values
 
-    def latest() -> bytes | None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as directory:
-            return storage.read(os.path.join(directory, "checkpoint.pt"))
-
-    def report(epoch: int, checkpoint: bytes | None) -> None:
-        if checkpoint is None:
-            ray.train.report({"epoch": epoch})
-            return
-        with tempfile.TemporaryDirectory() as directory:
-            storage.write(os.path.join(directory, "checkpoint.pt"), checkpoint)
-            ray.train.report(
-                {"epoch": epoch},
-                checkpoint=ray.train.Checkpoint.from_directory(directory),
-                checkpoint_dir_name=f"epoch-{epoch:04d}",
-            )
-
     _train_loop(
         job,
         _Worker(
@@ -511,7 +472,5 @@ def _ray_worker(settings: dict[str, Any]) -> None:
             workers=context.get_world_size(),
             local=(context.get_local_rank(), context.get_local_world_size()),
             gather=gather,
-            latest=latest,
-            report=report,
         ),
     )
