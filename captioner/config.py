@@ -244,7 +244,10 @@ class TrainConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig(_Checked):
-    """On what a model is trained. None of this changes the steps that are taken."""
+    """On what a model is trained: none of this changes the batches, or what a run goes on with.
+
+    Dropout and the samples of self-critical training differ with the number of workers.
+    """
 
     workers: int = setting(0, "Ray Train workers; 0 trains in this process, without Ray", minimum=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")

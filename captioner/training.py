@@ -1,8 +1,8 @@
 """A training run: from a split to a model directory, in this process or on Ray's workers.
 
 The same loop runs in both. After each epoch it leaves a checkpoint; the same command goes on from
-the last one, also on another number of workers. Shuffling depends on the seed and the epoch alone,
-dropout and samples on the worker too, so that it ends as a run that nobody disturbed.
+the last one, also on another number of workers. Dropout, shuffling and samples depend on the seed,
+the epoch and the worker alone, so that it ends as a run that nobody disturbed.
 """
 
 import hashlib

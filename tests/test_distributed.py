@@ -1,4 +1,4 @@
-"""Training on several workers: the same steps as one, and no run lost."""
+"""Training on several workers: but for dropout and samples the same steps, and no run lost."""
 
 import dataclasses
 import json
