@@ -209,7 +209,10 @@ class TrainConfig(_Checked):
     )
     minimum_count: int = setting(5, "a word needs this many occurrences", minimum=1)
     learning_rate: float = setting(1e-4, "AdamW's learning rate after the warm-up", minimum=0)
-    weight_decay: float = setting(0.01, "AdamW's weight decay of matrices", minimum=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay", minimum=0)
+    weight_decay_of: Literal["all", "matrices"] = setting(
+        "all", "weights that decay; matrices: not biases, nor the scales of normalisations"
+    )
     warmup_steps: int = setting(0, "steps over which the learning rate rises", minimum=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
     label_smoothing: float = setting(
@@ -403,6 +406,7 @@ PRESETS = {
             views=4,
             sort_batches=16,
             learning_rate=5e-4,
+            weight_decay_of="matrices",
             warmup_steps=200,
             schedule="cosine",
             label_smoothing=0.1,

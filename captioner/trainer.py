@@ -216,9 +216,10 @@ class Trainer:
         """A new optimizer, for the weights as they are."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         decay = self.config.weight_decay
+        decay_of_vectors = decay if self.config.weight_decay_of == "all" else 0.0
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": decay_of_vectors},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, fused=True)
 

@@ -195,6 +195,7 @@ def test_the_notebooks_preset_is_the_notebook():
     assert (model.pre_norm, model.tied_embeddings, model.shared_dropout) == (False,) * 3
     assert (train.batch_size, train.learning_rate, train.epochs) == (64, 1e-4, 4)
     assert (train.captions, train.minimum_count) == ("first", 5)
+    assert (train.weight_decay, train.weight_decay_of) == (0.01, "all")  # AdamW's own defaults
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=NAMES)

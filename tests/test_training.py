@@ -12,7 +12,7 @@ from torch import nn
 
 from captioner import bundle, dataset, storage, trainer, training
 from captioner.captioning import Captioner
-from captioner.config import DecodeConfig, TrainConfig
+from captioner.config import PRESETS, DecodeConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
 from captioner.errors import InputError, OutputError
 from captioner.features import compute_features, load_view
@@ -346,6 +346,21 @@ def test_the_learning_rate_rises_and_falls():
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert trainer.learning_rate_factor(9, 14, config) == pytest.approx(0.5)
     assert trainer.learning_rate_factor(9, 14, TrainConfig()) == 1.0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_weights_of_notebook_decay_and_the_matrices_of_small(preset, vocabulary):
+    config = dataclasses.replace(PRESETS[preset].train, learning_rate=0.1, weight_decay=0.5)
+    learner = trainer.Trainer(tiny_model(), vocabulary, config, device="cpu")
+    trained = [each for each in learner.model.parameters() if each.requires_grad]
+    before = [each.detach().clone() for each in trained]
+    for each in trained:
+        each.grad = torch.zeros_like(each)
+    learner.optimizer.step()
+    assert {each.ndim for each in trained} >= {1, 2}
+    for parameter, value in zip(trained, before, strict=True):
+        decays = preset == "notebook" or parameter.ndim >= 2
+        torch.testing.assert_close(parameter.detach(), value * (0.95 if decays else 1.0))
 
 
 def test_features_are_computed_once_and_bad_images_left_out(data: Path, tmp_path: Path):
