@@ -237,7 +237,9 @@ class TrainConfig(_Checked):
         maximum=0.9,
     )
     precision: Precision = setting("auto", "bf16 computes matrix products in bfloat16")
-    seed: int = setting(0, "seed of the weights, the shuffling and dropout", minimum=0)
+    seed: int = setting(
+        0, "seed of the weights, the shuffling and dropout", minimum=0, maximum=2**32 - 1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

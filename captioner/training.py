@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -76,14 +77,19 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
     try:
         data = storage.read(storage.absolute(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
         if path.endswith(".safetensors"):
             return dict(safetensors.torch.load(data))
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except Exception as error:  # torch and safetensors raise many kinds for a broken file
+    except (RuntimeError, SafetensorError) as error:  # the file is damaged, and they say how
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot read the weights in {path}: {reason}") from error
+    except Exception as error:  # of many kinds; torch's advice is to unpickle what it refused
+        raise InputError(f"{path} is not a state dict") from error
     if not (isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())):
         raise InputError(f"{path} is not a state dict")
     return state
@@ -234,9 +240,12 @@ def _begun(output: str, settings: dict[str, Any]) -> bool:
     """Whether this run has begun in ``output``.
 
     Raises:
-        OutputError: ``output`` holds another run, or a model.
+        OutputError: ``output`` holds another run, or a model, or is no directory.
     """
-    names = storage.names(output)
+    try:
+        names = storage.names(output)
+    except OSError as error:
+        raise OutputError(f"cannot use {output} for output: {error.strerror or error}") from error
     advice = "use another directory, or --overwrite"
     if "training.json" not in names:
         if "config.json" in names:

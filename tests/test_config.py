@@ -60,6 +60,7 @@ def _refused(kind: type, message: str, **values: object) -> None:
         (TrainConfig, {"learning_rate": -1}, "learning_rate must be at least 0, not -1"),
         (TrainConfig, {"clip_norm": "1"}, "clip_norm must be a finite number or null, not '1'"),
         (TrainConfig, {"label_smoothing": 2}, "label_smoothing must be at most 1, not 2"),
+        (TrainConfig, {"seed": 10**20}, f"seed must be at most 4294967295, not {10**20}"),
         (
             TrainConfig,
             {"precision": "fp16"},

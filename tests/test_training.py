@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -222,6 +224,32 @@ def test_another_run_in_the_same_place_is_refused(data: Path, tmp_path: Path):
     assert sorted((tmp_path / "model").iterdir()) == before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_no_directory_is_one_line(overwrite, data: Path, tmp_path: Path):
+    weights = _weights(tmp_path)
+    for output in (data / "captions.txt", data / "captions.txt" / "below"):
+        with pytest.raises(OutputError, match=r"^cannot .*captions\.txt.*: Not a directory$"):
+            training.train(
+                _split(data),
+                str(output),
+                model_config=TINY,
+                config=_config(epochs=1),
+                encoder_weights=weights,
+                overwrite=overwrite,
+            )
+
+
+def test_the_largest_seed_is_one_that_torch_takes(data: Path, tmp_path: Path):
+    epochs = training.train(
+        _split(data),
+        str(tmp_path / "model"),
+        model_config=TINY,
+        config=_config(epochs=1, seed=2**32 - 1),
+        encoder_weights=_weights(tmp_path),
+    )
+    assert len(epochs) == 1
+
+
 def test_bad_images_are_left_out(data: Path, tmp_path: Path, capsys):
     (data / "Images" / "05.png").write_bytes(b"no image")
     for fine_tune_from in (None, 2):
@@ -415,6 +443,25 @@ def test_a_pickle_is_not_executed(tmp_path: Path):
             return (open, (str(marker), "w"))
 
     torch.save({"weight": Hostile()}, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="cannot read the weights"):
+    with pytest.raises(InputError, match=r"weights\.pth is not a state dict$"):
         training.build_model(TINY, str(tmp_path / "weights.pth"))
     assert not marker.exists()
+
+
+def test_a_file_that_holds_no_weights_is_one_line(tmp_path: Path):
+    """Whatever torch says of it: that is to unpickle the file all the same."""
+    state = io.BytesIO()
+    torch.save({"weight": torch.ones(3)}, state)
+    path = tmp_path / "weights.pth"
+    for content, message in {
+        b"Weights of the encoder\n": "is not a state dict",
+        b"hello world\n": "is not a state dict",
+        b"": "is not a state dict",
+        state.getvalue()[:-9]: "cannot read the weights in .*failed finding central directory",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message) as error:
+            training.build_model(TINY, str(path))
+        assert not re.search("weights_only|\n", str(error.value))
+    with pytest.raises(InputError, match=rf"^cannot read {tmp_path}: Is a directory$"):
+        training.build_model(TINY, str(tmp_path))
