@@ -1,6 +1,7 @@
 """Captioned images, how they are split, training batches."""
 
 import itertools
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _VALIDATION, _TEST = 200, 100  # the notebook's split: the last images of the table
+_SHOWN = 5  # names of what is left out
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,8 @@ class Dataset:
     def listed(self, uri: str) -> list[CaptionedImage]:
         """The images that a file names, a line each, in the order of the table.
 
+        Names that none of them has are logged.
+
         Raises:
             InputError: it cannot be read, names none of the images, or several by one name.
         """
@@ -148,13 +154,21 @@ class Dataset:
             raise InputError(f"cannot read {uri}: {error}") from error
         ending = _finder([image.uri for image in self.images])
         chosen: set[str] = set()
-        for name in {line.strip(" \t\r") for line in lines}:
+        unknown = []
+        for name in dict.fromkeys(line.strip(" \t\r") for line in lines):
             found = ending(name)
             if len(found) > 1:
                 raise InputError(f"{uri}: {len(found)} images are called {name}")
+            if name and not found:
+                unknown.append(name)
             chosen.update(found)
         if not chosen:
             raise InputError(f"{uri} names none of the images")
+        if unknown:
+            first = ", ".join(unknown[:_SHOWN]) + (", …" if len(unknown) > _SHOWN else "")
+            _logger.warning(
+                "left out: %d names in %s that no captioned image has: %s", len(unknown), uri, first
+            )
         return [image for image in self.images if image.uri in chosen]
 
 

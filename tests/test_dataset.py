@@ -171,6 +171,26 @@ def test_lists_of_names(photos: Path, tmp_path: Path):
             read.split(*arguments)
 
 
+def test_names_that_no_image_has_are_told(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[str] = []
+    monkeypatch.setattr(dataset._logger, "handle", lambda record: told.append(record.getMessage()))
+    read = read_dataset(_json(tmp_path / "captions.json", _coco(["b/photo-0001.jpg"])), str(photos))
+    path = tmp_path / "names.txt"
+    for names, line in {
+        ("b/photo-0001.jpg", ""): None,
+        ("c", "b/photo-0001.jpg", "a", "c"): "2 names in {} that no captioned image has: c, a",
+        (*"gfedcba", "photo-0001.jpg"): (
+            "7 names in {} that no captioned image has: g, f, e, d, c, …"
+        ),
+    }.items():
+        path.write_text("\n".join(names))
+        assert read.listed(str(path)) == read.images
+        assert told == ([f"left out: {line.format(path)}"] if line else [])
+        told.clear()
+
+
 def test_flickrs_layout(photos: Path, tmp_path: Path):
     data = tmp_path / "flickr.json"  # a folder may be called so
     data.mkdir()
