@@ -23,6 +23,7 @@ __all__ = [
     "Split",
     "ahead",
     "collate",
+    "finder",
     "read_dataset",
 ]
 
@@ -37,10 +38,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image and what people wrote about it."""
+    """An image and what people wrote about it; ``name`` is what the table calls it."""
 
     uri: str
     captions: list[str]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Dataset:
             lines = storage.read(uri).decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {uri}: {error}") from error
-        ending = _finder([image.uri for image in self.images])
+        ending = finder([image.uri for image in self.images])
         chosen: set[str] = set()
         unknown = []
         for name in dict.fromkeys(line.strip(" \t\r") for line in lines):
@@ -212,7 +214,7 @@ def read_dataset(source: str, images_directory: str | None = None) -> Dataset:
         elif uri is None:
             missing.add(entry.name)
         elif uri not in kept:
-            kept[uri] = CaptionedImage(uri, captions)
+            kept[uri] = CaptionedImage(uri, captions, entry.name)
             sides[uri] = entry.side
         elif sides[uri] != entry.side:
             raise InputError(f"{table}: {entry.name} is on two sides of the split")
@@ -241,7 +243,7 @@ def _is_text(caption: object) -> TypeGuard[str]:
     return True
 
 
-def _finder(uris: Sequence[str]) -> Callable[[str], list[str]]:
+def finder(uris: Sequence[str]) -> Callable[[str], list[str]]:
     """Looks up the URIs that end in a name: all of its parts, not only the last."""
     by_name = defaultdict(list)
     for uri in uris:
@@ -258,7 +260,7 @@ def _locator(directory: str, files: Sequence[str]) -> Callable[[str], str | None
     """Looks an image up in the listing: by its path, else by an end of it that only one has."""
     depth = len(_parts(directory))
     by_path = {"/".join(_parts(uri)[depth:]): uri for uri in files}
-    ending = _finder(files)
+    ending = finder(files)
 
     def locate(name: str) -> str | None:
         if name in by_path:

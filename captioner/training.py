@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captioner import bundle, storage
-from captioner.bundle import Bundle
+from captioner.bundle import Bundle, SeenImages
 from captioner.captioning import choose_device
 from captioner.config import LaunchConfig, ModelConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
@@ -104,6 +104,7 @@ class _Job:
     config: TrainConfig
     device: str
     logged: bool  # whether its output is a log that people follow
+    seen: SeenImages
 
     def private(self, name: str) -> str:
         """The URI of a file or directory that the run keeps for itself."""
@@ -138,6 +139,7 @@ def train(
     """Trains a model, and writes the one with the highest validation CIDEr as a bundle.
 
     Beside the bundle stand the last epoch's in ``last/``, and what :mod:`captioner.journal` writes.
+    Both have a list of the images that they have seen: those of ``begin_with`` too.
     The same call goes on where a run that was killed stopped. The settings of self-critical
     training may have changed meanwhile, where none of it is done; ``scst_epochs`` always.
 
@@ -168,10 +170,10 @@ def train(
         raise InputError("there is nothing to train: epochs and scst_epochs are 0")
     if config.batch_size < workers or len(split.train) < workers:
         raise InputError(f"a batch has too few images for {workers} workers")
-    job = _Job(split, output, config, launch.device, in_ray_job())
     earlier = bundle.load(begin_with) if begin_with else None
     if earlier is not None:
         model_config = earlier.model.config
+    job = _Job(split, output, config, launch.device, in_ray_job(), _seen(split, begin_with))
     settings = {
         "model": asdict(model_config),
         "train": asdict(config),
@@ -195,6 +197,16 @@ def train(
         else:
             _train_loop(job, _Worker(0, 1, (0, 1), lambda value: [value]))
     return _read_epochs(output)
+
+
+def _seen(split: Split, begin_with: str | None) -> SeenImages:
+    """What the model will have seen, before this training too."""
+    own = SeenImages(
+        frozenset(image.name for image in split.train),
+        frozenset(image.name for image in split.validation),
+    )
+    earlier = bundle.load_images(begin_with) if begin_with else None
+    return own if earlier is None else own | earlier
 
 
 def _initial(
@@ -359,9 +371,12 @@ def _resume(job: _Job, trainer: Trainer) -> list[Epoch]:
 def _keep(job: _Job, trainer: Trainer, epochs: Sequence[Epoch], validation: Source) -> None:
     """Writes the bundles, the journal and, last, the checkpoint after an epoch."""
     best = max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
-    bundle.save(storage.join(job.output, "last"), trainer.kept, trainer.vocabulary)
+    directories = [storage.join(job.output, "last")]
     if best is epochs[-1]:
-        bundle.save(job.output, trainer.kept, trainer.vocabulary)
+        directories.append(job.output)
+    for directory in directories:
+        bundle.save_images(directory, job.seen)
+        bundle.save(directory, trainer.kept, trainer.vocabulary)
     names = [each.uri.rsplit("/", 1)[-1] for each in validation.examples[:_SAMPLES]]
     write_journal(job.output, epochs, names)
     storage.write(storage.join(job.output, "epochs.json"), _as_json(epochs).encode())

@@ -113,6 +113,24 @@ def test_a_run_leaves_what_people_look_at(data: Path, tmp_path: Path, capsys):
         assert caption.text == epoch.samples[0]
 
 
+def test_a_model_remembers_its_images_and_those_of_the_model_that_it_began_with(
+    data: Path, tmp_path: Path
+):
+    names = [f"{index:02d}.png" for index in range(48)]
+    first, second = tmp_path / "first", tmp_path / "second"
+    begun = {"encoder_weights": _weights(tmp_path)}
+    for output, (begin, middle, end) in {first: (0, 30, 40), second: (6, 36, 48)}.items():
+        (data / "train.txt").write_text("\n".join(names[begin:middle]))
+        (data / "val.txt").write_text("\n".join(names[middle:end]))
+        split = _split(data)
+        training.train(split, str(output), model_config=TINY, config=_config(epochs=1), **begun)
+        begun = {"begin_with": str(output)}
+    for output, middle, end in ((first, 30, 40), (second, 36, 48)):
+        expected = bundle.SeenImages(frozenset(names[:middle]), frozenset(names[30:end]))
+        for directory in (output, output / "last"):
+            assert bundle.load_images(str(directory)) == expected
+
+
 def test_training_goes_on_with_a_model(data: Path, tmp_path: Path):
     """Its vocabulary, its weights, its sizes: what the caller asks for is for new models."""
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
