@@ -119,6 +119,7 @@ class _Worker:
     workers: int
     local: tuple[int, int]  # this process and how many there are, on this machine
     gather: Callable[[Any], list[Any]]
+    report: Callable[[int, Epoch | None], None]  # an epoch's number, and what rank 0 knows of it
 
     def wait(self) -> None:
         """Returns when all workers are here."""
@@ -195,7 +196,7 @@ def train(
         if launch.workers:
             _train_on_ray(job, launch)
         else:
-            _train_loop(job, _Worker(0, 1, (0, 1), lambda value: [value]))
+            _train_loop(job, _Worker(0, 1, (0, 1), lambda value: [value], lambda *_: None))
     return _read_epochs(output)
 
 
@@ -345,6 +346,7 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
             _keep(job, trainer, epochs, validation)
         else:
             epochs.append(None)  # type: ignore[arg-type]  # only their number counts here
+        worker.report(number, epochs[-1])
 
 
 def _advance(progress: "tqdm[NoReturn]", images: int, value: float) -> None:
@@ -443,7 +445,13 @@ def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
 
 def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
     from ray.exceptions import RayError
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
     from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = launch.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= launch.workers
@@ -462,6 +470,7 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=launch.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
     try:
@@ -473,6 +482,9 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
+    import tempfile
+    from pathlib import Path
+
     import ray
     import ray.train
     from torch import distributed
@@ -489,6 +501,22 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         distributed.all_gather_object(values, value)
         return values
 
+    def report(number: int, epoch: Epoch | None) -> None:
+        if epoch is None:
+            ray.train.report({"epoch": number})
+            return
+        figures = {name: value for name, value in asdict(epoch).items() if name != "samples"}
+        # Ray's checkpoint says where ours is, which a run without Ray goes on from as well.
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, "checkpoint.json").write_text(
+                json.dumps({"uri": job.private(_CHECKPOINT)})
+            )
+            ray.train.report(
+                figures,
+                checkpoint=ray.train.Checkpoint.from_directory(directory),
+                checkpoint_dir_name=f"epoch-{number:04d}",
+            )
+
     _train_loop(
         job,
         _Worker(
@@ -496,5 +524,6 @@ def _ray_worker(settings: dict[str, Any]) -> None:
             workers=context.get_world_size(),
             local=(context.get_local_rank(), context.get_local_world_size()),
             gather=gather,
+            report=report,
         ),
     )

@@ -143,7 +143,7 @@ def _save_model_without_dropout(data: Path, directory: Path) -> None:
 def test_a_run_goes_on_with_another_number_of_workers(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Begun in this process and killed, ended by two workers, then made longer by none."""
+    """Begun in this process and killed, ended by two workers, then made longer by two and none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = write_data(tmp_path / "data", 30)
     _save_model_without_dropout(data, tmp_path / "model")
@@ -172,9 +172,16 @@ def test_a_run_goes_on_with_another_number_of_workers(
     for figure in ("train_loss", "validation_loss", "validation_cider"):
         expected = [each[figure] for each in whole]
         assert [each[figure] for each in ended] == pytest.approx(expected, rel=1e-5)
-    longer = run("killed", 0, scst_epochs=1)
+    private = tmp_path / "killed/_training"
+    pointers = sorted((private / "ray/run").glob("epoch-*/checkpoint.json"))
+    assert [path.parent.name for path in pointers] == ["epoch-0002", "epoch-0003"]
+    assert json.loads(pointers[-1].read_text()) == {"uri": str(private / "checkpoint.pt")}
+    longer = run("killed", 2, scst_epochs=1)
     assert longer[:3] == ended
     assert len(longer) == 4
+    longest = run("killed", 0, scst_epochs=2)
+    assert longest[:4] == longer
+    assert len(longest) == 5
 
 
 @pytest.fixture
