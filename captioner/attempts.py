@@ -7,8 +7,10 @@ each named in the file before it is touched.
 """
 
 import json
+from typing import Any
 
 from captioner import storage
+from captioner.errors import OutputError
 from captioner.manifest import PRIVATE
 
 __all__ = ["Attempts"]
@@ -40,25 +42,34 @@ class Attempts:
 
     def deaths(self, number: int) -> dict[str, int] | None:
         """None where no process died with the shard; else how often one did with an image alone."""
-        try:
-            values = json.loads(storage.read(self._uri(number)))
-        except FileNotFoundError:
+        values = self._read(number)
+        if values is None:
             return None
         deaths: dict[str, int] = values["deaths"]
         if values["alone"] is not None:
             deaths[values["alone"]] = deaths.get(values["alone"], 0) + 1
         return deaths
 
+    def _read(self, number: int) -> Any:
+        try:
+            return json.loads(storage.read(self._uri(number)))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise OutputError(f"cannot read {self._uri(number)}: {error}") from error
+
     def suspects(self) -> set[int]:
         """The numbers of the shards that were in a process's hands when it died."""
-        names = storage.names(self._directory)
+        try:
+            names = storage.names(self._directory)
+        except OSError as error:
+            raise OutputError(f"cannot list {self._directory}: {error}") from error
         return {int(name[:-5]) for name in names if name.endswith(".json")}
 
     def forgive(self) -> None:
         """After an orderly end: what is in hands now is nobody's fault, earlier deaths stay."""
         for number in self.suspects():
-            values = json.loads(storage.read(self._uri(number)))
-            if values["deaths"]:
+            if (values := self._read(number)) and values["deaths"]:
                 self.begin(number, deaths=values["deaths"])
             else:
                 self.end(number)

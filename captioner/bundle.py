@@ -1,6 +1,7 @@
 """A model directory, local or in a bucket: model.safetensors, config.json, tokenizer.json.
 
-All three are data: nothing in a bundle is unpickled or executed.
+All three are data: nothing in a bundle is unpickled or executed. Training leaves images.json beside
+them, which is no part of the model: the names of the images that it has seen.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from captioner.errors import BundleError, InputError, OutputError
 from captioner.model import CaptionModel
 from captioner.vocabulary import Vocabulary
 
-__all__ = ["DEFAULT", "Bundle", "load", "save"]
+__all__ = ["DEFAULT", "Bundle", "SeenImages", "load", "load_images", "save", "save_images"]
 
 #: The model that comes with captioner.
 DEFAULT = str(Path(__file__).parent / "models" / "flickr8k")
@@ -34,6 +35,8 @@ _FLOATING = {"F16": 2, "BF16": 2, "F32": 4}  # bytes of a weight
 _LARGEST_CONFIG = 1 << 20
 _LARGEST_TOKENIZER = 1 << 24
 _LARGEST_HEADER = 1 << 24
+_IMAGES = "images.json"
+_LARGEST_IMAGES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,20 @@ class Bundle:
     def config(self) -> ModelConfig:
         """The model's settings."""
         return self.model.config
+
+
+@dataclass(frozen=True)
+class SeenImages:
+    """The images that a model was trained on, and those that it was chosen on, by name.
+
+    The names are those of the tables of captions.
+    """
+
+    trained: frozenset[str]
+    validated: frozenset[str]
+
+    def __or__(self, other: "SeenImages") -> "SeenImages":
+        return SeenImages(self.trained | other.trained, self.validated | other.validated)
 
 
 def save(
@@ -139,6 +156,42 @@ def load(directory: str) -> Bundle:
     settings = json.dumps(asdict(config), sort_keys=True).encode()
     digests["config.json"] = hashlib.sha256(settings).hexdigest()
     return Bundle(model.eval(), vocabulary, digests, config.grid or side)
+
+
+def save_images(directory: str, images: SeenImages) -> None:
+    """Writes which images the model in a directory has seen.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    names = {"trained": sorted(images.trained), "validated": sorted(images.validated)}
+    text = json.dumps(names, indent=0) + "\n"
+    storage.write(storage.join(directory, _IMAGES), text.encode())
+
+
+def load_images(directory: str) -> SeenImages | None:
+    """Which images the model in a directory has seen; None where that cannot be had.
+
+    Raises:
+        InputError: there are credentials in the URI, or there is no such file system here.
+        BundleError: the record is damaged.
+    """
+    try:
+        with storage.open_binary(storage.join(storage.absolute(directory), _IMAGES)) as file:
+            data = file.read(_LARGEST_IMAGES)
+    except OSError:  # a store that may not be listed does not say what is not there
+        return None
+    try:
+        parsed = parse_json(data)
+        sides = parsed["trained"], parsed["validated"]
+        names_only = (isinstance(s, list) and all(isinstance(n, str) for n in s) for s in sides)
+        if not all(names_only):
+            raise TypeError
+    except (InputError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{_IMAGES} of the model {directory} is not two lists of names"
+        ) from error
+    return SeenImages(*map(frozenset, sides))
 
 
 class _UnreadableError(BundleError):

@@ -404,12 +404,12 @@ def evaluate(
     from captioner import dataset, evaluation, metrics, storage
 
     chosen = metrics.choose_tokenizer(tokenizer)
-    chosen_images = evaluation.choose_images(
-        dataset.read_dataset(references or source, images),
-        split=split or ("test" if model and not names else None),
-        names=names,
-    )
+    split = split or ("test" if model and not names else None)
+    captioned_images = dataset.read_dataset(references or source, images)
+    chosen_images = evaluation.choose_images(captioned_images, split=split, names=names)
     if model is not None:
+        if seen := evaluation.describe_seen(chosen_images, model, split=split):
+            click.echo(printable(seen), err=True)
         captioned = evaluation.caption_dataset(chosen_images, model, decode=decode, run=run)
     else:
         captioned = evaluation.join_output(storage.absolute(source), chosen_images)

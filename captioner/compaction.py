@@ -46,6 +46,7 @@ def compact(output: str, size: int) -> Compaction:
     directory.read_json("run.json")  # the lock would make a directory where there is none
     with directory.locked():
         directory.tidy()
+        directory.delete_held()
         if missing := len(directory.accounts().missing):
             raise OutputError(
                 f"{output} is not finished: {missing} images have no row; "
@@ -53,7 +54,11 @@ def compact(output: str, size: int) -> Compaction:
             )
         manifest = directory.manifest()
         rows = {part: len(listed) for part, listed in directory.of_parts(manifest)}
-        groups = [*_groups([*rows], storage.sizes(output), size)]
+        try:
+            sizes = storage.sizes(output)
+        except OSError as error:
+            raise OutputError(f"cannot list {output}: {error}") from error
+        groups = [*_groups([*rows], sizes, size)]
         total = sum(rows[part] for group in groups for part in group)
         with progress_bar(total, unit="image") as progress:
             for group in groups:

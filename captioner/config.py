@@ -209,7 +209,10 @@ class TrainConfig(_Checked):
     )
     minimum_count: int = setting(5, "a word needs this many occurrences", minimum=1)
     learning_rate: float = setting(1e-4, "AdamW's learning rate after the warm-up", minimum=0)
-    weight_decay: float = setting(0.01, "AdamW's weight decay of matrices", minimum=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay", minimum=0)
+    weight_decay_of: Literal["all", "matrices"] = setting(
+        "all", "weights that decay; matrices: not biases, nor the scales of normalisations"
+    )
     warmup_steps: int = setting(0, "steps over which the learning rate rises", minimum=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
     label_smoothing: float = setting(
@@ -234,7 +237,9 @@ class TrainConfig(_Checked):
         maximum=0.9,
     )
     precision: Precision = setting("auto", "bf16 computes matrix products in bfloat16")
-    seed: int = setting(0, "seed of the weights, the shuffling and dropout", minimum=0)
+    seed: int = setting(
+        0, "seed of the weights, the shuffling and dropout", minimum=0, maximum=2**32 - 1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -244,7 +249,10 @@ class TrainConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig(_Checked):
-    """On what a model is trained. None of this changes the steps that are taken."""
+    """On what a model is trained: none of this changes the batches, or what a run goes on with.
+
+    Dropout and the samples of self-critical training differ with the number of workers.
+    """
 
     workers: int = setting(0, "Ray Train workers; 0 trains in this process, without Ray", minimum=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
@@ -400,6 +408,7 @@ PRESETS = {
             views=4,
             sort_batches=16,
             learning_rate=5e-4,
+            weight_decay_of="matrices",
             warmup_steps=200,
             schedule="cosine",
             label_smoothing=0.1,

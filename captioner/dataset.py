@@ -1,6 +1,7 @@
 """Captioned images, how they are split, training batches."""
 
 import itertools
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ __all__ = [
     "Split",
     "ahead",
     "collate",
+    "finder",
     "read_dataset",
 ]
 
@@ -29,14 +31,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _VALIDATION, _TEST = 200, 100  # the notebook's split: the last images of the table
+_SHOWN = 5  # names of what is left out
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image and what people wrote about it."""
+    """An image and what people wrote about it; ``name`` is what the table calls it."""
 
     uri: str
     captions: list[str]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,8 @@ class Dataset:
     def listed(self, uri: str) -> list[CaptionedImage]:
         """The images that a file names, a line each, in the order of the table.
 
+        Names that none of them has are logged.
+
         Raises:
             InputError: it cannot be read, names none of the images, or several by one name.
         """
@@ -146,15 +154,23 @@ class Dataset:
             lines = storage.read(uri).decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {uri}: {error}") from error
-        ending = _finder([image.uri for image in self.images])
+        ending = finder([image.uri for image in self.images])
         chosen: set[str] = set()
-        for name in {line.strip(" \t\r") for line in lines}:
+        unknown = []
+        for name in dict.fromkeys(line.strip(" \t\r") for line in lines):
             found = ending(name)
             if len(found) > 1:
                 raise InputError(f"{uri}: {len(found)} images are called {name}")
+            if name and not found:
+                unknown.append(name)
             chosen.update(found)
         if not chosen:
             raise InputError(f"{uri} names none of the images")
+        if unknown:
+            first = ", ".join(unknown[:_SHOWN]) + (", …" if len(unknown) > _SHOWN else "")
+            _logger.warning(
+                "left out: %d names in %s that no captioned image has: %s", len(unknown), uri, first
+            )
         return [image for image in self.images if image.uri in chosen]
 
 
@@ -198,7 +214,7 @@ def read_dataset(source: str, images_directory: str | None = None) -> Dataset:
         elif uri is None:
             missing.add(entry.name)
         elif uri not in kept:
-            kept[uri] = CaptionedImage(uri, captions)
+            kept[uri] = CaptionedImage(uri, captions, entry.name)
             sides[uri] = entry.side
         elif sides[uri] != entry.side:
             raise InputError(f"{table}: {entry.name} is on two sides of the split")
@@ -227,7 +243,7 @@ def _is_text(caption: object) -> TypeGuard[str]:
     return True
 
 
-def _finder(uris: Sequence[str]) -> Callable[[str], list[str]]:
+def finder(uris: Sequence[str]) -> Callable[[str], list[str]]:
     """Looks up the URIs that end in a name: all of its parts, not only the last."""
     by_name = defaultdict(list)
     for uri in uris:
@@ -244,7 +260,7 @@ def _locator(directory: str, files: Sequence[str]) -> Callable[[str], str | None
     """Looks an image up in the listing: by its path, else by an end of it that only one has."""
     depth = len(_parts(directory))
     by_path = {"/".join(_parts(uri)[depth:]): uri for uri in files}
-    ending = _finder(files)
+    ending = finder(files)
 
     def locate(name: str) -> str | None:
         if name in by_path:

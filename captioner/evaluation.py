@@ -29,6 +29,7 @@ __all__ = [
     "Evaluation",
     "caption_dataset",
     "choose_images",
+    "describe_seen",
     "evaluate",
     "join_output",
 ]
@@ -78,6 +79,35 @@ def choose_images(data: Dataset, *, split: str | None, names: str | None) -> lis
     if not images:
         raise InputError(f"the dataset has no images to {split}: use --list")
     return images
+
+
+def describe_seen(images: Sequence[CaptionedImage], model: str, *, split: str | None) -> str | None:
+    """How many images a model has seen in training, in a line; None where it knows of none.
+
+    Args:
+        images: what to evaluate on.
+        model: a bundle's directory.
+        split: of which they are; None where they were named one by one.
+
+    Raises:
+        InputError: the model was trained on images of the split ``val`` or ``test``.
+        BundleError: the model's record of its images is damaged.
+    """
+    seen = bundle.load_images(model)
+    if seen is None:
+        return None
+    find = dataset.finder([image.uri for image in images])
+    sides = {"trained on": seen.trained, "validated on": seen.validated - seen.trained}
+    counts = {
+        side: len({uri for name in names for uri in find(name)}) for side, names in sides.items()
+    }
+    if not any(counts.values()):
+        return None
+    known = " and ".join(f"{side} {count}" for side, count in counts.items() if count)
+    text = f"{model} was {known} of these {len(images)} images, by their names"
+    if counts["trained on"] and split in ("val", "test"):
+        raise InputError(f"{text}: its split was another; name images with --list")
+    return text
 
 
 def caption_dataset(

@@ -18,7 +18,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
+from PIL import (
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    _imaging,
+)
 
 from captioner.memory import release_freed_memory
 from captioner.schema import Status
@@ -28,7 +37,7 @@ __all__ = ["PREPROCESSING_VERSION", "DecodedImage", "decode"]
 #: Counts up when the same bytes would give other pixels: part of a job's fingerprint.
 PREPROCESSING_VERSION = 1
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
+_FORMATS = ("JPEG", "FIRST PNG", "WEBP", "BMP", "DIB", "FIRST GIF", "TIFF OF FEW STRIPS", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,14 +52,56 @@ _TRANSPOSE = {
 # the pixels needed along each side: the resize that follows then hides the difference.
 _REDUCING_GAP = 2.0
 _BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # in Pillow; else 4
+_COPIES = {"WEBP": 4, "AVIF": 4}  # of the pixels: the decoder's and Pillow's; else 1
 _MEMORY_A_PIXEL = 1.5  # bytes that decoding may take for each pixel that is allowed
 _STRIP = 1 << 20  # pixels that are converted at a time
 _LARGE = 1 << 27  # bytes
 _one_large_image = threading.Lock()
 # Encoders write about ten scans; each costs a pass over the image, and may be a few bytes long.
 _MOST_SCANS = 100
+# Of a TIFF, strips or tiles. Opening makes an object of each, and the file may tell where they are
+# by a byte each: 4 MB of them took 1 GB and a minute.
+_MOST_STRIPS = 100_000
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither a stuffed byte nor a restart
 _SCAN, _END = b"\xda", b"\xd9"
+
+
+class _OverLimitError(Exception):
+    """An image is not worth its memory or time; the message is the reason."""
+
+
+class _FirstFrame:
+    """An animation that stays at its first frame: nothing takes that one's place.
+
+    Pillow fills a canvas for that in opening, before the size of the image can be looked at.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, 0 if name in ("disposal_method", "dispose_op") else value)
+
+
+class _Png(_FirstFrame, PngImagePlugin.PngImageFile):
+    pass
+
+
+class _Gif(_FirstFrame, GifImagePlugin.GifImageFile):
+    pass
+
+
+class _Tiff(TiffImagePlugin.TiffImageFile):
+    """A TIFF that is over the limit, and raises so, where it has too many strips or tiles."""
+
+    def _setup(self) -> None:
+        for tag in (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS):
+            if len(self.tag_v2.get(tag, ())) > _MOST_STRIPS:
+                raise _OverLimitError(f"it has more than {_MOST_STRIPS} strips or tiles")
+        super()._setup()
+
+
+# Not by Image.register_open: who opens images without naming formats is to get Pillow's own.
+Image.OPEN["FIRST PNG"] = _Png, Image.OPEN["PNG"][1]
+Image.OPEN["FIRST GIF"] = _Gif, Image.OPEN["GIF"][1]
+Image.OPEN["TIFF OF FEW STRIPS"] = _Tiff, Image.OPEN["TIFF"][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +142,40 @@ def decode(
         return DecodedImage(None, status="rejected", error=f"more than {max_bytes} bytes")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns at first; ours is checked below
     _silence()
+    with contextlib.ExitStack() as alone:
+        return _decoded(data, size, keep_aspect, max_pixels, alone)
+
+
+def _decoded(
+    data: bytes, size: int, keep_aspect: bool, max_pixels: int, alone: contextlib.ExitStack
+) -> DecodedImage:
+    """The outcome for a file that is not too long; a large image enters ``alone``.
+
+    The image and its decoder are local here, so that they go before ``alone`` is left: closing the
+    image keeps the decoder.
+    """
     width = height = None
     try:
+        canvas = _webp_canvas(data)
+        if canvas is not None:  # opening a WebP allocates it, twice
+            width, height = canvas
+            _admit(width, height, width * height * 4 * _COPIES["WEBP"], max_pixels, alone)
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = _own_size(image)
-            scans = _scans(data) if isinstance(image, JpegImagePlugin.JpegImageFile) else 0
-            if problem := _too_much(image, scans, max_pixels):
-                return DecodedImage(None, width, height, "rejected", problem)
             target = _fit(*image.size, size) if keep_aspect else (size, size)
-            large = _memory(image, scans) > _LARGE
-            with _large_image(image) if large else contextlib.nullcontext():
-                return DecodedImage(_pixels(image, target), width, height)
+            least = int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)
+            drafted = image.draft(None, least)  # a JPEG is as large as it is decoded from here on
+            if canvas is None:
+                scans = _scans(data) if isinstance(image, JpegImagePlugin.JpegImageFile) else []
+                if _tile_pixels(image) > max_pixels:
+                    raise _OverLimitError(f"its tiles have more than {max_pixels} pixels")
+                if len(scans) > _MOST_SCANS:
+                    raise _OverLimitError(f"it has more than {_MOST_SCANS} scans")
+                _admit(width, height, _memory(image, width, height, scans), max_pixels, alone)
+            box = drafted[1] if drafted else None  # in a fraction, the last pixel may be a part
+            return DecodedImage(_pixels(image, target, box), width, height)
+    except _OverLimitError as over:
+        return DecodedImage(None, width, height, "rejected", str(over))
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow names the BytesIO object, whose address would differ from run to run.
@@ -127,60 +201,88 @@ def _silence_once() -> None:
             getattr(libraries, name)(None)
 
 
-def _too_much(image: Image.Image, scans: int, max_pixels: int) -> str | None:
-    """Why an image is not worth its memory or time; None where it is."""
-    width, height = _own_size(image)
+def _admit(
+    width: int, height: int, memory: int, max_pixels: int, alone: contextlib.ExitStack
+) -> None:
+    """Lets an image that takes so many bytes in, alone if they are many.
+
+    Raises:
+        _OverLimitError: it is over a limit.
+    """
     if width * height > max_pixels:
-        return f"{width}×{height} is more than {max_pixels} pixels"
-    if _tile_pixels(image) > max_pixels:
-        return f"its tiles have more than {max_pixels} pixels"
+        raise _OverLimitError(f"{width}×{height} is more than {max_pixels} pixels")
     most = max(_LARGE, int(_MEMORY_A_PIXEL * max_pixels))
-    if (memory := _memory(image, scans)) > most:
-        return f"decoding takes {memory} bytes of memory, more than {most}"
-    if scans > _MOST_SCANS:
-        return f"it has more than {_MOST_SCANS} scans"
-    return None
+    if memory > most:
+        raise _OverLimitError(f"decoding takes {memory} bytes of memory, more than {most}")
+    if memory > _LARGE:
+        alone.enter_context(_large_image())
 
 
 @contextlib.contextmanager
-def _large_image(image: Image.Image) -> Iterator[None]:
-    """One at a time, and in memory that the process had freed but kept; the image is closed."""
+def _large_image() -> Iterator[None]:
+    """One at a time, and in memory that the process had freed but kept; leaves none of its own."""
     with _one_large_image:
         release_freed_memory()
         try:
             yield
         finally:
-            image.close()  # its pixels go before the next image's come
             release_freed_memory()
 
 
-def _memory(image: Image.Image, scans: int) -> int:
-    """Bytes that decoding takes at its peak, about; ``scans`` are a JPEG's."""
-    width, height = _own_size(image)
-    pixels = width * height * _BYTES_A_PIXEL.get(image.mode, 4)
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the canvas that decoding a WebP takes; None for what is none."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    kind, count = data[12:16], len(data)
+    if kind == b"VP8X" and count >= 30:  # of a still image or an animation, of any parts
+        sides = int.from_bytes(data[24:30], "little")
+        return (sides & 0xFFFFFF) + 1, (sides >> 24) + 1
+    if kind == b"VP8L" and count >= 25 and data[20] == 0x2F:  # lossless
+        sides = int.from_bytes(data[21:25], "little")
+        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 " and count >= 30 and data[23:26] == b"\x9d\x01\x2a":  # lossy
+        sides = int.from_bytes(data[26:30], "little")
+        return sides & 0x3FFF, sides >> 16 & 0x3FFF
+    return None
+
+
+def _memory(image: ImageFile.ImageFile, width: int, height: int, scans: list[int]) -> int:
+    """Bytes that decoding takes at its peak, about.
+
+    Args:
+        image: not loaded yet; a JPEG at the fraction of its size that it is decoded at.
+        width: the file's own, in pixels.
+        height: the file's own, in pixels.
+        scans: what :func:`_scans` says of a JPEG.
+    """
+    pixels = image.width * image.height * _BYTES_A_PIXEL.get(image.mode, 4)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        if scans == 1:  # decoded a few rows at a time, and only in a fraction of its size
-            return width * height
-        # All coefficients are kept; the pixels are a fraction of them.
+        if scans == [len(image.layer)] and "progressive" not in image.info:
+            return pixels  # decoded a few rows at a time
+        # Scans that bring a part of each block, be it only one: all coefficients are kept.
         samples = [across * down for _, across, down, _ in image.layer]
-        return 2 * width * height * sum(samples) // max(samples)
+        return pixels + 2 * width * height * sum(samples) // max(samples)
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile[0][0] == "libtiff":
         tags = image.tag_v2
         rows = min(tags.get(TiffImagePlugin.ROWSPERSTRIP, height), height)
         bits = sum(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-        return int(pixels + width * rows * bits // 8)
-    copies = {"WEBP": 4, "AVIF": 4}.get(image.format or "", 1)
-    return pixels * copies
+        at_once = max(_tile_pixels(image), width * rows)  # a tile may be larger
+        return int(pixels + at_once * bits // 8)
+    if image.tile and image.tile[0][0] == "bmp_rle":  # decoded in Python, to an array of its own
+        return pixels * 3
+    return pixels * _COPIES.get(image.format or "", 1)
 
 
-def _scans(data: bytes) -> int:
-    """Scans of a JPEG, counted to one more than is allowed."""
-    scans = position = 0
+def _scans(data: bytes) -> list[int]:
+    """How many of a JPEG's colour components each of its scans has; one scan more than allowed."""
+    scans: list[int] = []
+    position = 0
     while (marker := _MARKER.search(data, position)) and marker[1] != _END:
-        scans += marker[1] == _SCAN
-        if scans > _MOST_SCANS:
-            break
         position = marker.end()
+        if marker[1] == _SCAN:
+            scans += data[position + 2 : position + 3]
+            if len(scans) > _MOST_SCANS:
+                break
         if marker[1] != b"\xd8":  # the start has no length
             position += int.from_bytes(data[position : position + 2], "big")
         # Most have one scan, nearly all of the file: it is not gone through if no other may follow.
@@ -189,13 +291,14 @@ def _scans(data: bytes) -> int:
     return scans
 
 
-def _pixels(image: Image.Image, target: tuple[int, int]) -> np.ndarray:
-    """Decodes, resizes to ``target`` and turns upright."""
-    least = int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)
-    drafted = image.draft(None, least)
+def _pixels(
+    image: Image.Image,
+    target: tuple[int, int],
+    box: tuple[float, float, float, float] | None,
+) -> np.ndarray:
+    """Decodes, resizes to ``target`` what is in ``box``, or all, and turns upright."""
     image.load()
-    # In a fraction, the last pixel may be a part.
-    left, top, right, bottom = drafted[1] if drafted else (0, 0, *image.size)
+    left, top, right, bottom = box or (0, 0, *image.size)
     orientation = _orientation(image)  # after loading, which turns a TIFF upright itself
     across = int((right - left) / target[0] / _REDUCING_GAP) or 1
     down = int((bottom - top) / target[1] / _REDUCING_GAP) or 1

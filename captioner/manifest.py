@@ -80,8 +80,12 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
     Raises:
         InputError: there is no such source, or it holds no image.
     """
-    if source.lower().endswith(_TABLES) and not storage.is_directory(source):
-        images = _read_list(source)
+    try:
+        is_list = source.lower().endswith(_TABLES) and not storage.is_directory(source)
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {_one_line(error)}") from error
+    if is_list:
+        images = _read_list(source, listing.endings)
         if not images:
             raise InputError(f"{source} lists no images")
     else:
@@ -91,7 +95,7 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
     return images[: listing.limit]
 
 
-def _read_list(source: str) -> list[Listed]:
+def _read_list(source: str, endings: tuple[str, ...]) -> list[Listed]:
     try:
         data = storage.read(source)
     except FileNotFoundError as error:
@@ -105,7 +109,7 @@ def _read_list(source: str) -> list[Listed]:
             uris: list[str | None] = [line.strip(" \t\r") for line in lines]
         else:
             reader = _read_parquet if source.lower().endswith(".parquet") else _read_csv
-            uris = _uri_column(reader(data), source)
+            uris = _uri_column(reader(data), source, endings)
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise InputError(f"cannot read {source}: {_one_line(error)}") from error
     base = source[: source.rfind("/") + 1]
@@ -131,18 +135,23 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _uri_column(table: pa.Table, source: str) -> list[str | None]:
+def _uri_column(table: pa.Table, source: str, endings: tuple[str, ...]) -> list[str | None]:
     names = table.column_names
     name = "uri" if "uri" in names else names[0] if len(names) == 1 else None
     if name is None:
         raise InputError(f"{source} has no column uri, but {', '.join(names)}")
+    if "/" in name or name.lower().endswith(endings):
+        raise InputError(
+            f"{source} begins with an image, {name}, and not with the column's name: "
+            "let its first line be uri, or call the file .txt"
+        )
     return table[name].cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
 
 
 def _from(base: str, uri: str) -> str:
     if "://" in base and "://" not in uri and not uri.startswith("/"):
         return base + uri
-    return storage.absolute(uri, base)
+    return storage.readable(storage.absolute(uri, base))
 
 
 class OutputDirectory:
@@ -187,7 +196,10 @@ class OutputDirectory:
                 "captioner_version": __version__,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
-            self._write_json("run.json", run)
+            try:
+                self._write_json("run.json", run, new=not overwrite)
+            except FileExistsError:  # another job begins in the same bucket at this moment
+                self._compare(settings)
         self.tidy()
 
     def check(self, settings: dict[str, Any], *, overwrite: bool = False) -> bool:
@@ -199,16 +211,20 @@ class OutputDirectory:
 
     def _is_ours(self) -> bool:
         """Whether a caption job began it; False where nobody did, an error where others use it."""
-        try:
-            present = storage.names(self.uri)
-            if "run.json" in self._private_names():
-                return True
-        except OSError as error:
-            reason = error.strerror or _one_line(error)
-            raise OutputError(f"cannot use {self.uri} for output: {reason}") from error
+        present = self._names()
+        if "run.json" in self._names(PRIVATE):
+            return True
         if any(not name.startswith(".") for name in present if name != PRIVATE):
             raise OutputError(f"{self.uri} is not empty, and no caption job's output")
         return False
+
+    def _names(self, *folders: str) -> list[str]:
+        """What stands in it, or in a folder of it; nothing where there is none."""
+        try:
+            return storage.names("/".join([self.uri.rstrip("/"), *folders]))
+        except OSError as error:
+            reason = error.strerror or _one_line(error)
+            raise OutputError(f"cannot use {self.uri} for output: {reason}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -225,26 +241,30 @@ class OutputDirectory:
             yield
 
     def tidy(self) -> None:
-        """Deletes the temporary files that killed writers left, and what parts went into others."""
-        _, held = find_parts(storage.names(self.uri))
-        delete_parts(self.uri, held)
-        private = storage.join(self.uri, PRIVATE)
-        for directory in (self.uri, private, storage.join(private, "attempts")):
-            for name in storage.leftovers(directory):
-                storage.delete(storage.join(directory, name))
+        """Deletes temporary files that killed writers left; with a lock also parts within others.
 
-    def _private_names(self) -> list[str]:
-        return storage.names(storage.join(self.uri, PRIVATE))
+        In a bucket, where there is no lock, those may be what another job is splitting a part into.
+        """
+        if storage.is_local(self.uri):
+            self.delete_held()
+            for folders in ([], [PRIVATE], [PRIVATE, "attempts"]):
+                for name in filter(storage.is_temporary, self._names(*folders)):
+                    storage.delete("/".join([self.uri.rstrip("/"), *folders, name]))
+
+    def delete_held(self) -> None:
+        """Deletes the parts that went into others; nobody else may be at work on the directory."""
+        _, held = find_parts(self._names())
+        delete_parts(self.uri, held)
 
     def _delete(self) -> None:
         """Parts first, run.json last: an interrupted deletion is still recognised as ours.
 
         The last manifest goes first, so that those which are left are numbered without a gap.
         """
-        counting, held = find_parts(storage.names(self.uri))
+        counting, held = find_parts(self._names())
         delete_parts(self.uri, [*held, *counting])
-        in_order = sorted(self._private_names(), key=lambda name: (name != "run.json", name))
-        for name in reversed(in_order):
+        names = sorted(self._names(PRIVATE), key=_by_number, reverse=True)
+        for name in sorted(names, key="run.json".__eq__):
             if name != "lock":  # another job would lock the next file of that name
                 storage.delete(self._private(name))
 
@@ -280,8 +300,8 @@ class OutputDirectory:
             raise OutputError(f"{self._private(name)} is not a JSON object")
         return parsed
 
-    def _write_json(self, name: str, values: dict[str, Any]) -> None:
-        storage.write(self._private(name), (json.dumps(values, indent=2) + "\n").encode())
+    def _write_json(self, name: str, values: dict[str, Any], *, new: bool = False) -> None:
+        storage.write(self._private(name), (json.dumps(values, indent=2) + "\n").encode(), new=new)
 
     def write_summary(self, values: dict[str, Any]) -> None:
         """Writes summary.json."""
@@ -293,7 +313,7 @@ class OutputDirectory:
         Raises:
             OutputError: it is broken.
         """
-        return self.read_json("summary.json") if "summary.json" in self._private_names() else {}
+        return self.read_json("summary.json") if "summary.json" in self._names(PRIVATE) else {}
 
     def manifest(self) -> pa.Table:
         """All images ever listed, by shard and row: :data:`captioner.schema.MANIFEST`.
@@ -301,7 +321,13 @@ class OutputDirectory:
         Raises:
             OutputError: a manifest cannot be read, or is not one.
         """
-        names = [name for name in self._private_names() if name.startswith("manifest-")]
+        return self._read_manifest(self._manifests())
+
+    def _manifests(self) -> list[str]:
+        names = (name for name in self._names(PRIVATE) if name.startswith("manifest-"))
+        return sorted(names, key=_by_number)
+
+    def _read_manifest(self, names: Sequence[str]) -> pa.Table:
         try:
             tables = [
                 _read_parquet(storage.read(self._private(name))).cast(MANIFEST) for name in names
@@ -314,13 +340,19 @@ class OutputDirectory:
 
     def extend(self, listing: Sequence[Listed], shard_size: int) -> pa.Table:
         """Adds what is not in the manifest yet, as new shards; returns the whole manifest."""
-        manifest = self.manifest()
-        if len(added := new_shards(manifest, listing, shard_size)):
-            taken = sum(name.startswith("manifest-") for name in self._private_names())
+        while True:
+            names = self._manifests()
+            manifest = self._read_manifest(names)
+            if not len(added := new_shards(manifest, listing, shard_size)):
+                return manifest
             sink = io.BytesIO()
             pq.write_table(added, sink, compression="zstd")
-            storage.write(self._private(f"manifest-{taken:04d}.parquet"), sink.getvalue())
-        return pa.concat_tables([manifest, added])
+            name = self._private(f"manifest-{len(names):04d}.parquet")
+            try:
+                storage.write(name, sink.getvalue(), new=True)
+            except FileExistsError:  # another job was quicker, in a bucket: see what it listed
+                continue
+            return pa.concat_tables([manifest, added])
 
     def parts(self) -> list[Part]:
         """The parts that there are, in order.
@@ -328,13 +360,13 @@ class OutputDirectory:
         Raises:
             OutputError: two of them hold the same shard.
         """
-        return find_parts(storage.names(self.uri))[0]
+        return find_parts(self._names())[0]
 
     def settle(self) -> None:
         """Finishes what a killed compaction left, for a command that only reads, where it can."""
-        if find_parts(storage.names(self.uri))[1]:
+        if storage.is_local(self.uri) and find_parts(self._names())[1]:
             with suppress(OutputError), self.locked():  # a job at work does it itself
-                self.tidy()
+                self.delete_held()
 
     def done(self) -> set[int]:
         """The numbers of the shards whose rows are there."""
@@ -348,12 +380,15 @@ class OutputDirectory:
                 yield Shard(number, table["uri"].to_pylist(), table["size"].to_pylist())
 
     def not_ok(self, manifest: pa.Table) -> Iterator[Shard]:
-        """Of the shards that are done, the images whose rows are not ``ok``."""
+        """Of the shards that are done, the images whose rows are not ``ok``.
+
+        Their sizes are not said: since they were listed the files may have been replaced.
+        """
         for _, listed, rows in self._parts(manifest):
             bad = np.flatnonzero(pc.not_equal(rows["status"], "ok").to_numpy())
             for number, images in _by_shard(listed.take(bad)):
-                uris, sizes = images["uri"].to_pylist(), images["size"].to_pylist()
-                yield Shard(number, uris, sizes, images["row"].to_pylist())
+                uris = images["uri"].to_pylist()
+                yield Shard(number, uris, [None] * len(uris), images["row"].to_pylist())
 
     def accounts(self) -> Accounts:
         """Counts the rows of every part by status, and holds them against the manifest.
@@ -474,6 +509,11 @@ def _by_shard(manifest: pa.Table) -> Iterator[tuple[int, pa.Table]]:
     edges = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
     for begin, end in itertools.pairwise(edges):
         yield int(numbers[begin]), manifest.slice(begin, end - begin)
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    """Sorts names that end in numbers of at least so many digits by their numbers."""
+    return len(name), name
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:

@@ -53,8 +53,8 @@ class ImageEncoder(nn.Module):
     """A timm backbone without its classifier.
 
     Its BatchNorm layers always normalise with the statistics they came with, also where they are
-    fine-tuned: a step then depends on each image alone, so that it is the same on any number of
-    workers.
+    fine-tuned: what becomes of an image then does not depend on the others in a worker's share of
+    the batch.
     """
 
     mean: Tensor

@@ -125,7 +125,7 @@ def rewrite(
         advance: is told how many rows were written.
 
     Raises:
-        OutputError: a part cannot be read, or written, or they do not hold the same rows.
+        OutputError: a part cannot be read, or written, or is not there any more.
     """
     with open_part(directory, sources[0]) as file:
         schema = file.schema_arrow
@@ -141,6 +141,9 @@ def rewrite(
                 writer.write_table(piece, row_group_size=len(piece))
                 advance(len(piece))
     assert next(tables, None) is None, "there are more rows than were said"
+    for part in targets:
+        if not storage.version(storage.join(directory, part.name)):
+            raise OutputError(f"{part.name} is gone: another job is at work on {directory}")
     delete_parts(directory, sources)
 
 

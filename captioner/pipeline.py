@@ -231,6 +231,7 @@ def _caption(
     shards = list(directory.remaining(manifest))
     if job.run.retry_failed:
         failed = list(directory.not_ok(manifest))
+        directory.delete_held()
         expose(directory, manifest, {shard.number for shard in failed})
         shards += failed
     attempts, written, work = Attempts(job.output), Counter[str](), Work()
@@ -274,7 +275,7 @@ def _caption(
         first = ", ".join(missing[:20])
         raise IncompleteError(f"{len(missing)} images have no row: {first}")
     attempts.clear()
-    bad = 1 - summary.rows.get("ok", 0) / summary.images
+    bad = (summary.images - summary.rows.get("ok", 0)) / summary.images
     if bad > job.run.max_error_rate:
         raise ErrorRateError(
             f"{summary.counts()}: {bad:.1%} are not ok, "
@@ -375,13 +376,17 @@ def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard], total: int) -
 
 @dataclass(frozen=True)
 class _Actors:
-    """How many processes caption on Ray, at least and at most, and what Ray sets aside for each."""
+    """How many processes caption on Ray, at least and at most, and what Ray sets aside for each.
+
+    ``decoders`` is how many decode tasks have room beside them, None where the cluster may grow.
+    """
 
     least: int
     most: int
     cpus: float
     gpus: float
     threads: int | None
+    decoders: int | None
     cluster: str
 
     @classmethod
@@ -407,6 +412,8 @@ class _Actors:
         needed = f"{least} actors of {own_cpus:g} CPUs and {own_gpus:g} GPUs"
         free = cpus - least * own_cpus
         grows = run.wait_for_nodes or _is_known_to_grow(ray)
+        if run.device == "cuda" and not gpus and not grows:
+            raise InputError(f"there is no GPU for --device cuda: the cluster has {cluster}")
         if room < least and not grows:
             raise InputError(
                 f"no room for {needed}, but for {room}: the cluster has {cluster}; "
@@ -418,7 +425,8 @@ class _Actors:
                 f"{run.cpus_per_decode:g}: the cluster has {cluster}"
             )
         threads = None if own_gpus else max(1, int(cpus) // most)
-        return cls(least, most, own_cpus, own_gpus, threads, cluster)
+        decoders = None if grows else int(free / max(run.cpus_per_decode, 0.1))
+        return cls(least, most, own_cpus, own_gpus, threads, decoders, cluster)
 
     def describe(self) -> str:
         """What of a plan is theirs."""
@@ -450,9 +458,15 @@ def _is_known_to_grow(ray: Any) -> bool:
 def _chain(
     ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard], actors: _Actors
 ) -> Written:
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
     context = DataContext.get_current()
+    if actors.decoders is not None:
+        # Ray would decode ahead until a sixth of the machine's memory is full. A shard for each
+        # decode task and two for each actor are enough; Ray keeps a half for other stages.
+        pixels = 3 * job.image_size**2 * max(len(shard.uris) for shard in shards)  # bytes of one
+        ahead = 2 * (actors.decoders + 2 * actors.most) * pixels
+        context.execution_options.resource_limits = ExecutionResources(object_store_memory=ahead)
     context.target_max_block_size = None  # never split a block: it is a shard
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

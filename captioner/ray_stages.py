@@ -121,7 +121,11 @@ class CaptionStage:
             torch.set_num_threads(threads)
         self.job = job
         self.attempts = Attempts(job.output)
-        self.captioner = BatchCaptioner.load(job, ray.get(bundle))
+        self.problem: CaptionerError | None = None
+        try:
+            self.captioner = BatchCaptioner.load(job, ray.get(bundle))
+        except CaptionerError as problem:  # raised here, it would come as pages of Ray's frames
+            self.problem = problem
         self.ended: float | None = None  # when the last shard did
 
     @_with_problems
@@ -131,6 +135,8 @@ class CaptionStage:
 
         from captioner.containment import caption_alone
 
+        if self.problem is not None:
+            raise self.problem
         work = self._waited(table["ready"][0].as_py())
         shard, loaded = _unpack(table, self.job.image_size)
         try:

@@ -72,6 +72,11 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
     except Exception as problem:  # a bucket's client raises what it likes: this row says so
         row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=one_line(problem))
         return Loaded(row, None)
+    if len(data) > limit:  # and only as much of it was read
+        error = f"more than {limit} bytes"
+        return Loaded(
+            CaptionRow(uri=uri, bytes=storage.size(uri), status="rejected", error=error), None
+        )
     decoded = images.decode(
         data, job.image_size, max_pixels=job.run.max_pixels, max_bytes=job.run.max_bytes
     )

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 import time
@@ -37,12 +38,15 @@ __all__ = [
     "delete",
     "find",
     "is_directory",
+    "is_local",
+    "is_temporary",
     "join",
-    "leftovers",
     "locked",
     "names",
     "open_binary",
     "read",
+    "readable",
+    "size",
     "sizes",
     "version",
     "write",
@@ -63,6 +67,8 @@ _EXTRAS = {
     **dict.fromkeys(("gs", "gcs"), "gcs"),
     **dict.fromkeys(("abfs", "abfss", "az", "adl"), "azure"),
 }
+
+_LEAST_READ = 1 << 16  # bytes
 
 # What may pass when it is tried again.
 _RETRIES = 2
@@ -223,7 +229,7 @@ def join(directory: str, name: str) -> str:
     return f"{directory.rstrip('/')}/{name}"
 
 
-def _readable(uri: str) -> str:
+def readable(uri: str) -> str:
     """A local path that is valid UTF-8, or, where it is not, the file:// URI that says the same."""
     try:
         uri.encode()
@@ -275,7 +281,7 @@ def _find_local(directory: str, endings: tuple[str, ...]) -> Iterator[Listed]:
 
     def fail(error: OSError) -> None:
         reason = _reason(error)
-        raise InputError(f"cannot list {_readable(error.filename)}: {reason}") from error
+        raise InputError(f"cannot list {readable(error.filename)}: {reason}") from error
 
     for folder, _, names_in_folder in os.walk(directory, onerror=fail):
         for name in names_in_folder:
@@ -285,10 +291,10 @@ def _find_local(directory: str, endings: tuple[str, ...]) -> Iterator[Listed]:
             try:
                 status = os.stat(path)
             except OSError:
-                yield Listed(_readable(path), None)
+                yield Listed(readable(path), None)
                 continue
             if stat.S_ISREG(status.st_mode):
-                yield Listed(_readable(path), status.st_size)
+                yield Listed(readable(path), status.st_size)
 
 
 def read(uri: str, limit: int | None = None, *, retries: int = _RETRIES) -> bytes:
@@ -308,7 +314,7 @@ def read(uri: str, limit: int | None = None, *, retries: int = _RETRIES) -> byte
         if isinstance(fs, LocalFileSystem):
             try:
                 with _open_local(path) as file:
-                    return file.read(-1 if end is None else end)
+                    return file.read() if end is None else _at_most(file, end)
             except ValueError as error:  # there is a zero byte in the name
                 raise OSError(str(error)) from error
         try:
@@ -320,6 +326,18 @@ def read(uri: str, limit: int | None = None, *, retries: int = _RETRIES) -> byte
             raise
 
     return _attempt(uri, read_bytes, retries=retries)
+
+
+def _at_most(file: BinaryIO, count: int) -> bytes:
+    """The first ``count`` bytes of a local file, or all; takes memory for as many as there are."""
+    # To read(n), n bytes are allocated at once. One more than the file's size is the end of a file
+    # that has not grown since; the least is for those whose size is not told (in /proc).
+    at_once = max(os.fstat(file.fileno()).st_size + 1, _LEAST_READ)
+    pieces = []
+    while piece := file.read(min(at_once, count)):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
 
 
 def open_binary(uri: str, *, ranges: bool = False) -> BinaryIO:
@@ -388,6 +406,11 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer
 
 
+def is_local(uri: str) -> bool:
+    """Whether it is on a file system of this machine, which has locks."""
+    return isinstance(_filesystem(uri)[0], LocalFileSystem)
+
+
 def is_directory(uri: str) -> bool:
     """Whether there is such a directory.
 
@@ -406,6 +429,15 @@ def version(uri: str) -> str:
     return f"{info.get('size')} {info.get('mtime') or info.get('ETag') or info.get('etag')}"
 
 
+def size(uri: str) -> int | None:
+    """A file's bytes; None where that cannot be told."""
+    try:
+        told: int | None = _attempt(uri, lambda fs, path: fs.info(path).get("size"))
+    except OSError:
+        return None
+    return told
+
+
 def names(directory: str) -> list[str]:
     """The names of what stands in a directory, sorted; empty where there is no such directory.
 
@@ -420,7 +452,9 @@ def names(directory: str) -> list[str]:
         # another process may make the directory between the two questions.
         if not fs.isdir(path) and fs.info(path)["type"] == "file":
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory)
-        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+        entries = (entry.rstrip("/") for entry in fs.ls(path, detail=False))
+        # Where a console made a folder there is an object of the folder's own name.
+        return [entry.rsplit("/", 1)[-1] for entry in entries if entry != path.rstrip("/")]
 
     try:
         return sorted(_attempt(directory, list_names))
@@ -442,26 +476,47 @@ def sizes(directory: str) -> dict[str, int]:
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in files}
 
 
-def write(uri: str, data: bytes) -> None:
+def write(uri: str, data: bytes, *, new: bool = False) -> None:
     """Writes a file that is either there in full or not at all.
 
     Locally: a temporary file in the same folder, named ``.NAME.tmp-…``, is flushed to the disk and
     renamed. In a bucket: one object, which appears when its upload is complete.
 
+    Args:
+        uri: the file.
+        data: what is to be in it.
+        new: in a bucket, which has no locks, do not take the place of an object.
+
     Raises:
+        FileExistsError: there is such an object, and it was to be new.
         OutputError: it cannot be written.
     """
 
     def write_bytes(fs: Any, path: str) -> None:
         if isinstance(fs, LocalFileSystem):
             _write_local(path, data)
+        elif new:
+            _create(fs, path, data)
         else:
             fs.pipe_file(path, data)
 
     try:
         _attempt(uri, write_bytes)
     except OSError as error:
+        if new and isinstance(error, FileExistsError) and not is_local(uri):
+            raise
         raise OutputError(f"cannot write {uri}: {_reason(error)}") from error
+
+
+def _create(fs: Any, path: str, data: bytes) -> None:
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except Exception as error:
+        if _status(error) in (409, 412):  # a condition that failed, or another writer's at work
+            raise FileExistsError(path) from error
+        if _status(error) != 501:
+            raise
+        fs.pipe_file(path, data)  # a store that knows no conditions
 
 
 @contextmanager
@@ -548,11 +603,9 @@ def locked(uri: str) -> Iterator[None]:
         yield
 
 
-def leftovers(directory: str) -> Iterator[str]:
-    """Names of the temporary files that killed writers left in a directory."""
-    for name in names(directory):
-        if re.fullmatch(r"\..+\.tmp-[0-9a-f]{8}", name):
-            yield name
+def is_temporary(name: str) -> bool:
+    """Whether a file of that name was being written, and is left where the writer was killed."""
+    return re.fullmatch(r"\..+\.tmp-[0-9a-f]{8}", name) is not None
 
 
 def delete(uri: str) -> None:
@@ -563,10 +616,13 @@ def delete(uri: str) -> None:
     """
 
     def remove(fs: Any, path: str) -> None:
-        if fs.info(path)["type"] == "directory":
-            fs.rm(path, recursive=True)
-        else:
+        if fs.info(path)["type"] != "directory":
             fs.rm_file(path)  # rm would take a name with brackets or a star in it for a pattern
+        elif isinstance(fs, LocalFileSystem):
+            shutil.rmtree(path)
+        else:
+            for file in fs.find(path):
+                fs.rm_file(file)
 
     try:
         _attempt(uri, remove)

@@ -4,8 +4,9 @@ The loss is the notebook's: cross-entropy of each next word, padding ignored. Se
 (Rennie et al. 2017) then raises the CIDEr of sampled captions, each against the mean of the image's
 other samples.
 
-A step is the same on any number of workers: all draw the same plan of batches, each takes its share
-of a batch, and the sum of their gradients is that of the whole batch.
+The batches are the same on any number of workers: all draw the same plan of them, each takes its
+share of a batch, and the sum of their gradients is that of the whole batch. Dropout and samples are
+each worker's own, and differ with their number.
 
 Shapes in names: as in :mod:`captioner.model`.
 """
@@ -236,9 +237,10 @@ class Trainer:
         """A new optimizer, for the weights as they are."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         decay = self.config.weight_decay
+        decay_of_vectors = decay if self.config.weight_decay_of == "all" else 0.0
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": decay_of_vectors},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, fused=True)
 

@@ -1,8 +1,8 @@
 """A training run: from a split to a model directory, in this process or on Ray's workers.
 
 The same loop runs in both. After each epoch it leaves a checkpoint; the same command goes on from
-the last one, and dropout, shuffling and samples depend on the seed and the epoch alone, so that it
-ends as a run that nobody disturbed.
+the last one, also on another number of workers. Dropout, shuffling and samples depend on the seed,
+the epoch and the worker alone, so that it ends as a run that nobody disturbed.
 """
 
 import hashlib
@@ -18,11 +18,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from captioner import bundle, storage
-from captioner.bundle import Bundle
+from captioner.bundle import Bundle, SeenImages
 from captioner.captioning import choose_device
 from captioner.config import LaunchConfig, ModelConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
@@ -38,7 +39,8 @@ from captioner.vocabulary import Vocabulary
 __all__ = ["build_model", "train"]
 
 _SAMPLES = 8  # validation images whose captions are kept after each epoch
-_PRIVATE = "_training"  # what a run keeps for itself: the model as it began, checkpoints
+_PRIVATE = "_training"  # what a run keeps for itself: the model as it began, a checkpoint
+_CHECKPOINT = "checkpoint.pt"
 
 
 def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> CaptionModel:
@@ -75,14 +77,19 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
     try:
         data = storage.read(storage.absolute(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
         if path.endswith(".safetensors"):
             return dict(safetensors.torch.load(data))
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except Exception as error:  # torch and safetensors raise many kinds for a broken file
+    except (RuntimeError, SafetensorError) as error:  # the file is damaged, and they say how
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot read the weights in {path}: {reason}") from error
+    except Exception as error:  # of many kinds; torch's advice is to unpickle what it refused
+        raise InputError(f"{path} is not a state dict") from error
     if not (isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())):
         raise InputError(f"{path} is not a state dict")
     return state
@@ -97,6 +104,7 @@ class _Job:
     config: TrainConfig
     device: str
     logged: bool  # whether its output is a log that people follow
+    seen: SeenImages
 
     def private(self, name: str) -> str:
         """The URI of a file or directory that the run keeps for itself."""
@@ -111,8 +119,7 @@ class _Worker:
     workers: int
     local: tuple[int, int]  # this process and how many there are, on this machine
     gather: Callable[[Any], list[Any]]
-    latest: Callable[[], bytes | None]
-    report: Callable[[int, bytes | None], None]
+    report: Callable[[int, Epoch | None], None]  # an epoch's number, and what rank 0 knows of it
 
     def wait(self) -> None:
         """Returns when all workers are here."""
@@ -133,6 +140,7 @@ def train(
     """Trains a model, and writes the one with the highest validation CIDEr as a bundle.
 
     Beside the bundle stand the last epoch's in ``last/``, and what :mod:`captioner.journal` writes.
+    Both have a list of the images that they have seen: those of ``begin_with`` too.
     The same call goes on where a run that was killed stopped. The settings of self-critical
     training may have changed meanwhile, where none of it is done; ``scst_epochs`` always.
 
@@ -163,10 +171,10 @@ def train(
         raise InputError("there is nothing to train: epochs and scst_epochs are 0")
     if config.batch_size < workers or len(split.train) < workers:
         raise InputError(f"a batch has too few images for {workers} workers")
-    job = _Job(split, output, config, launch.device, in_ray_job())
     earlier = bundle.load(begin_with) if begin_with else None
     if earlier is not None:
         model_config = earlier.model.config
+    job = _Job(split, output, config, launch.device, in_ray_job(), _seen(split, begin_with))
     settings = {
         "model": asdict(model_config),
         "train": asdict(config),
@@ -188,8 +196,18 @@ def train(
         if launch.workers:
             _train_on_ray(job, launch)
         else:
-            _train_loop(job, _alone(job))
+            _train_loop(job, _Worker(0, 1, (0, 1), lambda value: [value], lambda *_: None))
     return _read_epochs(output)
+
+
+def _seen(split: Split, begin_with: str | None) -> SeenImages:
+    """What the model will have seen, before this training too."""
+    own = SeenImages(
+        frozenset(image.name for image in split.train),
+        frozenset(image.name for image in split.validation),
+    )
+    earlier = bundle.load_images(begin_with) if begin_with else None
+    return own if earlier is None else own | earlier
 
 
 def _initial(
@@ -235,9 +253,12 @@ def _begun(output: str, settings: dict[str, Any]) -> bool:
     """Whether this run has begun in ``output``.
 
     Raises:
-        OutputError: ``output`` holds another run, or a model.
+        OutputError: ``output`` holds another run, or a model, or is no directory.
     """
-    names = storage.names(output)
+    try:
+        names = storage.names(output)
+    except OSError as error:
+        raise OutputError(f"cannot use {output} for output: {error.strerror or error}") from error
     advice = "use another directory, or --overwrite"
     if "training.json" not in names:
         if "config.json" in names:
@@ -286,11 +307,8 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
         [[content_words(text) for text in each.captions] for each in validation.examples]
     )
     reported = training.unreadable | validation.unreadable
-    epochs: list[Epoch] = []
-    if (checkpoint := worker.latest()) is not None:
-        state = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
-        epochs = [Epoch(**each) for each in json.loads(state.pop("epochs"))]
-        trainer.load_state(state)
+    # Nobody writes the next one before all have read this one: an epoch needs all of them.
+    epochs = _resume(job, trainer)
     last = config.epochs + config.scst_epochs
     for number in range(len(epochs) + 1, last + 1):
         begin = time.monotonic()
@@ -313,7 +331,6 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
         captions = {image: text for each in worker.gather(mine) for image, text in each.items()}
         if not captions:
             raise InputError("none of the images to validate on can be read or decoded")
-        state_bytes = None
         if worker.rank == 0:
             scores = [judge.score(image, content_words(text)) for image, text in captions.items()]
             critical = number > config.epochs
@@ -332,12 +349,9 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
             epochs.append(epoch)
             print(f"epoch {number}/{last}: {epoch.describe()}", flush=True)
             _keep(job, trainer, epochs, validation)
-            sink = io.BytesIO()
-            torch.save({"epochs": _as_json(epochs), **trainer.state()}, sink)
-            state_bytes = sink.getvalue()
         else:
             epochs.append(None)  # type: ignore[arg-type]  # only their number counts here
-        worker.report(number, state_bytes)
+        worker.report(number, epochs[-1])
 
 
 def _advance(progress: "tqdm[NoReturn]", images: int, value: float) -> None:
@@ -349,15 +363,33 @@ def _as_json(epochs: Sequence[Epoch]) -> str:
     return json.dumps([asdict(each) for each in epochs])
 
 
+def _resume(job: _Job, trainer: Trainer) -> list[Epoch]:
+    """Loads the last checkpoint, where there is one; the epochs that are done."""
+    try:
+        data = storage.read(job.private(_CHECKPOINT))
+    except FileNotFoundError:
+        return []
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    epochs = [Epoch(**each) for each in json.loads(state.pop("epochs"))]
+    trainer.load_state(state)
+    return epochs
+
+
 def _keep(job: _Job, trainer: Trainer, epochs: Sequence[Epoch], validation: Source) -> None:
-    """Writes the bundles and the journal after an epoch."""
+    """Writes the bundles, the journal and, last, the checkpoint after an epoch."""
     best = max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
-    bundle.save(storage.join(job.output, "last"), trainer.kept, trainer.vocabulary)
+    directories = [storage.join(job.output, "last")]
     if best is epochs[-1]:
-        bundle.save(job.output, trainer.kept, trainer.vocabulary)
+        directories.append(job.output)
+    for directory in directories:
+        bundle.save_images(directory, job.seen)
+        bundle.save(directory, trainer.kept, trainer.vocabulary)
     names = [each.uri.rsplit("/", 1)[-1] for each in validation.examples[:_SAMPLES]]
     write_journal(job.output, epochs, names)
     storage.write(storage.join(job.output, "epochs.json"), _as_json(epochs).encode())
+    sink = io.BytesIO()
+    torch.save({"epochs": _as_json(epochs), **trainer.state()}, sink)
+    storage.write(job.private(_CHECKPOINT), sink.getvalue())
 
 
 def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, Source]:
@@ -403,24 +435,7 @@ def _report_bad(uris: set[str]) -> None:
         tqdm.write(printable(text), file=sys.stderr)
 
 
-# Alone, or on Ray.
-
-
-def _alone(job: _Job) -> _Worker:
-    """This process; its checkpoint is a file beside the model."""
-    uri = job.private("checkpoint.pt")
-
-    def latest() -> bytes | None:
-        try:
-            return storage.read(uri)
-        except FileNotFoundError:
-            return None
-
-    def report(_: int, checkpoint: bytes | None) -> None:
-        assert checkpoint is not None
-        storage.write(uri, checkpoint)
-
-    return _Worker(0, 1, (0, 1), lambda each: [each], latest, report)
+# On Ray.
 
 
 def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
@@ -471,6 +486,7 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     import tempfile
+    from pathlib import Path
 
     import ray
     import ray.train
@@ -488,23 +504,20 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         distributed.all_gather_object(values, value)
         return values
 
-    def latest() -> bytes | None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as directory:
-            return storage.read(os.path.join(directory, "checkpoint.pt"))
-
-    def report(epoch: int, checkpoint: bytes | None) -> None:
-        if checkpoint is None:
-            ray.train.report({"epoch": epoch})
+    def report(number: int, epoch: Epoch | None) -> None:
+        if epoch is None:
+            ray.train.report({"epoch": number})
             return
+        figures = {name: value for name, value in asdict(epoch).items() if name != "samples"}
+        # Ray's checkpoint says where ours is, which a run without Ray goes on from as well.
         with tempfile.TemporaryDirectory() as directory:
-            storage.write(os.path.join(directory, "checkpoint.pt"), checkpoint)
+            Path(directory, "checkpoint.json").write_text(
+                json.dumps({"uri": job.private(_CHECKPOINT)})
+            )
             ray.train.report(
-                {"epoch": epoch},
+                figures,
                 checkpoint=ray.train.Checkpoint.from_directory(directory),
-                checkpoint_dir_name=f"epoch-{epoch:04d}",
+                checkpoint_dir_name=f"epoch-{number:04d}",
             )
 
     _train_loop(
@@ -514,7 +527,6 @@ def _ray_worker(settings: dict[str, Any]) -> None:
             workers=context.get_world_size(),
             local=(context.get_local_rank(), context.get_local_world_size()),
             gather=gather,
-            latest=latest,
             report=report,
         ),
     )

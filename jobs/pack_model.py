@@ -8,6 +8,8 @@ and the one that it was fine-tuned from is a better one to go on with (Wortsman 
 """
 
 import sys
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,7 +48,10 @@ def main(models: tuple[str, ...], directory: str, encoder_weights: str | None) -
             if name.startswith("encoder."):
                 state[name] = (state[name] + tensor.double()) / 2
     first.model.load_state_dict(state)
-    bundle.save(storage.absolute(directory), first.model, first.vocabulary, dtype=torch.float16)
+    directory = storage.absolute(directory)
+    if seen := [images for model in models if (images := bundle.load_images(model))]:
+        bundle.save_images(directory, reduce(or_, seen))
+    bundle.save(directory, first.model, first.vocabulary, dtype=torch.float16)
 
 
 if __name__ == "__main__":

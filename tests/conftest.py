@@ -8,8 +8,11 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+
+# Read when torch is imported. Threads that spin while they wait take the cores from others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import torch
 
 from captioner import bundle
 from captioner.config import ModelConfig

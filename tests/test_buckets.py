@@ -32,6 +32,7 @@ from captioner.cli import main
 from captioner.compaction import compact, expose
 from captioner.config import RunConfig, TrainConfig
 from captioner.errors import InputError, OutputError
+from captioner.manifest import OutputDirectory
 from captioner.pipeline import caption_images
 from captioner.storage import Listed
 from conftest import TINY, tiny_model, write_photos
@@ -139,13 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "reset":
             self._reset()
+        elif fault == "no conditions" and self.headers.get("If-None-Match"):
+            self._refuse(501)
         else:
             self._answer(body, truncated=fault == "truncated")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward
 
     def _refuse(self, status: int) -> None:
-        code = {500: "InternalError", 503: "SlowDown"}[status]
+        code = {500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}[status]
         text = f"<Error><Code>{code}</Code><Message>Please try again.</Message></Error>".encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/xml")
@@ -318,6 +321,26 @@ def test_a_folder_that_a_console_made_is_no_file(bucket):
     s3.call_s3("put_object", Bucket=bucket[5:], Key="photos/x.jpg/", Body=b"")
     s3.call_s3("put_object", Bucket=bucket[5:], Key="photos/", Body=b"")
     assert storage.find(f"{bucket}/photos", IMAGES) == [Listed(f"{bucket}/photos/a.jpg", 1)]
+    s3.call_s3("put_object", Bucket=bucket[5:], Key="out/", Body=b"")
+    assert storage.names(f"{bucket}/out") == []
+    OutputDirectory(f"{bucket}/out").begin({})  # which it would not in somebody else's folder
+
+
+def test_what_is_to_be_new_takes_no_objects_place(bucket, proxy):
+    storage.write(f"{bucket}/a", b"1", new=True)
+    with pytest.raises(FileExistsError):
+        storage.write(f"{bucket}/a", b"22", new=True)
+    assert storage.read(f"{bucket}/a") == b"1"
+    proxy.permanent["b"] = "no conditions"
+    storage.write(f"{bucket}/b", b"1", new=True)
+    assert storage.read(f"{bucket}/b") == b"1"
+
+
+def test_a_directory_is_deleted_and_not_what_its_name_is_a_pattern_for(bucket):
+    for name in ("out[1]/a/b", "out1/a/b"):
+        storage.write(f"{bucket}/{name}", b"1")
+    storage.delete(f"{bucket}/out[1]/a")
+    assert storage.find(bucket, ("",)) == [Listed(f"{bucket}/out1/a/b", 1)]
 
 
 @pytest.mark.slow

@@ -57,6 +57,34 @@ def test_a_damaged_bundle_gets_one_line(name, damage, message, tmp_path, model_d
     assert "\n" not in str(raised.value)
 
 
+def test_the_images_that_a_model_has_seen_are_no_part_of_it(place: str, vocabulary):
+    bundle.save(place, tiny_model(), vocabulary)
+    digests = bundle.load(place).digests
+    assert bundle.load_images(place) is None
+    images = bundle.SeenImages(frozenset({"a/1.jpg", "é\n.png", "\ud800"}), frozenset())
+    bundle.save_images(place, images)
+    assert bundle.load_images(place) == images
+    assert bundle.load(place).digests == digests
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"trained": []}',
+        '{"trained": "x", "validated": []}',
+        '{"trained": {}, "validated": []}',
+        '{"trained": [], "validated": [[]]}',
+    ],
+)
+def test_a_damaged_list_of_images_gets_one_line(text: str, tmp_path: Path):
+    (tmp_path / "images.json").write_text(text)
+    with pytest.raises(BundleError, match=r"^images\.json of the model .* two lists of names$"):
+        bundle.load_images(str(tmp_path))
+
+
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, vocabulary, weight: float):
     model = tiny_model()
@@ -336,11 +364,15 @@ def test_packed_models_are_the_average_in_half_precision(tmp_path: Path, vocabul
     models = [tiny_model(seed) for seed in range(2)]
     for number, model in enumerate(models):
         bundle.save(str(tmp_path / str(number)), model, vocabulary)
+        seen = bundle.SeenImages(frozenset({f"{number}.jpg"}), frozenset({"2.jpg"}))
+        bundle.save_images(str(tmp_path / str(number)), seen)
     published = tiny_model(2).encoder.backbone.state_dict()
     torch.save(published, tmp_path / "encoder.pth")
     options = ("--encoder-weights", tmp_path / "encoder.pth")
     packed = _pack(tmp_path / "0", tmp_path / "0", tmp_path / "1", tmp_path / "new", *options)
     assert packed.returncode == 0, packed.stderr
+    seen = bundle.SeenImages(frozenset({"0.jpg", "1.jpg"}), frozenset({"2.jpg"}))
+    assert bundle.load_images(str(tmp_path / "new")) == seen
     stored = safetensors.torch.load_file(tmp_path / "new" / "model.safetensors")
     first, second = (model.state_dict() for model in models)
     for name, tensor in stored.items():

@@ -134,6 +134,13 @@ def test_train_reads_what_its_options_say(tmp_path: Path):
         first, second = result.output.splitlines()
         assert first == line
         assert "none.pth does not exist" in second
+    (tmp_path / "val.txt").write_text(f"{photos[2].name}\ngone.jpg\n")
+    result = _run("train", tables / "train.json", tmp_path / "val.txt", *images, *lists)
+    assert result.exit_code == 2, result.output
+    first, second, third = result.output.splitlines()
+    assert first == f"left out: 1 names in {lists[3]} that no captioned image has: gone.jpg"
+    assert second.startswith("2 images to train on, 1 to validate on")
+    assert third == f"captioner: cannot use {lists[3]} for output: Not a directory"
     mistakes = {
         "are in both train and validation": (*images, "--val-data", tables / "leak.json"),
         "not both": (*images, *lists, "--val-data", tables / "val.json"),

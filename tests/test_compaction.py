@@ -21,7 +21,7 @@ from captioner.cli import main
 from captioner.compaction import compact, expose
 from captioner.errors import OutputError
 from captioner.manifest import Accounts, OutputDirectory
-from captioner.parts import Part, find_parts, part_name
+from captioner.parts import Part, delete_parts, find_parts, part_name
 from captioner.schema import part_schema
 from captioner.storage import Listed
 from conftest import write_photos
@@ -161,7 +161,9 @@ def _split(output: OutputDirectory) -> None:
     """What --retry-failed does first."""
     output.begin({})
     manifest = output.manifest()
-    expose(output, manifest, {shard.number for shard in output.not_ok(manifest)})
+    failed = {shard.number for shard in output.not_ok(manifest)}
+    output.delete_held()
+    expose(output, manifest, failed)
 
 
 @pytest.mark.parametrize("change", [_merge, _split])
@@ -185,7 +187,7 @@ def test_whatever_step_is_the_last_every_image_keeps_its_one_row(place, change, 
         assert pa.concat_tables(output.rows()).equals(rows)
         uris = read_rows(output.uri)["uri"].to_pylist()
         assert set(uris) == set(rows["uri"].to_pylist()), "a row is missing to a plain reader"
-        {0: output.tidy, 1: lambda output=output: change(output)}[steps % 2]()
+        {0: output.delete_held, 1: lambda output=output: change(output)}[steps % 2]()
         assert read_rows(output.uri).equals(rows)
         assert output.accounts() == before
         change(output)
@@ -238,21 +240,62 @@ def _run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
-def test_reading_finishes_what_a_killed_compaction_left(place):
-    output = finish(f"{place}/out")
+def test_reading_finishes_what_a_killed_compaction_left(tmp_path):
+    output = finish(f"{tmp_path}/out")
     rows = read_rows(output.uri)
     singles = {name: storage.read(storage.join(output.uri, name)) for name in _names(output.uri)}
     compact(output.uri, 10**9)
     for name in list(singles)[3:5]:
         storage.write(storage.join(output.uri, name), singles[name])
-    if place.startswith("/"):
-        with output.locked():  # as the compaction does that is still at it
-            assert "31 ok" in _run("report", output.uri).output
-        assert len(_names(output.uri)) == 3
+    with output.locked():  # as the compaction does that is still at it
+        assert "31 ok" in _run("report", output.uri).output
+    assert len(_names(output.uri)) == 3
     result = _run("report", output.uri)
     assert result.exit_code == 0, result.output
     assert "31 ok" in result.output
     assert "0 images have no row" in result.output
+    assert read_rows(output.uri).equals(rows)
+
+
+@pytest.mark.parametrize("command", ["report", "caption"])
+def test_in_a_bucket_nobody_deletes_what_a_part_is_split_into(command, memory_bucket, monkeypatch):
+    output = finish(f"{memory_bucket}/out")
+    compact(output.uri, 10**9)
+    rows = read_rows(output.uri)
+    written: list[list[str]] = []
+
+    def meanwhile(directory: str, sources: list[Part]) -> None:
+        written.append(_names(directory))
+        if command == "report":
+            assert "31 ok" in _run("report", directory).output
+        else:
+            OutputDirectory(directory).begin({})
+        assert _names(directory) == written[-1]
+        delete_parts(directory, sources)
+
+    monkeypatch.setattr("captioner.parts.delete_parts", meanwhile)
+    expose(output, output.manifest(), {3, 4})
+    assert len(written) == 1
+    assert read_rows(output.uri).equals(rows)
+
+
+def test_a_part_stays_where_what_it_was_split_into_is_gone(memory_bucket, monkeypatch):
+    output = finish(f"{memory_bucket}/out")
+    compact(output.uri, 10**9)
+    rows = read_rows(output.uri)
+    writing = storage.writing
+
+    @contextmanager
+    def stolen(uri: str) -> Iterator[IO[bytes]]:
+        with writing(uri) as file:
+            yield file
+        if uri.endswith("part-000003.parquet"):  # by a compaction that goes on at the same moment
+            OutputDirectory(output.uri).delete_held()
+
+    monkeypatch.setattr(storage, "writing", stolen)
+    with pytest.raises(OutputError, match=r"^part-0000.* is gone: another job is at work on "):
+        expose(output, output.manifest(), {3})
+    output.delete_held()
     assert read_rows(output.uri).equals(rows)
 
 

@@ -60,6 +60,7 @@ def _refused(kind: type, message: str, **values: object) -> None:
         (TrainConfig, {"learning_rate": -1}, "learning_rate must be at least 0, not -1"),
         (TrainConfig, {"clip_norm": "1"}, "clip_norm must be a finite number or null, not '1'"),
         (TrainConfig, {"label_smoothing": 2}, "label_smoothing must be at most 1, not 2"),
+        (TrainConfig, {"seed": 10**20}, f"seed must be at most 4294967295, not {10**20}"),
         (
             TrainConfig,
             {"precision": "fp16"},
@@ -195,6 +196,7 @@ def test_the_notebooks_preset_is_the_notebook():
     assert (model.pre_norm, model.tied_embeddings, model.shared_dropout) == (False,) * 3
     assert (train.batch_size, train.learning_rate, train.epochs) == (64, 1e-4, 4)
     assert (train.captions, train.minimum_count) == ("first", 5)
+    assert (train.weight_decay, train.weight_decay_of) == (0.01, "all")  # AdamW's own defaults
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=NAMES)

@@ -67,6 +67,7 @@ def test_cocos_captions(photos: Path, tmp_path: Path):
         f"{photos}/b/photo-0003.jpg",
         f"{photos}/a/photo-0000.jpg",
     ]
+    assert [each.name for each in read.images] == names[:2]
     assert read.images[1].captions == [f"caption {n} of a/photo-0000.jpg" for n in range(2)]
     assert (read.without_image, read.without_caption, read.empty_captions) == (2, 0, 0)
 
@@ -88,7 +89,7 @@ def test_data_in_a_bucket(photos: Path):
     fs.pipe("/flickr/Images/y.jpg", b"y")
     fs.pipe("/flickr/captions.txt", b"image,caption\ny.jpg,A y .\n")
     read = read_dataset("memory://flickr")
-    assert read.images == [CaptionedImage("memory:///flickr/Images/y.jpg", ["A y ."])]
+    assert read.images == [CaptionedImage("memory:///flickr/Images/y.jpg", ["A y ."], "y.jpg")]
     names = [("y.jpg", "restval"), ("gone.jpg", "test")]
     fs.pipe("/flickr/Images/dataset.json", json.dumps(_karpathy(names)).encode())
     read = read_dataset("memory://flickr/Images/dataset.json")
@@ -171,6 +172,26 @@ def test_lists_of_names(photos: Path, tmp_path: Path):
             read.split(*arguments)
 
 
+def test_names_that_no_image_has_are_told(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[str] = []
+    monkeypatch.setattr(dataset._logger, "handle", lambda record: told.append(record.getMessage()))
+    read = read_dataset(_json(tmp_path / "captions.json", _coco(["b/photo-0001.jpg"])), str(photos))
+    path = tmp_path / "names.txt"
+    for names, line in {
+        ("b/photo-0001.jpg", ""): None,
+        ("c", "b/photo-0001.jpg", "a", "c"): "2 names in {} that no captioned image has: c, a",
+        (*"gfedcba", "photo-0001.jpg"): (
+            "7 names in {} that no captioned image has: g, f, e, d, c, …"
+        ),
+    }.items():
+        path.write_text("\n".join(names))
+        assert read.listed(str(path)) == read.images
+        assert told == ([f"left out: {line.format(path)}"] if line else [])
+        told.clear()
+
+
 def test_flickrs_layout(photos: Path, tmp_path: Path):
     data = tmp_path / "flickr.json"  # a folder may be called so
     data.mkdir()
@@ -179,8 +200,10 @@ def test_flickrs_layout(photos: Path, tmp_path: Path):
     (data / "captions.txt").write_text("\n".join(lines) + "\n")
     (photos / "a").rename(data / "Images")
     expected = [
-        CaptionedImage(f"{data}/Images/photo-0002.jpg", ["One .", "Four ."]),
-        CaptionedImage(f"{data}/Images/photo-0000.jpg", ["Three, with a comma ."]),
+        CaptionedImage(f"{data}/Images/photo-0002.jpg", ["One .", "Four ."], "photo-0002.jpg"),
+        CaptionedImage(
+            f"{data}/Images/photo-0000.jpg", ["Three, with a comma ."], "photo-0000.jpg"
+        ),
     ]
     for read in (read_dataset(str(data)), read_dataset(f"file://{data}", str(data / "Images"))):
         assert read.images == expected

@@ -1,4 +1,4 @@
-"""Training on several workers: the same steps as one, and no run lost."""
+"""Training on several workers: but for dropout and samples the same steps, and no run lost."""
 
 import dataclasses
 import json
@@ -21,10 +21,10 @@ import torch
 from click.testing import CliRunner
 from torch import distributed, multiprocessing
 
-from captioner import bundle, dataset
+from captioner import bundle, dataset, training
 from captioner import trainer as trainer_module
 from captioner.cli import main
-from captioner.config import TrainConfig
+from captioner.config import LaunchConfig, TrainConfig
 from captioner.dataset import Split
 from captioner.model import CaptionModel
 from captioner.trainer import Source, Trainer
@@ -134,6 +134,59 @@ def test_two_workers_take_the_same_steps_as_one(tmp_path: Path):
     assert len(one["captions"]) == 10
 
 
+def _save_model_without_dropout(data: Path, directory: Path) -> None:
+    """A new model for these data, to go on with."""
+    texts = [text for each in read_split(data).train for text in each.captions]
+    vocabulary = Vocabulary.from_captions(texts, minimum_count=1)
+    model = CaptionModel(dataclasses.replace(NO_DROPOUT, vocabulary_size=len(vocabulary)))
+    bundle.save(str(directory), model, vocabulary)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_workers(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Begun in this process and killed, ended by two workers, then made longer by two and none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = write_data(tmp_path / "data", 30)
+    _save_model_without_dropout(data, tmp_path / "model")
+
+    def run(name: str, workers: int, scst_epochs: int = 0) -> list[dict[str, object]]:
+        epochs = training.train(
+            read_split(data),
+            str(tmp_path / name),
+            model_config=NO_DROPOUT,
+            config=dataclasses.replace(CONFIG, epochs=3, scst_epochs=scst_epochs),
+            launch=LaunchConfig(workers=workers, device="cpu"),
+            begin_with=str(tmp_path / "model"),
+        )
+        return [dataclasses.asdict(each) for each in epochs]
+
+    whole = run("whole", 0)
+    real = Trainer.validate
+    calls = iter([real])
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", lambda *arguments: next(calls)(*arguments))
+        with pytest.raises(StopIteration):
+            run("killed", 0)
+    begun = json.loads((tmp_path / "killed" / "epochs.json").read_text())
+    ended = run("killed", 2)
+    assert ended[:1] == begun  # its seconds, too: it was not computed again
+    for figure in ("train_loss", "validation_loss", "validation_cider"):
+        expected = [each[figure] for each in whole]
+        assert [each[figure] for each in ended] == pytest.approx(expected, rel=1e-5)
+    private = tmp_path / "killed/_training"
+    pointers = sorted((private / "ray/run").glob("epoch-*/checkpoint.json"))
+    assert [path.parent.name for path in pointers] == ["epoch-0002", "epoch-0003"]
+    assert json.loads(pointers[-1].read_text()) == {"uri": str(private / "checkpoint.pt")}
+    longer = run("killed", 2, scst_epochs=1)
+    assert longer[:3] == ended
+    assert len(longer) == 4
+    longest = run("killed", 0, scst_epochs=2)
+    assert longest[:4] == longer
+    assert len(longest) == 5
+
+
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Ray head of its own with two logical CPUs: the environment to reach it with."""
@@ -226,10 +279,7 @@ def test_a_submitted_job_whose_processes_are_killed_ends_as_one_that_was_left_al
     It is compared with a run in this process: without dropout two workers take the same steps.
     """
     data = write_data(tmp_path / "data", 30)
-    texts = [text for each in read_split(data).train for text in each.captions]
-    vocabulary = Vocabulary.from_captions(texts, minimum_count=1)
-    model = CaptionModel(dataclasses.replace(NO_DROPOUT, vocabulary_size=len(vocabulary)))
-    bundle.save(str(tmp_path / "model"), model, vocabulary)
+    _save_model_without_dropout(data, tmp_path / "model")
     options = ["--train-list", str(data / "train.txt"), "--val-list", str(data / "val.txt")]
     options += ["--model", str(tmp_path / "model"), "--warmup-steps", "2", "--epochs", "12"]
     options += ["--views", "1", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,62 @@ def test_a_model_on_a_list_of_a_dataset(data: Path, tmp_path: Path, model_direct
     assert rows["cider"].to_pylist() == sorted(expected.images["cider"])
     assert dict(zip(rows["uri"].to_pylist(), rows["caption"].to_pylist(), strict=True)) == captions
     assert rows["references"].to_pylist() == [references] * 6
+
+
+def _trained_on(model_directory: Path, copy: Path, trained: list[str], validated: list[str]):
+    shutil.copytree(model_directory, copy)
+    seen = bundle.SeenImages(frozenset(trained), frozenset(validated))
+    bundle.save_images(str(copy), seen)
+    return copy
+
+
+def test_images_that_the_model_has_seen_are_told(data: Path, tmp_path: Path, model_directory: Path):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    model = _trained_on(model_directory, tmp_path / "model", [*names[:4], "gone.jpg"], names[3:6])
+    arguments = ("--model", model, "--tokenizer=simple", "--list", data / "list.txt")
+    for listed, known in {
+        (2, 8): "trained on 2 and validated on 2 of these 6",
+        (3, 4): "trained on 1 of these 1",
+        (5, 7): "validated on 1 of these 2",
+        (6, 8): None,
+    }.items():
+        (data / "list.txt").write_text("\n".join(names[slice(*listed)]))
+        result = _run(data, *arguments)
+        assert result.exit_code == 0, result.output
+        told = [line for line in result.stderr.splitlines() if "METEOR" not in line]
+        assert told == ([f"{model} was {known} images, by their names"] if known else [])
+
+
+def test_a_split_with_images_that_the_model_was_trained_on_is_refused(
+    data: Path, tmp_path: Path, model_directory: Path
+):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    sides = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    images = [
+        {"filename": name, "split": side, "sentences": [{"raw": "A dog ."}]}
+        for name, side in zip(names, sides, strict=True)
+    ]
+    (data / "dataset.json").write_text(json.dumps({"images": images}))
+    karpathy = (data / "dataset.json", "--images", data / "Images", "--tokenizer=simple")
+    own = _trained_on(model_directory, tmp_path / "own", names[:4], names[4:6])
+    other = _trained_on(model_directory, tmp_path / "other", names[1:5] + names[7:], [])
+    for model, split, count in (
+        (other, (), "1 of these 2"),
+        (other, ("--split=test",), "1 of these 2"),
+        (other, ("--split=val",), "1 of these 2"),
+        (other, ("--split=train",), None),
+        (own, (), None),
+        (own, ("--split=val",), None),
+        (own, ("--split=train",), None),
+        (model_directory, (), None),
+    ):
+        result = _run(*karpathy, "--model", model, *split)
+        assert result.exit_code == (2 if count else 0), (model, split, result.output)
+        if count:
+            assert result.output == (
+                f"captioner: {model} was trained on {count} images, by their names: "
+                "its split was another; name images with --list\n"
+            )
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(data: Path, model_directory: Path):

@@ -1,5 +1,6 @@
 import functools
 import io
+import pickle
 import resource
 import struct
 import subprocess
@@ -84,6 +85,7 @@ def _tiff(
         (279, 4, 1, 100),
         *extra,
     ]
+    tags = list({tag[0]: tag for tag in tags}.values())
     packed = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + packed + bytes(200)
 
@@ -508,13 +510,13 @@ def test_a_photo_is_gone_through_once(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_scans_of_a_jpeg_are_counted():
     one = _encoded(_photo(160, 120), "JPEG")
-    assert images._scans(one) == 1
-    assert images._scans(one + one) == 1, "what follows the end does not count"
-    ten = images._scans(_encoded(_photo(160, 120), "JPEG", progressive=True))
-    assert ten > 5
+    assert images._scans(one) == [3]
+    assert images._scans(_encoded(_photo(160, 120).convert("L"), "JPEG")) == [1]
+    assert images._scans(one + one) == [3], "what follows the end does not count"
+    assert len(images._scans(_encoded(_photo(160, 120), "JPEG", progressive=True))) > 5
     header, body = one[:2], one[2:]
     thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + len(one)) + one
-    assert images._scans(header + thumbnail + body) == 1
+    assert images._scans(header + thumbnail + body) == [3]
 
 
 def test_a_fraction_keeps_the_aspect_too():
@@ -563,12 +565,18 @@ def _bombs() -> dict[str, tuple[int, bytes]]:
     n, small = 60_000, Image.new("RGB", (16, 16))
     gif_colours = b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
     gif_frame = b"," + struct.pack("<HHHHB", 0, 0, n, n, 0) + b"\x02\x02\x4c\x01\0;"
+    gif_clearing = b"!\xf9\x04\x08\0\0\0\0"  # to the background, after the frame
+    frames = _chunk(b"acTL", struct.pack(">II", 2, 0))
+    frames += _chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, n, n, 0, 0, 1, 1, 1, 0))
+    cleared = _png(n, 1, 8, 2, b"", frames)
     lossless = _encoded(small, "WEBP", lossless=True)
     at = lossless.index(b"VP8L") + 9
     webp = lossless[:at] + struct.pack("<I", 16_382 << 14 | 16_382) + lossless[at + 4 :]
     return {
         "png": (n, _png(n, 1, 8, 2, b"").replace(_chunk_head(n, 1), _chunk_head(n, n))),
+        "png, cleared": (n, cleared.replace(_chunk_head(n, 1), _chunk_head(n, n))),
         "gif": (n, b"GIF89a" + struct.pack("<HH", n, n) + gif_colours + gif_frame),
+        "gif, cleared": (n, b"GIF89a" + bytes(4) + gif_colours + gif_clearing + gif_frame),
         "gif, frame": (n, b"GIF89a" + struct.pack("<HH", 9, 9) + gif_colours + gif_frame),
         "tiff": (n, _tiff(n, n)),
         "tiff-lzw": (n, _tiff(n, n, compression=5)),
@@ -609,6 +617,208 @@ def test_tiles_of_too_many_pixels_are_rejected_at_once():
     assert _decoded_cheaply(_tiff(100, 100, *tiles, compression=5)) == DecodedImage(
         None, 100, 100, "rejected", error
     )
+
+
+@pytest.mark.parametrize(("tag", "kind"), [(273, 1), (324, 3)])
+def test_a_tiff_of_too_many_strips_or_tiles_is_rejected(tag, kind):
+    """Each is a pixel, at 8 or at 0: the offsets are bytes, or of 16 bits."""
+    for count, problem in [(100_000, None), (100_001, "it has more than 100000 strips or tiles")]:
+        data = _tiff(1, count, (278, 4, 1, 1), (322, 4, 1, 1), (323, 4, 1, 1))
+        offsets = struct.pack("<HHII", tag, kind, count, len(data))
+        data = data.replace(struct.pack("<HHII", 273, 4, 1, 8), offsets) + b"\x08\0" * count
+        decoded = images.decode(data, SIZE)
+        assert (decoded.status, decoded.error) == ("rejected" if problem else "ok", problem)
+
+
+def _riff(kind: bytes, data: bytes) -> bytes:
+    return kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+
+
+def _webp_canvas(width: int, height: int, frame: bytes | None = None) -> bytes:
+    """An animated WebP whose one frame, of a pixel, stands on a canvas of that size."""
+    frame = frame or _encoded(Image.new("RGB", (1, 1), RED), "WEBP", lossless=True)[12:]
+    sides = b"".join(struct.pack("<I", side - 1)[:3] for side in (width, height))
+    body = b"WEBP" + _riff(b"VP8X", b"\x02\0\0\0" + sides) + _riff(b"ANIM", bytes(6))
+    body += _riff(b"ANMF", bytes(12) + b"\x64\0\0\0" + frame)
+    return _riff(b"RIFF", body)
+
+
+def _decoded_in_a_process(*files: bytes) -> list[tuple[DecodedImage, int, int]]:
+    """Outcomes in a process that keeps freed memory, as jobs do; the MiB each took, and left."""
+    code = """
+import pickle, sys
+from captioner import images, memory
+
+def mebibytes(name):
+    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) // 1024
+
+memory.keep_freed_memory()
+files, measured = pickle.load(sys.stdin.buffer), []
+images.decode(files[0], 8, max_pixels=1)
+for data in files:
+    memory.release_freed_memory()
+    open("/proc/self/clear_refs", "w").write("5")
+    before = mebibytes("VmRSS")
+    decoded = images.decode(data, 16)
+    measured.append((decoded, mebibytes("VmHWM") - before, mebibytes("VmRSS") - before))
+pickle.dump(measured, sys.stdout.buffer)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(files), capture_output=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr.decode()
+    return pickle.loads(ran.stdout)
+
+
+def test_what_opening_would_allocate_is_checked_before():
+    bombs = [_webp_canvas(15_900, 15_900)] * 2  # at first the memory is zero without being touched
+    for decoded, most, _ in _decoded_in_a_process(*bombs):
+        error = "decoding takes 4044960000 bytes of memory, more than 384000000"
+        assert decoded == DecodedImage(None, 15_900, 15_900, "rejected", error)
+        assert most < 100
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_the_size_of_a_webp_is_read_from_its_head(monkeypatch, lossless, alpha):
+    image = Image.new("RGBA", (301, 202), (*RED, 90)) if alpha else Image.new("RGB", (301, 202))
+    data = _encoded(image, "WEBP", lossless=lossless)
+    assert images.decode(data, SIZE, max_pixels=301 * 202).status == "ok"
+    monkeypatch.setattr(Image, "open", None)
+    error = "301×202 is more than 60801 pixels"
+    assert images.decode(data, SIZE, max_pixels=301 * 202 - 1) == DecodedImage(
+        None, 301, 202, "rejected", error
+    )
+
+
+def test_a_large_image_leaves_no_memory_behind():
+    side = 2900
+    png = _png(5900, 5900, 8, 2, bytes(3 * 5900))
+    files = {
+        "webp": _encoded(_photo(side, side), "WEBP", method=0),
+        "webp, canvas": _webp_canvas(side, side),
+        "webp, broken frame": _webp_canvas(side, side, _riff(b"VP8L", b"\x2f" + bytes(4))),
+        "png": png,
+        "png, broken": png[: len(png) // 2],
+    }
+    for name, measured in zip(files, _decoded_in_a_process(*files.values()), strict=True):
+        decoded, most, left = measured
+        assert decoded.status == ("undecodable" if "broken" in name else "ok"), name
+        assert most > 60, name
+        assert left < 20, name
+
+
+def _memory(data: bytes, size: int, monkeypatch, **options) -> int:
+    """Bytes that an image is reckoned to take."""
+    reckoned = []
+    admit = images._admit
+
+    def record(width: int, height: int, memory: int, *arguments):
+        reckoned.append(memory)
+        admit(width, height, memory, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "_admit", record)
+        images.decode(data, size, **options)
+    [memory] = reckoned
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "keep_aspect", "fraction"),
+    [
+        (512, 512, False, 8),
+        (4000, 512, False, 8),
+        (4000, 511, False, 4),
+        (4000, 255, False, 2),
+        (4000, 127, False, 1),
+        (127, 4000, False, 1),
+        (4000, 127, True, 8),
+        (127, 127, True, 1),
+    ],
+)
+def test_a_jpeg_is_reckoned_at_the_fraction_that_it_is_decoded_at(
+    monkeypatch, width, height, keep_aspect, fraction
+):
+    """Its pixels are 4 bytes in Pillow, and 1 byte where they are grey."""
+    pixels = -(-width // fraction) * -(-height // fraction)
+    options = {"keep_aspect": keep_aspect}
+    for mode, count in (("RGB", 4), ("CMYK", 4), ("L", 1)):
+        data = _encoded(Image.new(mode, (width, height)), "JPEG")
+        assert _memory(data, 32, monkeypatch, **options) == pixels * count
+    # With all its coefficients of 2 bytes: the two of colour are a quarter as many, or as many.
+    for sampling, coefficients in (("4:2:0", 1.5), ("4:4:4", 3)):
+        data = _encoded(_photo(width, height), "JPEG", progressive=True, subsampling=sampling)
+        expected = pixels * 4 + int(width * height * 2 * coefficients)
+        assert _memory(data, 32, monkeypatch, **options) == expected
+
+
+def _first_scan(data: bytes) -> bytes:
+    """A JPEG that has no more."""
+    scan = data.index(b"\xff\xda")
+    scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+    return data[: data.index(b"\xff", scan)] + b"\xff\xd9"
+
+
+def test_a_jpeg_of_one_scan_may_keep_all_its_coefficients(monkeypatch):
+    """One whose scan has not all components, or not all of a block."""
+    side = 512
+    data = _encoded(Image.new("RGB", (side, side)), "JPEG", subsampling=0, progressive=True)
+    coarse = _first_scan(data)
+    assert images._scans(coarse) == [3]
+    assert _memory(coarse, 32, monkeypatch) == (side // 8) ** 2 * 4 + side**2 * 6
+    plain = _encoded(Image.new("RGB", (side, side)), "JPEG", subsampling=0)
+    one_of_three = plain.replace(b"\xff\xda\0\x0c\x03", b"\xff\xda\0\x08\x01")
+    assert images._scans(one_of_three) == [1]
+    assert _memory(one_of_three, 32, monkeypatch) == (side // 8) ** 2 * 4 + side**2 * 6
+
+
+def test_a_tile_is_reckoned_though_it_is_larger_than_its_image(monkeypatch):
+    tiles = [(322, 4, 1, 5000), (323, 4, 1, 4000), (324, 4, 1, 8), (325, 4, 1, 100)]
+    expected = 100 * 100 + 5000 * 4000
+    assert _memory(_tiff(100, 100, *tiles, compression=5), 32, monkeypatch) == expected
+
+
+def test_a_compressed_bitmap_is_rejected_where_its_copies_are_too_many():
+    """Each of its runs is 255 rows that are left out."""
+    side, rows = 15_300, b"\0\2\0\xff" * 60 + b"\0\1"
+    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, 0, 0, 0, 2, 0)
+    start = 14 + len(header) + 8
+    data = b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + bytes(8) + rows
+    error = f"decoding takes {3 * side**2} bytes of memory, more than 384000000"
+    assert _decoded_cheaply(data) == DecodedImage(None, side, side, "rejected", error)
+
+
+def test_a_wide_jpeg_is_decoded_alone(monkeypatch):
+    alone = []
+    load = ImageFile.ImageFile.load
+
+    def record(image: ImageFile.ImageFile):
+        if image.tile:
+            alone.append(images._one_large_image.locked())
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", record)
+    data = _encoded(Image.new("RGB", (65_500, 540)), "JPEG")
+    for size in (136, 134):  # 4 bytes of each pixel are 141 MB; at a half they are 35
+        assert images.decode(data, size).status == "ok"
+    assert alone == [True, False]
+
+
+def test_a_large_webp_is_opened_alone(monkeypatch):
+    alone = []
+    open_image = Image.open
+
+    def record(*arguments, **options):
+        alone.append(images._one_large_image.locked())
+        return open_image(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", record)
+    for side in (100, 2900):
+        assert images.decode(_webp_canvas(side, side), SIZE).status == "ok"
+    assert alone == [False, True]
+    assert not images._one_large_image.locked()
 
 
 # What is no image, or is one no more.

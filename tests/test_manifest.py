@@ -6,13 +6,16 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from captioner import __version__, storage
+from captioner.attempts import Attempts
 from captioner.config import ListingConfig
 from captioner.errors import FingerprintError, InputError, OutputError
 from captioner.manifest import Accounts, OutputDirectory, Shard, list_source
@@ -202,6 +205,8 @@ def test_what_looks_like_a_number_is_a_name(tmp_path):
         (b"uri,n\na.jpg,1\nb.jpg\n", "Expected 2 columns, got 1"),
         (b"uri\n\xff.jpg\n", "invalid UTF8 data"),
         (b"uri,uri\na.jpg,b.jpg\n", "exists 2 times"),
+        (b"a.JPG\nb.jpg\n", "begins with an image, a.JPG, and not with the column's name"),
+        (b"s3://bucket/a\ns3://bucket/b\n", "begins with an image, s3://bucket/a, and not"),
     ],
 )
 def test_the_column_uri_or_the_only_one_counts(tmp_path, data, problem):
@@ -212,6 +217,33 @@ def test_the_column_uri_or_the_only_one_counts(tmp_path, data, problem):
         with pytest.raises(InputError, match=problem) as caught:
             list_source(f"{tmp_path}/list.csv", ListingConfig())
         assert str(caught.value).isprintable()
+
+
+def test_a_list_in_a_folder_whose_name_is_no_text(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(folder)
+    with open(folder + b"/list.txt", "w") as file:
+        file.write("a b.jpg\n")
+    [listed] = list_source(os.fsdecode(folder + b"/list.txt"), ListingConfig())
+    assert listed.uri == f"file://{tmp_path}/%FF/a%20b.jpg"
+    assert storage.is_local(listed.uri)
+
+
+@pytest.mark.parametrize("name", ["photos", "photos.txt"])
+def test_a_source_that_cannot_be_asked_for_is_refused(memory_bucket, name, monkeypatch):
+    _break(monkeypatch, "isdir", "find", "cat_file")
+    with pytest.raises(InputError, match=rf"^cannot \w+ {memory_bucket}/{name}: no connection$"):
+        list_source(f"{memory_bucket}/{name}", ListingConfig())
+
+
+def _break(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
+    """Takes the network away from a bucket of a kind."""
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise OSError("no connection")
+
+    for method in methods:
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), method, fail)
 
 
 def test_columns_of_a_table_that_are_no_text(tmp_path):
@@ -387,7 +419,7 @@ OutputDirectory(sys.argv[1]).begin({}, overwrite=True)
         [sys.executable, "-c", code, output.uri], capture_output=True, text=True, check=True
     )
     manifests = ["manifest-0001.parquet", "manifest-0000.parquet"]
-    assert ran.stdout.split() == ["part-000000.parquet", "summary.json", *manifests, "run.json"]
+    assert ran.stdout.split() == ["part-000000.parquet", *manifests, "summary.json", "run.json"]
 
 
 def test_an_interrupted_deletion_can_be_gone_on_with(output):
@@ -401,7 +433,9 @@ def test_an_interrupted_deletion_can_be_gone_on_with(output):
     assert output.manifest().equals(manifest)
 
 
-def test_temporary_files_of_killed_writers_are_deleted(output):
+def test_temporary_files_of_killed_writers_are_deleted(tmp_path):
+    output = OutputDirectory(f"{tmp_path}/out [1]")
+    output.begin(SETTINGS)
     for name in (".part-000000.parquet.tmp-0123abcd", "_captioner/.run.json.tmp-0123abcd"):
         storage.write(f"{output.uri}/{name}", b"half")
     storage.write(f"{output.uri}/.keep.tmp", b"")
@@ -489,6 +523,51 @@ def test_images_that_left_the_source_stay_in_the_manifest(output):
     output.extend(_listed(1, 2), shard_size=2)
     manifest = output.extend(_listed(3), shard_size=2)
     assert len(manifest) == 3
+
+
+def test_additions_are_in_the_order_of_their_numbers(output):
+    for number in range(3):
+        output.extend(_listed(number), shard_size=4)
+    private = f"{output.uri}/_captioner"
+    for new, old in ((10000, 2), (9999, 1)):
+        data = storage.read(f"{private}/manifest-{old:04d}.parquet")
+        storage.write(f"{private}/manifest-{new}.parquet", data)
+        storage.delete(f"{private}/manifest-{old:04d}.parquet")
+    assert output.manifest()["shard"].to_pylist() == [0, 1, 2]
+
+
+def test_jobs_that_begin_at_once_in_a_bucket_share_their_books(memory_bucket, monkeypatch):
+    """One reads the directory, then the other does its part, then the first goes on."""
+    one, other = (OutputDirectory(f"{memory_bucket}/out") for _ in range(2))
+    write = storage.write
+    meanwhile: list[Callable[[], object]] = []
+
+    def overtaken(path: str, data: bytes, **keywords: bool) -> None:
+        if meanwhile:
+            meanwhile.pop()()
+        write(path, data, **keywords)
+
+    monkeypatch.setattr(storage, "write", overtaken)
+    meanwhile.append(lambda: other.begin({"beam": 2}))
+    with pytest.raises(FingerprintError, match="beam was 2, is 1"):
+        one.begin({"beam": 1})
+    meanwhile.append(lambda: other.extend(_listed(0, 1), shard_size=4))
+    manifest = one.extend(_listed(0, 8, 9), shard_size=4)
+    assert manifest.equals(other.manifest())
+    assert manifest["uri"].to_pylist() == [f"/photos/{n}.jpg" for n in (0, 1, 8, 9)]
+    assert manifest["shard"].to_pylist() == [0, 0, 1, 1]
+
+
+def test_books_that_cannot_be_reached_are_an_output_error(memory_bucket, monkeypatch):
+    output = OutputDirectory(f"{memory_bucket}/out")
+    output.begin({})
+    attempts = Attempts(output.uri)
+    attempts.begin(3)
+    _break(monkeypatch, "ls", "cat_file")
+    asked = (output.manifest, output.parts, output.delete_held, output.accounts)
+    for ask in (*asked, attempts.suspects, attempts.forgive, lambda: attempts.deaths(3)):
+        with pytest.raises(OutputError, match=r"^cannot .* memory://bucket/out.*no connection"):
+            ask()
 
 
 def test_many_additions_keep_their_order(output):
@@ -590,7 +669,7 @@ def test_what_is_not_ok_is_found_in_its_place(output):
     manifest = output.extend(_listed(*range(6)), shard_size=3)
     _write_part(output, 0, ["failed", "ok", "unreadable"])
     assert list(output.not_ok(manifest)) == [
-        Shard(0, ["/photos/0.jpg", "/photos/2.jpg"], [0, 200], [0, 2])
+        Shard(0, ["/photos/0.jpg", "/photos/2.jpg"], [None, None], [0, 2])
     ]
 
 

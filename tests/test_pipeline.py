@@ -7,8 +7,10 @@ import pandas as pd
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from captioner import attention, bundle
+from captioner.cli import main
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.errors import ErrorRateError, FingerprintError, OutputError
 from captioner.manifest import OutputDirectory
@@ -191,6 +193,21 @@ def test_large_files_and_images_are_rejected_and_vanished_ones_unreadable(
     run = RunConfig(**{**vars(RUN), "max_pixels": 4000})
     summary = caption_images(str(listing), str(tmp_path / "out"), str(model_directory), run=run)
     assert summary.rows == {"rejected": 11, "undecodable": 2, "unreadable": 1}
+    run = RunConfig(**{**vars(RUN), "max_bytes": 100})
+    caption_images(str(listing), str(tmp_path / "small"), str(model_directory), run=run)
+    rejected = [row for row in _rows(tmp_path / "small") if row["status"] == "rejected"]
+    assert len(rejected) == 11
+    for row in rejected:
+        assert row["error"] == "more than 100 bytes"
+        assert row["bytes"] == Path(row["uri"]).stat().st_size
+
+
+def test_a_device_that_an_actor_lacks_is_one_line(photos, model_directory, tmp_path, local_ray):
+    command = ["caption", str(photos), str(tmp_path / "out"), "--model", str(model_directory)]
+    result = CliRunner().invoke(main, [*command, "--engine", "ray", "--device", "cuda:1"])
+    assert result.exit_code == 2, result.output
+    assert result.output.splitlines()[-1] == "captioner: no device 'cuda:1' here"
+    assert len(result.output.splitlines()) == 2  # the plan, and that
 
 
 def test_the_engine_is_ray_only_where_there_is_a_cluster(monkeypatch):
@@ -207,6 +224,8 @@ def test_too_many_bad_rows_are_an_error_when_all_is_written(
 ):
     output = tmp_path / "out"
     run = RunConfig(**{**vars(_engine(engine, request)), "max_error_rate": 0.2})
+    allowed = RunConfig(**{**vars(run), "max_error_rate": 3 / 13})
+    caption_images(str(photos), str(output), str(model_directory), run=allowed)
     for _ in range(2):  # the rows of earlier runs count too
         with pytest.raises(ErrorRateError) as caught:
             caption_images(str(photos), str(output), str(model_directory), run=run)
@@ -223,6 +242,8 @@ def test_too_many_bad_rows_are_an_error_when_all_is_written(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_failed_rows_are_redone_in_their_place(engine, photos, model_directory, tmp_path, request):
     output, run = tmp_path / "out", _engine(engine, request)
+    (photos / "truncated.jpg").write_bytes(bytes(100_000))  # and so larger than what mends it
+    run = RunConfig(**{**vars(run), "max_bytes": 50_000})
     caption_images(str(photos), str(output), str(model_directory), run=run)
     before = _rows(output)
     mended = ["empty.jpg", "truncated.jpg"]
@@ -238,7 +259,8 @@ def test_failed_rows_are_redone_in_their_place(engine, photos, model_directory, 
     assert [row["uri"] for row in after] == [row["uri"] for row in before]
     for old, new in zip(before, after, strict=True):
         if Path(new["uri"]).name in mended:
-            assert (old["status"], new["status"]) == ("undecodable", "ok")
+            expected = "rejected" if Path(new["uri"]).name == "truncated.jpg" else "undecodable"
+            assert (old["status"], new["status"]) == (expected, "ok")
             assert new["caption"] == " ".join(new["tokens"])
         else:
             assert new == old

@@ -58,6 +58,7 @@ def test_actors_fit_the_cluster(nodes, settings, expected):
         ),
         ([{"CPU": 3}], {"actors": "4"}, "leave 0 CPUs to decode images, which takes 0.5: the clu"),
         ([{"CPU": 2}], {"cpus_per_decode": 1.5}, "leave 1.25 CPUs to decode images, which takes 1"),
+        ([{"CPU": 8}], {"device": "cuda"}, "^there is no GPU for --device cuda: the cluster has 1"),
         ([{"CPU": 8, "GPU": 4}], {"gpus_per_actor": 1.5}, "must be whole or at most 1, not 1.5"),
     ],
 )

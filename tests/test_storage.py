@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -285,6 +286,27 @@ def test_at_most_one_byte_over_the_limit_is_read(tmp_path, limit, length):
     assert storage.read(f"{tmp_path}/a", limit) == b"x" * length
 
 
+@pytest.mark.parametrize("limit", [10**8, 10**12])
+def test_memory_follows_the_file_and_not_the_limit(tmp_path, limit):
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    tracemalloc.start()
+    try:
+        assert storage.read(f"{tmp_path}/a", limit) == b"x" * 100
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_is_longer_than_its_size_says_is_read_to_its_end_or_the_limit(monkeypatch):
+    """As one that grows is; the kernel says 0 of those in /proc."""
+    monkeypatch.setattr(storage, "_LEAST_READ", 7)
+    environment = Path("/proc/self/environ").read_bytes()
+    assert len(environment) > 100
+    assert storage.read("/proc/self/environ", 10**6) == environment
+    for limit in (0, 5, 6, 7, 90):
+        assert storage.read("/proc/self/environ", limit) == environment[: limit + 1]
+
+
 def test_what_cannot_be_read_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
         storage.read(f"{tmp_path}/none.jpg")
@@ -425,16 +447,13 @@ storage.write(sys.argv[1], bytes(20_000))
     assert (tmp_path / "part-1").read_bytes() == b"before"
     [temporary] = set(os.listdir(tmp_path)) - {"part-1"}
     assert (tmp_path / temporary).stat().st_size == 10_000
-    assert list(storage.leftovers(str(tmp_path))) == [temporary]
+    assert storage.is_temporary(temporary)
 
 
-def test_only_temporary_files_are_leftovers(tmp_path):
+def test_only_temporary_files_are_leftovers():
     temporary = [".a.parquet.tmp-0123abcd", ".run.json.tmp-ffffffff"]
     others = ["a.tmp-0123abcd", ".a.tmp-0123abc", ".a.tmp-0123abcde", ".a.tmp-0123ABCD", ".hidden"]
-    for name in temporary + others:
-        (tmp_path / name).touch()
-    assert list(storage.leftovers(str(tmp_path))) == temporary
-    assert list(storage.leftovers(f"{tmp_path}/none")) == []
+    assert [name for name in temporary + others if storage.is_temporary(name)] == temporary
 
 
 # Deleting.
@@ -494,7 +513,26 @@ def test_an_object_replaces_an_object(memory):
     storage.write(f"{memory}/a", b"1")
     storage.write(f"{memory}/a", b"22")
     assert storage.read(f"{memory}/a") == b"22"
-    assert list(storage.leftovers(memory)) == []
+    assert storage.names(memory) == ["a"]
+
+
+def test_what_is_to_be_new_takes_no_objects_place(memory, tmp_path):
+    storage.write(f"{memory}/a", b"1", new=True)
+    with pytest.raises(FileExistsError):
+        storage.write(f"{memory}/a", b"22", new=True)
+    assert storage.read(f"{memory}/a") == b"1"
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write"):  # no folder can be made there
+        storage.write(f"{tmp_path}/file/a", b"1", new=True)
+
+
+def test_a_directory_is_deleted_and_not_what_its_name_is_a_pattern_for(memory):
+    for name in ("out[1]/a/b", "out[1]/a/c/d", "out1/a/b", "out[1]/e"):
+        storage.write(f"{memory}/{name}", b"1")
+    storage.delete(f"{memory}/out[1]/a")
+    assert storage.find(f"{memory}", ("",)) == [
+        (f"memory:///bucket/photos/{name}", 1) for name in ("out1/a/b", "out[1]/e")
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "a::b.jpg"])

@@ -1,8 +1,10 @@
 import copy
 import dataclasses
 import errno
+import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import nn
 from captioner import bundle, dataset, storage, trainer, training
 from captioner import features as features_module
 from captioner.captioning import Captioner
-from captioner.config import DecodeConfig, TrainConfig
+from captioner.config import PRESETS, DecodeConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
 from captioner.errors import InputError, OutputError
 from captioner.features import compute_features, load_view
@@ -115,6 +117,24 @@ def test_a_run_leaves_what_people_look_at(data: Path, tmp_path: Path, capsys):
         captioner = Captioner(bundle.load(str(directory)), DecodeConfig(max_words=30), device="cpu")
         [caption] = captioner(load_view(str(data / "Images" / "36.png"), 64, 0)[None])
         assert caption.text == epoch.samples[0]
+
+
+def test_a_model_remembers_its_images_and_those_of_the_model_that_it_began_with(
+    data: Path, tmp_path: Path
+):
+    names = [f"{index:02d}.png" for index in range(48)]
+    first, second = tmp_path / "first", tmp_path / "second"
+    begun = {"encoder_weights": _weights(tmp_path)}
+    for output, (begin, middle, end) in {first: (0, 30, 40), second: (6, 36, 48)}.items():
+        (data / "train.txt").write_text("\n".join(names[begin:middle]))
+        (data / "val.txt").write_text("\n".join(names[middle:end]))
+        split = _split(data)
+        training.train(split, str(output), model_config=TINY, config=_config(epochs=1), **begun)
+        begun = {"begin_with": str(output)}
+    for output, middle, end in ((first, 30, 40), (second, 36, 48)):
+        expected = bundle.SeenImages(frozenset(names[:middle]), frozenset(names[30:end]))
+        for directory in (output, output / "last"):
+            assert bundle.load_images(str(directory)) == expected
 
 
 def test_training_goes_on_with_a_model(data: Path, tmp_path: Path):
@@ -226,6 +246,32 @@ def test_another_run_in_the_same_place_is_refused(data: Path, tmp_path: Path):
     with pytest.raises(OutputError, match="holds a model already"):
         run()
     assert sorted((tmp_path / "model").iterdir()) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_no_directory_is_one_line(overwrite, data: Path, tmp_path: Path):
+    weights = _weights(tmp_path)
+    for output in (data / "captions.txt", data / "captions.txt" / "below"):
+        with pytest.raises(OutputError, match=r"^cannot .*captions\.txt.*: Not a directory$"):
+            training.train(
+                _split(data),
+                str(output),
+                model_config=TINY,
+                config=_config(epochs=1),
+                encoder_weights=weights,
+                overwrite=overwrite,
+            )
+
+
+def test_the_largest_seed_is_one_that_torch_takes(data: Path, tmp_path: Path):
+    epochs = training.train(
+        _split(data),
+        str(tmp_path / "model"),
+        model_config=TINY,
+        config=_config(epochs=1, seed=2**32 - 1),
+        encoder_weights=_weights(tmp_path),
+    )
+    assert len(epochs) == 1
 
 
 @pytest.mark.parametrize("fine_tune_from", [None, 2])
@@ -430,6 +476,21 @@ def test_the_learning_rate_rises_and_falls():
     assert trainer.learning_rate_factor(9, 14, TrainConfig()) == 1.0
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_weights_of_notebook_decay_and_the_matrices_of_small(preset, vocabulary):
+    config = dataclasses.replace(PRESETS[preset].train, learning_rate=0.1, weight_decay=0.5)
+    learner = trainer.Trainer(tiny_model(), vocabulary, config, device="cpu")
+    trained = [each for each in learner.model.parameters() if each.requires_grad]
+    before = [each.detach().clone() for each in trained]
+    for each in trained:
+        each.grad = torch.zeros_like(each)
+    learner.optimizer.step()
+    assert {each.ndim for each in trained} >= {1, 2}
+    for parameter, value in zip(trained, before, strict=True):
+        decays = preset == "notebook" or parameter.ndim >= 2
+        torch.testing.assert_close(parameter.detach(), value * (0.95 if decays else 1.0))
+
+
 def test_features_are_computed_once_and_bad_images_left_out(data: Path, tmp_path: Path):
     (data / "Images" / "05.png").write_bytes(b"no image")
     encoder = tiny_model().encoder.eval()
@@ -538,7 +599,7 @@ def test_an_image_that_any_worker_lacks_in_any_view_is_left_out(
     def gather(value: object) -> list[object]:
         return [value, others if isinstance(value, set) else None]
 
-    worker = training._Worker(0, 2, (0, 1), gather, lambda: None, lambda *_: None)
+    worker = training._Worker(0, 2, (0, 1), gather, lambda *_: None)
     source, _ = training._sources(split, own, worker)
     assert source.unreadable == {examples[2].uri, examples[4].uri}
     assert len(source.lengths) == 6
@@ -594,6 +655,25 @@ def test_a_pickle_is_not_executed(tmp_path: Path):
             return (open, (str(marker), "w"))
 
     torch.save({"weight": Hostile()}, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="cannot read the weights"):
+    with pytest.raises(InputError, match=r"weights\.pth is not a state dict$"):
         training.build_model(TINY, str(tmp_path / "weights.pth"))
     assert not marker.exists()
+
+
+def test_a_file_that_holds_no_weights_is_one_line(tmp_path: Path):
+    """Whatever torch says of it: that is to unpickle the file all the same."""
+    state = io.BytesIO()
+    torch.save({"weight": torch.ones(3)}, state)
+    path = tmp_path / "weights.pth"
+    for content, message in {
+        b"Weights of the encoder\n": "is not a state dict",
+        b"hello world\n": "is not a state dict",
+        b"": "is not a state dict",
+        state.getvalue()[:-9]: "cannot read the weights in .*failed finding central directory",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message) as error:
+            training.build_model(TINY, str(path))
+        assert not re.search("weights_only|\n", str(error.value))
+    with pytest.raises(InputError, match=rf"^cannot read {tmp_path}: Is a directory$"):
+        training.build_model(TINY, str(tmp_path))
