@@ -152,7 +152,7 @@ def caption_dataset(
             progress.update(len(batch))
     settings = {"model": model, "precision": str(captioner.dtype).removeprefix("torch.")}
     settings |= {name: asdict(decode)[name] for name in _DECODING}
-    reasons = {"images that cannot be decoded": undecodable}
+    reasons = {"images that cannot be read or decoded": undecodable}
     return Captioned(kept, captions, settings, _without_empty(reasons))
 
 

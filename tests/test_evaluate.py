@@ -148,8 +148,8 @@ def test_an_image_that_cannot_be_decoded_is_left_out(data: Path, model_directory
     assert result.exit_code == 0, result.output
     parsed = json.loads(result.stdout)
     assert parsed["images"] == 5
-    assert parsed["left_out"] == {"images that cannot be decoded": [str(broken)]}
-    assert f"left out: 1 images that cannot be decoded: {broken}" in result.stderr
+    assert parsed["left_out"] == {"images that cannot be read or decoded": [str(broken)]}
+    assert f"left out: 1 images that cannot be read or decoded: {broken}" in result.stderr
     (data / "list.txt").write_text(broken.name)
     result = _run(data, *arguments)
     assert result.exit_code == 2
