@@ -33,6 +33,7 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -180,8 +181,9 @@ def job(engine: str, photos: str, output: str, directory: str, run: RunConfig) -
     run = replace(run, engine=engine, shard_size=SHARD, device="cpu")
     summary = pipeline.caption_images(photos, output, directory, decode=DECODE, run=run)
     assert summary.rows["ok"] == summary.images
-    times = sorted(path.stat().st_mtime for path in Path(output).glob("part-*"))
-    return SHARD * (len(times) - 1) / (times[-1] - times[0])
+    first, *others = sorted(Path(output).glob("part-*"), key=lambda path: path.stat().st_mtime)
+    rows = sum(pq.read_metadata(path).num_rows for path in others)
+    return rows / (others[-1].stat().st_mtime - first.stat().st_mtime)
 
 
 def matrix_speed(dtype: torch.dtype) -> float:
@@ -321,11 +323,14 @@ def main(
     with tempfile.TemporaryDirectory() as directory:
         chosen = Path(directory, "photos")
         chosen.mkdir()
-        for path in sorted(Path(photos).glob("*.jp*g"))[:images]:
+        files = sorted(Path(photos).glob("*.jp*g"))[:images]
+        if len(files) <= SHARD:
+            raise click.ClickException(f"{len(files)} images are too few: take more than {SHARD}")
+        for path in files:
             shutil.copy(path, chosen)
         model = f"{directory}/model"
         make_bundle(model)
-        results: dict[str, Any] = {"images": images}
+        results: dict[str, Any] = {"images": len(files)}
         results["machine"] = describe_machine("torch", "ray", "transformers")
         with pipeline.connected():
             for each in ["fp32", "bf16"] if precision == "both" else [precision]:

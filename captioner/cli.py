@@ -219,10 +219,8 @@ def train(
         overwrite=overwrite,
     )
     best = max(epochs, key=lambda epoch: epoch.validation_cider)
-    click.echo(
-        f"{output}: CIDEr {best.validation_cider:.1f} on the validation images "
-        f"after epoch {best.epoch}"
-    )
+    text = f"{output}: CIDEr {best.validation_cider:.1f} on the validation images"
+    click.echo(printable(f"{text} after epoch {best.epoch}"))
 
 
 @main.command()
@@ -260,7 +258,7 @@ def caption(
         run=run,
         overwrite=overwrite,
     )
-    click.echo(done.describe())
+    click.echo(printable(done.describe()))
 
 
 @main.command()

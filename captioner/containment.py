@@ -39,8 +39,8 @@ class BatchCaptioner:
     """Captions batches of any size, whatever they hold, with no more images at once than fit.
 
     ``batch_size`` is halved for good when memory runs out. Where it is given as ``auto`` it is
-    doubled before that for as long as larger batches caption more images a second. ``work`` is
-    what was done since it was taken last.
+    doubled before that for as long as larger batches caption more images a second, up to ``most``:
+    no batch is larger than a shard. ``work`` is what was done since it was taken last.
     """
 
     def __init__(
@@ -48,8 +48,10 @@ class BatchCaptioner:
         captioner: Callable[[np.ndarray], Sequence[Caption]],
         decode: DecodeConfig,
         batch_size: int | Literal["auto"],
+        most: int = 1 << 20,
     ):
         self._captioner = captioner
+        self._most = most
         self._decode = decode
         self.batch_size = _SMALLEST if batch_size == "auto" else batch_size
         self._grows = batch_size == "auto"
@@ -68,7 +70,7 @@ class BatchCaptioner:
             precision=run.precision,
             compiled=run.compile == "on",
         )
-        return cls(captioner, job.decode, run.batch_size)
+        return cls(captioner, job.decode, run.batch_size, most=run.shard_size)
 
     def take_work(self) -> Work:
         """What was done since this was called last."""
@@ -100,12 +102,14 @@ class BatchCaptioner:
             return
         speed = max(self._speeds[1:])  # the first has its memory and its kernels to find
         self._speeds = []
-        if speed > _FASTER * self._slower:
-            self._slower = speed
-            self.batch_size *= 2
-        else:
+        if speed <= _FASTER * self._slower:
             self._grows = False
             self.batch_size //= 2
+        elif 2 * self.batch_size > self._most:
+            self._grows = False
+        else:
+            self._slower = speed
+            self.batch_size *= 2
 
     def _contain(self, batch: Sequence[Loaded]) -> None:
         if (problem := self._try(batch)) is None:

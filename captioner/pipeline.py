@@ -326,12 +326,19 @@ def choose_engine(run: RunConfig) -> str:
     """``local`` or ``ray``; ``auto`` takes Ray in a Ray job, on a cluster or with several GPUs.
 
     Raises:
-        InputError: it is Ray, and there is to be a profile.
+        InputError: it is Ray, and there is to be a profile, or one GPU of a machine is named.
     """
     engine: str = run.engine
-    if engine == "auto":
+    one_gpu = run.device.startswith("cuda:")
+    if engine == "auto" and one_gpu:
+        engine = "local"
+    elif engine == "auto":
         job = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
         engine = "ray" if job or torch.cuda.device_count() > 1 else "local"
+    if engine == "ray" and one_gpu:
+        raise InputError(
+            f"--device {run.device} is for --engine local: Ray chooses the GPU of each process"
+        )
     if engine == "ray" and run.profile is not None:
         raise InputError("a profile is of a job in this process, not on Ray: give --engine local")
     return engine
@@ -402,7 +409,7 @@ class _Actors:
         own_cpus = _ACTOR_CPUS if cpus > 1 else 0.4
         own_gpus = run.gpus_per_actor
         if own_gpus is None:
-            own_gpus = 1 if gpus and run.device in ("auto", "cuda") else 0
+            own_gpus = 1 if run.device == "cuda" or (gpus and run.device == "auto") else 0
         if own_gpus > 1 and own_gpus % 1:
             raise InputError(f"gpus_per_actor must be whole or at most 1, not {own_gpus:g}")
         room = sum(_room(node, own_cpus, own_gpus) for node in nodes)
@@ -460,10 +467,10 @@ def _chain(
 ) -> Written:
     from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
-    context = DataContext.get_current()
+    context = DataContext.get_current().copy()
     if actors.decoders is not None:
         # Ray would decode ahead until a sixth of the machine's memory is full. A shard for each
-        # decode task and two for each actor are enough; Ray keeps a half for other stages.
+        # decode task and two for each actor are enough; Ray keeps some of it for other stages.
         pixels = 3 * job.image_size**2 * max(len(shard.uris) for shard in shards)  # bytes of one
         ahead = 2 * (actors.decoders + 2 * actors.most) * pixels
         context.execution_options.resource_limits = ExecutionResources(object_store_memory=ahead)
@@ -473,24 +480,26 @@ def _chain(
     one_shard = {"batch_size": 1, "batch_format": "pyarrow"}
     load: dict[str, Any] = {"fn_kwargs": {"job": job}, "num_cpus": job.run.cpus_per_decode}
     constructor = {"job": job, "bundle": ray.put(bundle), "threads": actors.threads}
-    chain = (
-        ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
-        .map_batches(load_stage, **load, **one_shard)
-        .map_batches(
-            CaptionStage,
-            fn_constructor_kwargs=constructor,
-            compute=ActorPoolStrategy(min_size=actors.least, max_size=actors.most),
-            num_gpus=actors.gpus,
-            num_cpus=actors.cpus,
-            **one_shard,
+    items = [asdict(shard) for shard in shards]
+    with DataContext.current(context):  # what else the process does with Ray keeps its own settings
+        chain = (
+            ray.data.from_items(items, override_num_blocks=len(items))
+            .map_batches(load_stage, **load, **one_shard)
+            .map_batches(
+                CaptionStage,
+                fn_constructor_kwargs=constructor,
+                compute=ActorPoolStrategy(min_size=actors.least, max_size=actors.most),
+                num_gpus=actors.gpus,
+                num_cpus=actors.cpus,
+                **one_shard,
+            )
+            .map_batches(write_stage, fn_kwargs={"job": job}, num_cpus=0.25, **one_shard)
         )
-        .map_batches(write_stage, fn_kwargs={"job": job}, num_cpus=0.25, **one_shard)
-    )
-    for row in chain.iter_rows():
-        if problem := row.pop("problem"):
-            name, message = problem
-            raise getattr(errors, name)(message)
-        yield row["rows"], Work(**row["work"])
+        for row in chain.iter_rows():
+            if problem := row.pop("problem"):
+                name, message = problem
+                raise getattr(errors, name)(message)
+            yield row["rows"], Work(**row["work"])
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.attempts import Attempts
-from captioner.errors import CaptionerError
+from captioner.errors import CaptionerError, InputError
 from captioner.manifest import Shard
 from captioner.schema import COLUMNS, CaptionRow, rows_to_table
 from captioner.stages import CaptionJob, Loaded, load_image, write_part
@@ -123,6 +123,11 @@ class CaptionStage:
         self.attempts = Attempts(job.output)
         self.problem: CaptionerError | None = None
         try:
+            if job.run.device == "auto" and ray.get_gpu_ids() and not torch.cuda.is_available():
+                raise InputError(
+                    "Ray set a GPU aside, but torch cannot use it: nvidia-smi shows the driver, "
+                    f"torch.version.cuda is {torch.version.cuda}"
+                )
             self.captioner = BatchCaptioner.load(job, ray.get(bundle))
         except CaptionerError as problem:  # raised here, it would come as pages of Ray's frames
             self.problem = problem

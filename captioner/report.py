@@ -18,6 +18,7 @@ __all__ = ["CaptionedRow", "Report", "draw", "find_row", "summarise"]
 
 _SHOWN = 5
 _LONGEST_SIDE = 480  # of an image in a drawing, in pixels
+_TALLEST = 4  # times its width is a panel's height at most; a taller image has margins
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def draw(row: CaptionedRow) -> bytes:
         panels += [(word, attention.overlay(image, map_GG)) for word, map_GG in words]
     columns = min(len(panels), 5)
     rows = math.ceil(len(panels) / columns)
-    height = 2.4 * image.height / image.width + 0.3
+    height = 2.4 * min(image.height / image.width, _TALLEST) + 0.3
     figure = Figure(figsize=(2.4 * columns, height * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(row.caption, parse_math=False)

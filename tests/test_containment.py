@@ -131,6 +131,19 @@ def test_batches_grow_until_the_device_is_busy(monkeypatch):
     assert set(model.sizes[13:]) == {16, 4}
 
 
+def test_batches_grow_no_larger_than_a_shard(monkeypatch):
+    model = _Timed(lambda _: 1.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: model.now)
+    captioner = BatchCaptioner(model, DecodeConfig(), "auto", most=64)
+    for _ in range(20):
+        captioner(_images(64))
+    assert captioner.batch_size == 64
+    captioner.take_work()
+    captioner(_images(64))
+    work = captioner.take_work()
+    assert (work.batches, work.images, work.places) == (1, 64, 64)
+
+
 def test_batches_stop_growing_where_memory_ends(monkeypatch):
     model = _Timed(lambda _: 1.0, raises=_run_out_of_device_memory, most=50)
     assert _found(model, monkeypatch).batch_size == 32

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from captioner import attention, bundle
 from captioner.cli import main
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
-from captioner.errors import ErrorRateError, FingerprintError, OutputError
+from captioner.errors import ErrorRateError, FingerprintError, InputError, OutputError
 from captioner.manifest import OutputDirectory
 from captioner.pipeline import caption_images, choose_engine
 from conftest import tiny_model, write_photos
@@ -204,9 +204,9 @@ def test_large_files_and_images_are_rejected_and_vanished_ones_unreadable(
 
 def test_a_device_that_an_actor_lacks_is_one_line(photos, model_directory, tmp_path, local_ray):
     command = ["caption", str(photos), str(tmp_path / "out"), "--model", str(model_directory)]
-    result = CliRunner().invoke(main, [*command, "--engine", "ray", "--device", "cuda:1"])
+    result = CliRunner().invoke(main, [*command, "--engine", "ray", "--device", "mps"])
     assert result.exit_code == 2, result.output
-    assert result.output.splitlines()[-1] == "captioner: no device 'cuda:1' here"
+    assert result.output.splitlines()[-1] == "captioner: no device 'mps' here"
     assert len(result.output.splitlines()) == 2  # the plan, and that
 
 
@@ -216,6 +216,9 @@ def test_the_engine_is_ray_only_where_there_is_a_cluster(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert choose_engine(RunConfig()) == "ray"
     assert choose_engine(RunConfig(engine="local")) == "local"
+    assert choose_engine(RunConfig(device="cuda:1")) == "local"
+    with pytest.raises(InputError, match=r"^--device cuda:1 is for --engine local: Ray chooses"):
+        choose_engine(RunConfig(device="cuda:1", engine="ray"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -72,6 +72,8 @@ def test_a_cluster_that_grows_may_have_no_room_yet(told):
     run = RunConfig(actors="2:8", gpus_per_actor=1.0, wait_for_nodes=not told)
     actors = _Actors.fitting(_cluster({"CPU": 1}, growing=told), run)
     assert (actors.least, actors.most, actors.gpus) == (2, 8, 1)
+    run = RunConfig(device="cuda", wait_for_nodes=not told)
+    assert _Actors.fitting(_cluster({"CPU": 8}, growing=told), run).gpus == 1
 
 
 @pytest.mark.parametrize("actors", ["0", "3:2", "x", "1:", "-1", "1:2:3", "", "٣"])
