@@ -62,7 +62,8 @@ def timed(way: Callable[[bytes, int], np.ndarray], data: bytes, size: int) -> tu
 @click.option("--model", default=bundle.DEFAULT, help="Model directory.")
 @click.option("--images", "count", default=100, show_default=True, help="Evenly from the list.")
 @click.option("--rounds", default=3, show_default=True, help="Times each photo is decoded.")
-def main(data: str, names: str, model: str, count: int, rounds: int) -> None:
+@click.option("--beam", type=int, help="Beam width.  [default: the model's]")
+def main(data: str, names: str, model: str, count: int, rounds: int, beam: int | None) -> None:
     """Times both ways of decoding, and captions what comes of them in float32."""
     examples = read_dataset(storage.absolute(data)).listed(names)
     places = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int)
@@ -85,7 +86,7 @@ def main(data: str, names: str, model: str, count: int, rounds: int) -> None:
                     seconds[way].append(spent)
                     if turn == 0:
                         pixels[way].append(decoded)
-    captioner = Captioner(loaded, DecodeConfig(attention="none"), precision="fp32")
+    captioner = Captioner(loaded, DecodeConfig(beam=beam, attention="none"), precision="fp32")
     captions: dict[str, list[str]] = {}
     for way, arrays in pixels.items():
         batches = (arrays[begin : begin + BATCH] for begin in range(0, len(arrays), BATCH))
