@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captioner import storage, tables
 from captioner.config import ListingConfig
-from captioner.errors import InputError
+from captioner.errors import InputError, first_of
 from captioner.vocabulary import PAD
 
 __all__ = [
@@ -167,7 +167,7 @@ class Dataset:
         if not chosen:
             raise InputError(f"{uri} names none of the images")
         if unknown:
-            first = ", ".join(unknown[:_SHOWN]) + (", …" if len(unknown) > _SHOWN else "")
+            first = first_of(unknown, _SHOWN)
             _logger.warning(
                 "left out: %d names in %s that no captioned image has: %s", len(unknown), uri, first
             )

@@ -15,6 +15,8 @@ The command line prints the message as one line and exits with ``exit_code``. Ev
 that is raised is a bug, or the machine's.
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "BundleError",
     "CaptionerError",
@@ -24,6 +26,7 @@ __all__ = [
     "InputError",
     "OutputError",
     "StoppedError",
+    "first_of",
     "printable",
 ]
 
@@ -77,3 +80,8 @@ class StoppedError(CaptionerError):
 def printable(text: str) -> str:
     """One line that a terminal shows as it is, whatever a file name holds."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first of some names, between commas, and a mark where there are more."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -18,7 +18,7 @@ from captioner import __version__, bundle, dataset, metrics
 from captioner.captioning import Captioner
 from captioner.config import DecodeConfig, RunConfig
 from captioner.dataset import CaptionedImage, Dataset
-from captioner.errors import InputError
+from captioner.errors import InputError, first_of
 from captioner.features import load_view
 from captioner.manifest import OutputDirectory
 from captioner.metrics import Scores
@@ -54,8 +54,7 @@ class Captioned:
         """A line for each reason, with the first names."""
         lines = []
         for reason, uris in self.left_out.items():
-            more = ", …" if len(uris) > _SHOWN else ""
-            lines.append(f"left out: {len(uris)} {reason}: {', '.join(uris[:_SHOWN])}{more}")
+            lines.append(f"left out: {len(uris)} {reason}: {first_of(uris, _SHOWN)}")
         return lines
 
 

@@ -171,8 +171,11 @@ class OutputDirectory:
     def __init__(self, uri: str):
         self.uri = uri
 
+    def _within(self, *names: str) -> str:
+        return "/".join([self.uri.rstrip("/"), *names])
+
     def _private(self, name: str) -> str:
-        return storage.join(storage.join(self.uri, PRIVATE), name)
+        return self._within(PRIVATE, name)
 
     def begin(self, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         """Makes the directory this job's: new, or begun before with the same settings.
@@ -221,7 +224,7 @@ class OutputDirectory:
     def _names(self, *folders: str) -> list[str]:
         """What stands in it, or in a folder of it; nothing where there is none."""
         try:
-            return storage.names("/".join([self.uri.rstrip("/"), *folders]))
+            return storage.names(self._within(*folders))
         except OSError as error:
             reason = error.strerror or _one_line(error)
             raise OutputError(f"cannot use {self.uri} for output: {reason}") from error
@@ -249,7 +252,7 @@ class OutputDirectory:
             self.delete_held()
             for folders in ([], [PRIVATE], [PRIVATE, "attempts"]):
                 for name in filter(storage.is_temporary, self._names(*folders)):
-                    storage.delete("/".join([self.uri.rstrip("/"), *folders, name]))
+                    storage.delete(self._within(*folders, name))
 
     def delete_held(self) -> None:
         """Deletes the parts that went into others; nobody else may be at work on the directory."""

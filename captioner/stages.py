@@ -72,11 +72,6 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
     except Exception as problem:  # a bucket's client raises what it likes: this row says so
         row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=one_line(problem))
         return Loaded(row, None)
-    if len(data) > limit:  # and only as much of it was read
-        error = f"more than {limit} bytes"
-        return Loaded(
-            CaptionRow(uri=uri, bytes=storage.size(uri), status="rejected", error=error), None
-        )
     decoded = images.decode(
         data, job.image_size, max_pixels=job.run.max_pixels, max_bytes=job.run.max_bytes
     )
@@ -84,7 +79,7 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
         uri=uri,
         width=decoded.width,
         height=decoded.height,
-        bytes=len(data),
+        bytes=len(data) if len(data) <= limit else storage.size(uri),  # of more, not all is read
         status=decoded.status,
         error=decoded.error,
     )

@@ -27,7 +27,7 @@ from captioner.bundle import Bundle, SeenImages
 from captioner.captioning import choose_device
 from captioner.config import LaunchConfig, ModelConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
-from captioner.errors import CaptionerError, InputError, OutputError, printable
+from captioner.errors import CaptionerError, InputError, OutputError, first_of, printable
 from captioner.features import compute_features
 from captioner.journal import Epoch, write_journal
 from captioner.model import CaptionModel
@@ -430,7 +430,7 @@ def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, S
 def _report_bad(uris: set[str]) -> None:
     """Names the images that are left out of training and validation."""
     if uris:
-        first = ", ".join(sorted(uris)[:5]) + (", …" if len(uris) > 5 else "")
+        first = first_of(sorted(uris), 5)
         text = f"{len(uris)} images cannot be read or decoded and are left out: {first}"
         tqdm.write(printable(text), file=sys.stderr)
 
