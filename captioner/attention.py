@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-__all__ = ["decode", "encode", "heatmap", "overlay"]
+__all__ = ["colour", "decode", "encode", "heatmap", "overlay"]
 
 
 def encode(maps_TGG: np.ndarray, levels: int = 127) -> tuple[bytes, list[float]]:
@@ -71,10 +71,14 @@ def heatmap(map_GG: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
-def overlay(image: Image.Image, map_GG: np.ndarray, alpha: float = 0.5) -> Image.Image:
-    """A map over its image, half and half in matplotlib's ``viridis``: the notebook's overlay."""
+def colour(map_GG: np.ndarray, size: tuple[int, int] | None = None) -> Image.Image:
+    """A map in matplotlib's ``viridis``, enlarged to ``size`` (width, height) if one is given."""
     import matplotlib
 
-    colours = matplotlib.colormaps["viridis"](heatmap(map_GG, image.size), bytes=True)
-    coloured = Image.fromarray(colours[..., :3])
-    return Image.blend(image.convert("RGB"), coloured, alpha)
+    values = heatmap(map_GG, size or (map_GG.shape[1], map_GG.shape[0]))
+    return Image.fromarray(matplotlib.colormaps["viridis"](values, bytes=True)[..., :3])
+
+
+def overlay(image: Image.Image, map_GG: np.ndarray, alpha: float = 0.5) -> Image.Image:
+    """A map over its image, half and half: the notebook's overlay."""
+    return Image.blend(image.convert("RGB"), colour(map_GG, image.size), alpha)

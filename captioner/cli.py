@@ -269,8 +269,10 @@ def demo(output: str, model: str | None) -> None:
     from captioner import bundle, storage
     from captioner.demo import run_demo
 
-    for drawing, text in run_demo(storage.absolute(output), model or bundle.DEFAULT):
+    output = storage.absolute(output)
+    for drawing, text in run_demo(output, model or bundle.DEFAULT):
         click.echo(f"{printable(text)}  {printable(drawing)}")
+    click.echo(f"a page of all of them: {printable(storage.join(output, 'gallery.html'))}")
 
 
 @main.command()
@@ -287,6 +289,30 @@ def show(output: str, uri: str, target: str) -> None:
     row = report.find_row(storage.absolute(output), uri)
     storage.write(storage.absolute(target), report.draw(row))
     click.echo(printable(row.caption))
+
+
+@main.command()
+@click.argument("output")
+@click.option("-o", "--page", "target", required=True, metavar="FILE", help="HTML to write.")
+@click.option("--images", "count", default=100, show_default=True, help="How many at most.")
+@click.option(
+    "--order",
+    type=click.Choice(["random", "best", "worst", "listed"]),
+    default="random",
+    show_default=True,
+    help="Images drawn from all, or those with the best or worst scores, or the first ones.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the draw.")
+def gallery(output: str, target: str, count: int, order: typing.Any, seed: int) -> None:
+    """Make a page to look through the captions in OUTPUT: point at a word to see where it looked.
+
+    The page holds all that it shows, and no script.
+    """
+    from captioner import storage
+    from captioner.gallery import make_gallery
+
+    page = make_gallery(storage.absolute(output), count=count, order=order, seed=seed)
+    storage.write(storage.absolute(target), page.encode())
 
 
 @main.command("report")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from importlib import resources
 
-from captioner import report, storage
+from captioner import gallery, report, storage
 from captioner.config import RunConfig
 from captioner.errors import InputError
 from captioner.pipeline import caption_images
@@ -26,7 +26,7 @@ def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
 
     Args:
         output: a directory: the photos go to ``photos/`` in it, the captions to ``captions/``, the
-            drawings to ``overlays/``.
+            drawings to ``overlays/``, a page of all of them to ``gallery.html``.
         model: a bundle's directory.
 
     Yields:
@@ -46,6 +46,8 @@ def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
     for name in PHOTOS:
         storage.write(storage.join(photos, name), (pictures / name).read_bytes())
     caption_images(photos, captions, model, run=RunConfig(engine="local"), overwrite=True)
+    page = gallery.make_gallery(captions, order="listed")
+    storage.write(storage.join(output, "gallery.html"), page.encode())
     for name in PHOTOS:
         row = report.find_row(captions, name)
         target = storage.join(output, f"overlays/{name.rsplit('.', 1)[0]}.png")

@@ -5,15 +5,17 @@ Nothing is ever renumbered: images that turn up later become new shards at the e
 """
 
 import hashlib
+import heapq
 import io
 import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from captioner import __version__, storage
 from captioner.config import ListingConfig, parse_json
 from captioner.errors import FingerprintError, InputError, OutputError
 from captioner.parts import Part, delete_parts, find_parts, open_part, row_groups
-from captioner.schema import MANIFEST, SCHEMA_VERSION, STATUSES
+from captioner.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, STATUSES
 from captioner.storage import Listed
 
 __all__ = [
@@ -459,6 +461,36 @@ class OutputDirectory:
         """
         for part in self.parts():
             yield from row_groups(self.uri, part, columns)
+
+    def lowest(self, rank: Callable[[np.ndarray], np.ndarray], count: int) -> pa.Table:
+        """The rows with the lowest ranks, the lowest first, and in listing order among equals.
+
+        Args:
+            rank: makes numbers of the scores of some rows, NaN where there is none; a row whose
+                number is NaN is not taken.
+            count: how many at most.
+
+        Raises:
+            OutputError: a part cannot be read.
+        """
+        found: list[tuple[float, Part, int, int]] = []  # rank, part, row group, row
+        for part in self.parts():
+            for number, some in enumerate(row_groups(self.uri, part, ["score"])):
+                ranks = rank(some["score"].to_numpy())
+                first = [
+                    i for i in np.argsort(ranks, kind="stable")[:count] if ranks[i] == ranks[i]
+                ]
+                found += [(float(ranks[i]), part, number, int(i)) for i in first]
+            found = heapq.nsmallest(count, found)
+        places = sorted(place for _, *place in found)
+        tables = [COLUMNS.empty_table()]
+        for part, of_part in itertools.groupby(places, itemgetter(0)):
+            with open_part(self.uri, part) as file:
+                for number, of_group in itertools.groupby(of_part, itemgetter(1)):
+                    rows = [row for _, _, row in of_group]
+                    tables.append(file.read_row_group(number).take(rows))
+        order = [places.index(place) for _, *place in found]
+        return pa.concat_tables(tables[1:] or tables).take(order)
 
     def find_row(self, shard: int, row: int) -> pa.Table | None:
         """The row of an image, in a table of its own; None where it has none yet.

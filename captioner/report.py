@@ -4,8 +4,10 @@ import heapq
 import io
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
@@ -14,10 +16,19 @@ from captioner.errors import InputError, OutputError
 from captioner.manifest import Accounts, OutputDirectory
 from captioner.schema import STATUSES
 
-__all__ = ["CaptionedRow", "Report", "draw", "find_row", "summarise"]
+__all__ = [
+    "CaptionedRow",
+    "Report",
+    "attention_maps",
+    "draw",
+    "find_row",
+    "read_photo",
+    "summarise",
+]
 
 _SHOWN = 5
 _LONGEST_SIDE = 480  # of an image in a drawing, in pixels
+_MOST_BYTES = 256_000_000  # of an image's file
 _TALLEST = 4  # times its width is a panel's height at most; a taller image has margins
 
 
@@ -120,17 +131,46 @@ def find_row(output: str, uri: str) -> CaptionedRow:
         raise InputError(f"{uri} has no caption: {values['status']}, {values['error']}")
     if values["attention"] is None:
         raise InputError(f"{uri} has no attention maps: the job ran with --attention none")
+    maps_TGG = attention_maps(values, part.schema)
+    return CaptionedRow(values["uri"], values["caption"], values["tokens"], maps_TGG)
+
+
+def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:
+    """The maps of a row of a part with this schema, ``(T, G, G)``.
+
+    Raises:
+        OutputError: they cannot be read.
+    """
     try:
-        metadata = part.schema.metadata
-        maps_TGG = attention.decode(
-            values["attention"],
-            values["attention_peak"],
-            grid=int(metadata[b"captioner.attention.grid"]),
-            levels=int(metadata[b"captioner.attention.levels"]),
+        return attention.decode(
+            row["attention"],
+            row["attention_peak"],
+            grid=int(schema.metadata[b"captioner.attention.grid"]),
+            levels=int(schema.metadata[b"captioner.attention.levels"]),
         )
     except (KeyError, TypeError, ValueError) as error:
+        uri = row["uri"]
         raise OutputError(f"the row of {uri} has attention maps that cannot be read") from error
-    return CaptionedRow(values["uri"], values["caption"], values["tokens"], maps_TGG)
+
+
+def read_photo(uri: str, longest_side: int) -> Image.Image:
+    """An image, to be shown to a person.
+
+    Args:
+        uri: where it is.
+        longest_side: of the result, in pixels.
+
+    Raises:
+        InputError: it cannot be read any more.
+    """
+    try:
+        data = storage.read(uri, _MOST_BYTES)
+        decoded = images.decode(data, longest_side, keep_aspect=True, max_bytes=_MOST_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {uri}: {error}") from error
+    if decoded.pixels_HW3 is None:
+        raise InputError(f"cannot decode {uri}: {decoded.error}")
+    return Image.fromarray(decoded.pixels_HW3)
 
 
 def draw(row: CaptionedRow) -> bytes:
@@ -142,13 +182,7 @@ def draw(row: CaptionedRow) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    try:
-        decoded = images.decode(storage.read(row.uri), _LONGEST_SIDE, keep_aspect=True)
-    except OSError as error:
-        raise InputError(f"cannot read {row.uri}: {error}") from error
-    if decoded.pixels_HW3 is None:
-        raise InputError(f"cannot decode {row.uri}: {decoded.error}")
-    image = Image.fromarray(decoded.pixels_HW3)
+    image = read_photo(row.uri, _LONGEST_SIDE)
     panels = [("", image)]
     if len(row.maps_TGG):
         panels.append(
