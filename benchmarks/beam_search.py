@@ -36,24 +36,25 @@ def main(
     dtype = choose_dtype(precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    examples = read_dataset(storage.absolute(data)).listed(names)
+    listed = read_dataset(storage.absolute(data)).listed(names)
     loaded = bundle.load(storage.absolute(model))
     encoder = loaded.model.encoder.to(device)
     size = loaded.config.image_size
-    [features] = compute_features(encoder, examples, image_size=size, dtype=dtype)
+    [features] = compute_features(encoder, listed, image_size=size, dtype=dtype)
+    places = np.flatnonzero(features.decodable())
     decoder = loaded.model.decoder.to(device, dtype)
-    references = [each.captions for each in examples]
+    references = [listed[place].captions for place in places]
     results = []
     for beam, penalty in itertools.product(
         map(int, beams.split(",")), map(float, length_penalties.split(","))
     ):
-        if beam == 1 and results:
+        if beam == 1 and any(result["beam"] == 1 for result in results):
             continue  # greedy search has nothing to rank
         decode = DecodeConfig(beam=beam, length_penalty=penalty, max_words=30, attention="none")
         captions = []
-        for begin in range(0, len(examples), BATCH):
-            places = range(begin, min(begin + BATCH, len(examples)))
-            batch = torch.from_numpy(np.stack([features[place] for place in places]))
+        for begin in range(0, len(places), BATCH):
+            some = [features[place] for place in places[begin : begin + BATCH]]
+            batch = torch.from_numpy(np.stack(some))
             hypotheses = generate(decoder, batch.to(device, dtype), decode)
             captions += [" ".join(loaded.vocabulary.words(each.ids)) for each in hypotheses]
         scores = metrics.score(captions, references).corpus
@@ -64,7 +65,7 @@ def main(
                 f"{metrics.NAMES[name]} {100 * value:.1f}" for name, value in scores.items()
             )
         )
-    click.echo(json.dumps({"model": model, "images": len(examples), "results": results}))
+    click.echo(json.dumps({"model": model, "images": len(places), "results": results}))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,22 @@ from captioner.errors import BundleError, InputError, OutputError
 from captioner.model import CaptionModel
 from captioner.vocabulary import Vocabulary
 
-__all__ = ["DEFAULT", "Bundle", "SeenImages", "load", "load_images", "save", "save_images"]
+__all__ = [
+    "DEFAULT",
+    "IMAGES",
+    "Bundle",
+    "SeenImages",
+    "load",
+    "load_images",
+    "save",
+    "save_images",
+]
 
 #: The model that comes with captioner.
 DEFAULT = str(Path(__file__).parent / "models" / "flickr8k")
+
+#: The file with which images a model has seen.
+IMAGES = "images.json"
 
 _FORMAT = "captioner-bundle-1"
 _HEAD = "decoder.head.weight"  # the embedding's weight where the two are tied: stored once
@@ -35,7 +47,7 @@ _FLOATING = {"F16": 2, "BF16": 2, "F32": 4}  # bytes of a weight
 _LARGEST_CONFIG = 1 << 20
 _LARGEST_TOKENIZER = 1 << 24
 _LARGEST_HEADER = 1 << 24
-_IMAGES = "images.json"
+
 _LARGEST_IMAGES = 1 << 28
 
 
@@ -166,7 +178,7 @@ def save_images(directory: str, images: SeenImages) -> None:
     """
     names = {"trained": sorted(images.trained), "validated": sorted(images.validated)}
     text = json.dumps(names, indent=0) + "\n"
-    storage.write(storage.join(directory, _IMAGES), text.encode())
+    storage.write(storage.join(directory, IMAGES), text.encode())
 
 
 def load_images(directory: str) -> SeenImages | None:
@@ -177,7 +189,7 @@ def load_images(directory: str) -> SeenImages | None:
         BundleError: the record is damaged.
     """
     try:
-        with storage.open_binary(storage.join(storage.absolute(directory), _IMAGES)) as file:
+        with storage.open_binary(storage.join(storage.absolute(directory), IMAGES)) as file:
             data = file.read(_LARGEST_IMAGES)
     except OSError:  # a store that may not be listed does not say what is not there
         return None
@@ -188,9 +200,7 @@ def load_images(directory: str) -> SeenImages | None:
         if not all(names_only):
             raise TypeError
     except (InputError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"{_IMAGES} of the model {directory} is not two lists of names"
-        ) from error
+        raise BundleError(f"{IMAGES} of the model {directory} is not two lists of names") from error
     return SeenImages(*map(frozenset, sides))
 
 

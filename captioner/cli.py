@@ -218,7 +218,7 @@ def train(
         begin_with=model,
         overwrite=overwrite,
     )
-    best = max(epochs, key=lambda epoch: epoch.validation_cider)
+    best = training.best_of(epochs)
     text = f"{output}: CIDEr {best.validation_cider:.1f} on the validation images"
     click.echo(printable(f"{text} after epoch {best.epoch}"))
 
@@ -432,7 +432,7 @@ def evaluate(
     captioned_images = dataset.read_dataset(references or source, images)
     chosen_images = evaluation.choose_images(captioned_images, split=split, names=names)
     if model is not None:
-        if seen := evaluation.describe_seen(chosen_images, model, split=split):
+        if seen := evaluation.describe_seen(chosen_images, captioned_images, model, split=split):
             click.echo(printable(seen), err=True)
         captioned = evaluation.caption_dataset(chosen_images, model, decode=decode, run=run)
     else:

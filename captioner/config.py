@@ -130,6 +130,8 @@ def from_mapping(config: type[Config], values: Mapping[str, Any]) -> Config:
     Raises:
         InputError: a key is unknown, or a value has the wrong type or is out of range.
     """
+    if not isinstance(values, Mapping):
+        raise InputError("the settings are not an object")
     known = {each.name for each in dataclasses.fields(config)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise InputError(f"unknown setting {', '.join(unknown)}")
@@ -220,7 +222,10 @@ class TrainConfig(_Checked):
     )
     clip_norm: float | None = setting(None, "largest norm of the gradient", minimum=0)
     average: float = setting(
-        0.0, "decay a step of the weights' moving average, which is kept; 0: none", maximum=1
+        0.0,
+        "decay a step of the weights' moving average, which is kept; 0: none",
+        minimum=0,
+        maximum=1,
     )
     scst_epochs: int = setting(
         0, "more epochs, of self-critical training on CIDEr (Rennie et al. 2017)", minimum=0
@@ -270,7 +275,7 @@ class DecodeConfig(_Checked):
         None, "beam width; 1 is greedy; none: the model's own, see its config.json", minimum=1
     )
     length_penalty: float = setting(
-        1.0, "beams are ranked by log-probability over length to this power", minimum=0
+        1.0, "beams are ranked by log-probability over length to this power", minimum=0, maximum=10
     )
     max_words: int | None = setting(
         None, "longest caption, its end counted; none: what the model knows", minimum=1

@@ -111,13 +111,10 @@ class Dataset:
         if any(each is not None for each in (train_list, validation_list, test_list)):
             raise InputError("--train-list and --val-list go together")
         if self.sides is not None:
-            by_side = [
-                [image for image, own in zip(self.images, self.sides, strict=True) if own == side]
-                for side in ("train", "val", "test")
-            ]
-            if not (by_side[0] and by_side[1]):
+            split = Split(*map(self.on_side, ("train", "val", "test")))
+            if not (split.train and split.validation):
                 raise InputError("the file's own split has nothing to train or to validate on")
-            return Split(*by_side)
+            return split
         held_out = _VALIDATION + _TEST
         if len(self.images) <= held_out:
             raise InputError(
@@ -126,6 +123,11 @@ class Dataset:
             )
         images = self.images
         return Split(images[:-held_out], images[-held_out:-_TEST], images[-_TEST:])
+
+    def on_side(self, side: str) -> list[CaptionedImage]:
+        """The images that are for ``train``, ``val`` or ``test`` by what the data say."""
+        sides = self.sides or itertools.repeat(None)
+        return [image for image, own in zip(self.images, sides, strict=False) if own == side]
 
     def describe(self, split: Split) -> str:
         """What is trained and validated on, and what was left out: one line for a person."""
@@ -154,16 +156,16 @@ class Dataset:
             lines = storage.read(uri).decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {uri}: {error}") from error
-        ending = finder([image.uri for image in self.images])
+        find = finder(self.images)
         chosen: set[str] = set()
         unknown = []
         for name in dict.fromkeys(line.strip(" \t\r") for line in lines):
-            found = ending(name)
+            found = find(name)
             if len(found) > 1:
                 raise InputError(f"{uri}: {len(found)} images are called {name}")
             if name and not found:
                 unknown.append(name)
-            chosen.update(found)
+            chosen.update(image.uri for image in found)
         if not chosen:
             raise InputError(f"{uri} names none of the images")
         if unknown:
@@ -243,7 +245,21 @@ def _is_text(caption: object) -> TypeGuard[str]:
     return True
 
 
-def finder(uris: Sequence[str]) -> Callable[[str], list[str]]:
+def finder(images: Sequence[CaptionedImage]) -> Callable[[str], list[CaptionedImage]]:
+    """Looks up the image that the table calls so; else those whose URIs end in the name."""
+    by_name = {image.name: image for image in images}
+    by_uri = {image.uri: image for image in images}
+    ending = _ending(list(by_uri))
+
+    def find(name: str) -> list[CaptionedImage]:
+        if name in by_name:
+            return [by_name[name]]
+        return [by_uri[uri] for uri in ending(name)]
+
+    return find
+
+
+def _ending(uris: Sequence[str]) -> Callable[[str], list[str]]:
     """Looks up the URIs that end in a name: all of its parts, not only the last."""
     by_name = defaultdict(list)
     for uri in uris:
@@ -260,7 +276,7 @@ def _locator(directory: str, files: Sequence[str]) -> Callable[[str], str | None
     """Looks an image up in the listing: by its path, else by an end of it that only one has."""
     depth = len(_parts(directory))
     by_path = {"/".join(_parts(uri)[depth:]): uri for uri in files}
-    ending = finder(files)
+    ending = _ending(files)
 
     def locate(name: str) -> str | None:
         if name in by_path:

@@ -73,18 +73,24 @@ def choose_images(data: Dataset, *, split: str | None, names: str | None) -> lis
         return data.listed(names)
     if split is None:
         return data.images
-    parts = data.split()
-    images = {"train": parts.train, "val": parts.validation, "test": parts.test}[split]
+    if data.sides is not None:
+        images = data.on_side(split)
+    else:
+        parts = data.split()
+        images = {"train": parts.train, "val": parts.validation, "test": parts.test}[split]
     if not images:
         raise InputError(f"the dataset has no images to {split}: use --list")
     return images
 
 
-def describe_seen(images: Sequence[CaptionedImage], model: str, *, split: str | None) -> str | None:
+def describe_seen(
+    images: Sequence[CaptionedImage], data: Dataset, model: str, *, split: str | None
+) -> str | None:
     """How many images a model has seen in training, in a line; None where it knows of none.
 
     Args:
         images: what to evaluate on.
+        data: the dataset that they are of.
         model: a bundle's directory.
         split: of which they are; None where they were named one by one.
 
@@ -95,10 +101,11 @@ def describe_seen(images: Sequence[CaptionedImage], model: str, *, split: str | 
     seen = bundle.load_images(model)
     if seen is None:
         return None
-    find = dataset.finder([image.uri for image in images])
+    find, uris = dataset.finder(data.images), {image.uri for image in images}
     sides = {"trained on": seen.trained, "validated on": seen.validated - seen.trained}
     counts = {
-        side: len({uri for name in names for uri in find(name)}) for side, names in sides.items()
+        side: len(uris & {image.uri for name in names for image in find(name)})
+        for side, names in sides.items()
     }
     if not any(counts.values()):
         return None

@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,18 +20,20 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from captioner import images, storage
 from captioner.dataset import CaptionedImage, ahead
+from captioner.errors import OutputError
 from captioner.model import ImageEncoder
 from captioner.progress import progress_bar
 
 __all__ = ["Features", "compute_features", "load_view"]
 
 _CHUNK = 512  # images a file
+_ASKING = 32  # threads that ask for versions: mostly waiting, for a bucket
 _DECODED, _UNDECODABLE, _UNREADABLE = range(3)  # what a file says of an image
 _LEAST_CROP = 0.7  # of the height and of the width
 _LARGEST_CHANGE = 0.35  # of brightness, contrast and saturation
@@ -138,22 +141,31 @@ def compute_features(
 
     Returns:
         The features of each view.
+
+    Raises:
+        OutputError: the cache directory has no room for them, or cannot be written.
     """
     cache = storage.cache_directory("features")
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write features to {cache}: {error.strerror or error}") from error
     chunks = [examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK)]
     versions = [_versions(chunk) for chunk in chunks]
     fingerprint = _fingerprint(encoder)
     # Rounding the model itself would change what is trained and kept, and the names of the files.
     converted = copy.deepcopy(encoder).to(dtype).to(memory_format=torch.channels_last)
     rank, processes = share
-    features = []
+    by_view = []
     for view in range(views):
         settings = f"{image_size} {view} {dtype} {images.PREPROCESSING_VERSION} "
         if view > 1 and augmentation != "crops":
             settings += f"{augmentation} "
         paths = [cache / _file_name(settings + fingerprint, each) for each in versions]
-        files = list(zip(paths, chunks, strict=True))
+        by_view.append(list(zip(paths, chunks, strict=True)))
+    _check_room(cache, converted, [each for files in by_view for each in files])
+    features = []
+    for view, files in enumerate(by_view):
         compute = partial(
             _compute_files,
             converted,
@@ -167,8 +179,24 @@ def compute_features(
             wait()
         # To another process an image may have had another version, and the file another name.
         compute([each for each in files if not each[0].exists()])
-        features.append(Features(paths))
+        features.append(Features([path for path, _ in files]))
     return features
+
+
+def _check_room(
+    cache: Path, encoder: ImageEncoder, files: Sequence[tuple[Path, Sequence[CaptionedImage]]]
+) -> None:
+    missing = sum(len(chunk) for path, chunk in files if not path.exists())
+    if not missing:
+        return
+    with torch.inference_mode():
+        needed = missing * 2 * encoder.of_blank().numel()
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise OutputError(
+            f"features take {needed / 1e9:.1f} GB, and {cache} has {free / 1e9:.1f} GB free: "
+            "take fewer --views, or set XDG_CACHE_HOME to a directory elsewhere"
+        )
 
 
 def _compute_files(
@@ -189,8 +217,12 @@ def _compute_files(
         for path, chunk in files:
             encoded = _encode(encoder, chunk, load, batch_size, progress)
             temporary = path.with_suffix(f".tmp-{os.getpid()}")
-            save_file(encoded, temporary)
-            os.replace(temporary, path)
+            try:
+                save_file(encoded, temporary)
+                os.replace(temporary, path)
+            except (OSError, SafetensorError) as error:
+                temporary.unlink(missing_ok=True)
+                raise OutputError(f"cannot write features to {path.parent}: {error}") from error
 
 
 def _load(
@@ -230,15 +262,18 @@ def _encode(
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether there is such a file, and all of its images could be read."""
+    """Whether there is such a file, undamaged, and all of its images could be read."""
     if not path.exists():
         return False
-    with safe_open(path, framework="numpy") as file:
-        return _UNREADABLE not in file.get_tensor("statuses")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return _UNREADABLE not in file.get_tensor("statuses")
+    except SafetensorError:
+        return False
 
 
 def _fingerprint(encoder: ImageEncoder) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(encoder.config.backbone.encode())
     tensors = {**encoder.state_dict(), "mean": encoder.mean, "std": encoder.std}
     for name, tensor in tensors.items():
         digest.update(name.encode())
@@ -247,7 +282,9 @@ def _fingerprint(encoder: ImageEncoder) -> str:
 
 
 def _versions(examples: Sequence[CaptionedImage]) -> str:
-    return "".join(f"{each.uri} {storage.version(each.uri)}\n" for each in examples)
+    uris = [each.uri for each in examples]
+    versions = ahead(storage.version, uris, _ASKING)
+    return "".join(f"{uri} {version}\n" for uri, version in zip(uris, versions, strict=True))
 
 
 def _file_name(settings: str, versions: str) -> str:

@@ -77,6 +77,7 @@ class ImageEncoder(nn.Module):
         except (RuntimeError, AttributeError) as error:  # timm: unknown model, unknown tag
             raise InputError(f"timm has no backbone {config.backbone!r}: {error}") from error
         quicken(self.backbone)
+        self.config = config
         self.channels: int = self.backbone.num_features
         self.register_buffer("mean", torch.tensor(config.mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.std), persistent=False)
@@ -101,6 +102,23 @@ class ImageEncoder(nn.Module):
         }
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in trained)
+        if trained:
+            self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
+        """Freezes what its features do not depend on: workers would wait for its gradients."""
+        mode = self.training
+        self.eval()
+        parameters = [each for each in self.parameters() if each.requires_grad]
+        gradients = torch.autograd.grad(self.of_blank().sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+        self.train(mode)
+
+    def of_blank(self) -> Tensor:
+        """The features ``(1, h, w, C)`` of an image of zeros."""
+        size = self.config.image_size
+        return self(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=self.mean.device))  # type: ignore[no-any-return]
 
     def drop_paths(self, rate: float) -> None:
         """Leaves residual branches out at random in training: stochastic depth (Huang et al. 2016).

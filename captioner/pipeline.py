@@ -418,7 +418,7 @@ class _Actors:
             least = most = max(1, room if own_gpus else int(cpus) // 8)
         needed = f"{least} actors of {own_cpus:g} CPUs and {own_gpus:g} GPUs"
         free = cpus - least * own_cpus
-        grows = run.wait_for_nodes or _is_known_to_grow(ray)
+        grows = run.wait_for_nodes or is_known_to_grow(ray)
         if run.device == "cuda" and not gpus and not grows:
             raise InputError(f"there is no GPU for --device cuda: the cluster has {cluster}")
         if room < least and not grows:
@@ -452,7 +452,7 @@ def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
     return places
 
 
-def _is_known_to_grow(ray: Any) -> bool:
+def is_known_to_grow(ray: Any) -> bool:
     """Whether an autoscaler has told Ray how large the cluster can be; not all of them do.
 
     That is not public in Ray 2.60.

@@ -43,6 +43,8 @@ def read_csv(uri: str) -> list[Entry]:
         raise InputError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
     if not {"image", "caption"} <= set(table.columns):
         raise InputError(f"{uri} has no columns image,caption")
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much for an index
+        raise InputError(f"{uri}: a line has more fields than the first: quote a caption's commas")
     groups = table.groupby("image", sort=False)["caption"]
     return [Entry(str(name), group.tolist()) for name, group in groups]
 
@@ -88,7 +90,7 @@ def _karpathy(parsed: dict[str, Any]) -> list[Entry]:
         name, side = _text(image, "filename"), _text(image, "split")
         if side not in _SIDES:
             raise ValueError(f"there is no split {side!r}")
-        if "filepath" in image:
+        if image.get("filepath"):
             name = storage.join(_text(image, "filepath"), name)
         captions = [sentence.get("raw") for sentence in _objects(image, "sentences")]
         entries.append(Entry(name, captions, _SIDES[side]))

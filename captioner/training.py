@@ -8,6 +8,8 @@ the epoch and the worker alone, so that it ends as a run that nobody disturbed.
 import hashlib
 import io
 import json
+import logging
+import math
 import os
 import sys
 import time
@@ -33,14 +35,16 @@ from captioner.journal import Epoch, write_journal
 from captioner.model import CaptionModel
 from captioner.progress import in_ray_job, progress_bar
 from captioner.reward import ConsensusReward, content_words
-from captioner.trainer import Source, Trainer, plan_batches
+from captioner.trainer import Source, Trainer
 from captioner.vocabulary import Vocabulary
 
-__all__ = ["build_model", "train"]
+__all__ = ["best_of", "build_model", "train"]
 
 _SAMPLES = 8  # validation images whose captions are kept after each epoch
 _PRIVATE = "_training"  # what a run keeps for itself: the model as it began, a checkpoint
 _CHECKPOINT = "checkpoint.pt"
+
+_logger = logging.getLogger(__name__)
 
 
 def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> CaptionModel:
@@ -169,7 +173,8 @@ def train(
     workers = max(1, launch.workers)
     if not config.epochs + config.scst_epochs:
         raise InputError("there is nothing to train: epochs and scst_epochs are 0")
-    if config.batch_size < workers or len(split.train) < workers:
+    batches = math.ceil(len(split.train) / config.batch_size)
+    if len(split.train) < workers * batches:  # the batches' sizes differ by one at most
         raise InputError(f"a batch has too few images for {workers} workers")
     earlier = bundle.load(begin_with) if begin_with else None
     if earlier is not None:
@@ -298,9 +303,6 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
         workers=worker.workers,
     )
     training, validation = _sources(job.split, trainer, worker)
-    plan = plan_batches(training.lengths, config, 0)
-    if min(map(len, plan)) < worker.workers:
-        raise InputError(f"a batch has too few images for {worker.workers} workers")
     if config.scst_epochs:
         trainer.reward_for(training.examples)
     judge = ConsensusReward(
@@ -321,9 +323,10 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
         ) as progress:
             value = trainer.train_epoch(training, number, partial(_advance, progress))
         seconds = time.monotonic() - begin
-        if not np.isfinite(value):
-            raise CaptionerError(f"the loss is {value} in epoch {number}: lower learning_rate")
-        loss, mine = trainer.validate(validation)
+        if np.isfinite(value):
+            loss, mine = trainer.validate(validation)
+        if not (np.isfinite(value) and np.isfinite(loss)):
+            raise CaptionerError(f"the loss is not finite in epoch {number}: lower learning_rate")
         bad = set().union(*worker.gather(training.unreadable | validation.unreadable))
         if worker.rank == 0:
             _report_bad(bad - reported)
@@ -375,11 +378,15 @@ def _resume(job: _Job, trainer: Trainer) -> list[Epoch]:
     return epochs
 
 
+def best_of(epochs: Sequence[Epoch]) -> Epoch:
+    """The epoch whose model is kept: the highest CIDEr, and the lowest loss among equals."""
+    return max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
+
+
 def _keep(job: _Job, trainer: Trainer, epochs: Sequence[Epoch], validation: Source) -> None:
     """Writes the bundles, the journal and, last, the checkpoint after an epoch."""
-    best = max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
     directories = [storage.join(job.output, "last")]
-    if best is epochs[-1]:
+    if best_of(epochs) is epochs[-1]:
         directories.append(job.output)
     for directory in directories:
         bundle.save_images(directory, job.seen)
@@ -457,7 +464,11 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
     )
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = launch.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= launch.workers
+    use_gpu = _uses_gpus(ray, launch)
+    devices = "a GPU each" if use_gpu else f"on {launch.device.replace('auto', 'cpu')}"
+    _logger.info("%d workers on Ray, %s", launch.workers, devices)
+    if launch.device == "auto":
+        job = replace(job, device="cuda" if use_gpu else "cpu")
     filesystem, path = storage.arrow_filesystem(job.private("ray"))
     trainer = TorchTrainer(
         _ray_worker,
@@ -484,6 +495,22 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
         raise CaptionerError(f"training failed: {reason[-500:]}") from error
 
 
+def _uses_gpus(ray: Any, launch: LaunchConfig) -> bool:
+    """Whether each worker gets a GPU.
+
+    Raises:
+        InputError: it is to have one, and there are too few.
+    """
+    from captioner.pipeline import is_known_to_grow
+
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if launch.device.startswith("cuda:"):
+        raise InputError(f"Ray chooses the GPUs of its workers: --device cuda, not {launch.device}")
+    if launch.device == "cuda" and gpus < launch.workers and not is_known_to_grow(ray):
+        raise InputError(f"{launch.workers} workers need a GPU each: the cluster has {gpus:g}")
+    return launch.device == "cuda" or (launch.device == "auto" and gpus >= launch.workers)
+
+
 def _ray_worker(settings: dict[str, Any]) -> None:
     import tempfile
     from pathlib import Path
@@ -494,10 +521,10 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     job = ray.get(settings["job"])
-    if choose_device(job.device).type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    elif job.device in ("auto", "cuda"):
+    if choose_device(job.device).type == "cuda":
         job = replace(job, device=str(ray.train.torch.get_device()))
+    elif job.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
 
     def gather(value: Any) -> list[Any]:
         values = [None] * context.get_world_size()

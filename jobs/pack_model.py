@@ -51,6 +51,8 @@ def main(models: tuple[str, ...], directory: str, encoder_weights: str | None) -
     directory = storage.absolute(directory)
     if seen := [images for model in models if (images := bundle.load_images(model))]:
         bundle.save_images(directory, reduce(or_, seen))
+    else:
+        storage.delete(storage.join(directory, bundle.IMAGES))
     bundle.save(directory, first.model, first.vocabulary, dtype=torch.float16)
 
 
