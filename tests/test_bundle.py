@@ -255,6 +255,7 @@ CONFIGS = {
     "list": (_written(C, b"[]"), C),
     "no model": (_written(C, b'{"format": "captioner-bundle-1"}'), "no 'model'"),
     "model is a list": (_written(C, b'{"format": "captioner-bundle-1", "model": [1]}'), C),
+    "model is empty": (_written(C, b'{"format": "captioner-bundle-1", "model": []}'), "not an obj"),
     "endless": (_special(C, lambda path: path.symlink_to("/dev/zero")), "not a regular file"),
 }
 TOKENIZERS = {
@@ -371,6 +372,13 @@ def test_packed_models_are_the_average_in_half_precision(tmp_path: Path, vocabul
     options = ("--encoder-weights", tmp_path / "encoder.pth")
     packed = _pack(tmp_path / "0", tmp_path / "0", tmp_path / "1", tmp_path / "new", *options)
     assert packed.returncode == 0, packed.stderr
+    for number in range(2):  # their record is not the next model's in that place
+        (tmp_path / str(number) / bundle.IMAGES).rename(tmp_path / f"{number}.json")
+    assert _pack(tmp_path / "0", tmp_path / "new").returncode == 0
+    assert bundle.load_images(str(tmp_path / "new")) is None
+    for number in range(2):
+        (tmp_path / f"{number}.json").rename(tmp_path / str(number) / bundle.IMAGES)
+    packed = _pack(tmp_path / "0", tmp_path / "0", tmp_path / "1", tmp_path / "new", *options)
     seen = bundle.SeenImages(frozenset({"0.jpg", "1.jpg"}), frozenset({"2.jpg"}))
     assert bundle.load_images(str(tmp_path / "new")) == seen
     stored = safetensors.torch.load_file(tmp_path / "new" / "model.safetensors")

@@ -58,6 +58,8 @@ def _refused(kind: type, message: str, **values: object) -> None:
             "learning_rate must be a finite number, not '1e-4'",
         ),
         (TrainConfig, {"learning_rate": -1}, "learning_rate must be at least 0, not -1"),
+        (TrainConfig, {"average": -5}, "average must be at least 0, not -5"),
+        (DecodeConfig, {"length_penalty": 182}, "length_penalty must be at most 10, not 182"),
         (TrainConfig, {"clip_norm": "1"}, "clip_norm must be a finite number or null, not '1'"),
         (TrainConfig, {"label_smoothing": 2}, "label_smoothing must be at most 1, not 2"),
         (TrainConfig, {"seed": 10**20}, f"seed must be at most 4294967295, not {10**20}"),

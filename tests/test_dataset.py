@@ -57,6 +57,10 @@ def test_karpathys_split(photos: Path, tmp_path: Path):
     assert numbers == [[0, 2, 4], [1], [3]]
     assert split.test[0].captions == ["A photo-0003.jpg ."]
     assert all("/b/" in each.uri for each in split.train)
+    path = _json(tmp_path / "flat.json", _karpathy([("photo-0004.jpg", "val")], filepath=""))
+    assert [each.uri for each in read_dataset(path, str(photos)).images] == [
+        str(photos / "b" / "photo-0004.jpg")
+    ]
 
 
 def test_cocos_captions(photos: Path, tmp_path: Path):
@@ -170,6 +174,32 @@ def test_lists_of_names(photos: Path, tmp_path: Path):
     }.items():
         with pytest.raises(InputError, match=message):
             read.split(*arguments)
+
+
+def test_a_name_is_first_of_all_the_tables(tmp_path: Path):
+    """And then the end of a path: ``a.jpg`` is not ``sub/a.jpg`` where there is an ``a.jpg``."""
+    write_photos(tmp_path / "Images", 1)[0].rename(tmp_path / "Images" / "a.jpg")
+    write_photos(tmp_path / "Images" / "sub", 1)[0].rename(tmp_path / "Images" / "sub" / "a.jpg")
+    (tmp_path / "captions.txt").write_text("image,caption\nsub/a.jpg,Below .\na.jpg,Above .\n")
+    read = read_dataset(str(tmp_path))
+    for name, caption in {
+        "a.jpg": "Above .",
+        "sub/a.jpg": "Below .",
+        "Images/a.jpg": "Above .",
+    }.items():
+        (tmp_path / "list").write_text(name)
+        assert [each.captions for each in read.listed(str(tmp_path / "list"))] == [[caption]]
+
+
+@pytest.mark.parametrize("row", ["a.jpg,a dog, running", "a.jpg,a dog,"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_comma_that_is_not_quoted_is_one_line(row: str, place: int, tmp_path: Path):
+    write_photos(tmp_path / "Images", 1)[0].rename(tmp_path / "Images" / "a.jpg")
+    rows = ["a.jpg,a cat", "a.jpg,a cat"]
+    rows[place] = row
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *rows]))
+    with pytest.raises(InputError, match=r"more fields than|Expected 2 fields in line 3, saw 3"):
+        read_dataset(str(tmp_path))
 
 
 def test_names_that_no_image_has_are_told(

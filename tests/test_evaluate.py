@@ -140,6 +140,38 @@ def test_a_split_with_images_that_the_model_was_trained_on_is_refused(
             )
 
 
+def test_the_test_images_of_a_split_may_be_there_alone(data: Path, model_directory: Path):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    images = [
+        {"filename": name, "split": side, "sentences": [{"raw": "A dog ."}]}
+        for name, side in [("gone.jpg", "train"), ("gone too.jpg", "val"), (names[0], "test")]
+    ]
+    (data / "dataset.json").write_text(json.dumps({"images": images}))
+    karpathy = (data / "dataset.json", "--images", data / "Images", "--tokenizer=simple")
+    result = _run(*karpathy, "--model", model_directory, "--split=test")
+    assert result.exit_code == 0, result.output
+    result = _run(*karpathy, "--model", model_directory, "--split=val")
+    assert (result.exit_code, result.output) == (
+        2,
+        "captioner: the dataset has no images to val: use --list\n",
+    )
+
+
+def test_an_image_of_another_folder_is_not_one_that_was_trained_on(
+    data: Path, tmp_path: Path, model_directory: Path
+):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    (data / "Images" / "sub").mkdir()
+    shutil.copy(data / "Images" / names[0], data / "Images" / "sub" / names[0])
+    with (data / "captions.txt").open("a") as captions:
+        captions.write(f"sub/{names[0]},A cat .\n")
+    model = _trained_on(model_directory, tmp_path / "model", names[:4], [])
+    (data / "list.txt").write_text(f"sub/{names[0]}")
+    result = _run(data, "--model", model, "--tokenizer=simple", "--list", data / "list.txt")
+    assert result.exit_code == 0, result.output
+    assert "trained on" not in result.stderr
+
+
 def test_an_image_that_cannot_be_decoded_is_left_out(data: Path, model_directory: Path):
     broken = data / "Images" / "photo-0003.jpg"
     broken.write_bytes(b"no image")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from captioner.cli import main
-from captioner.config import RunConfig
+from captioner.config import LaunchConfig, RunConfig
 from captioner.errors import InputError
 from captioner.manifest import Shard
 from captioner.pipeline import _Actors, _choose_compile
+from captioner.training import _uses_gpus
 from conftest import write_photos
 
 
@@ -21,7 +23,11 @@ def _cluster(*nodes: dict[str, float], growing: bool = False) -> SimpleNamespace
     largest = {"CPU": 1000, "GPU": 100} if growing else None
     state = SimpleNamespace(get_max_resources_from_cluster_config=lambda: largest)
     dead = {"Alive": False, "Resources": {"CPU": 100, "GPU": 8}}
+    total = Counter()
+    for node in nodes:
+        total.update(node)
     return SimpleNamespace(
+        cluster_resources=lambda: dict(total),
         nodes=lambda: [dead, *({"Alive": True, "Resources": node} for node in nodes)],
         _private=SimpleNamespace(state=SimpleNamespace(state=state)),
     )
@@ -74,6 +80,29 @@ def test_a_cluster_that_grows_may_have_no_room_yet(told):
     assert (actors.least, actors.most, actors.gpus) == (2, 8, 1)
     run = RunConfig(device="cuda", wait_for_nodes=not told)
     assert _Actors.fitting(_cluster({"CPU": 8}, growing=told), run).gpus == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "expected"),
+    [
+        (0, {}, False),
+        (1, {}, False),  # not one on the GPU and one on the CPU
+        (2, {}, True),
+        (2, {"device": "cpu"}, False),
+        (2, {"device": "cuda"}, True),
+        (1, {"device": "cuda"}, "2 workers need a GPU each: the cluster has 1"),
+        (2, {"device": "cuda:1"}, "Ray chooses the GPUs of its workers"),
+    ],
+)
+def test_training_takes_a_gpu_for_each_worker_or_none(gpus, settings, expected):
+    launch, cluster = LaunchConfig(workers=2, **settings), {"CPU": 4, "GPU": gpus}
+    if isinstance(expected, bool):
+        assert _uses_gpus(_cluster(cluster), launch) is expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            _uses_gpus(_cluster(cluster), launch)
+    if settings.get("device") == "cuda":
+        assert _uses_gpus(_cluster(cluster, growing=True), launch)
 
 
 @pytest.mark.parametrize("actors", ["0", "3:2", "x", "1:", "-1", "1:2:3", "", "٣"])

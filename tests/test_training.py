@@ -6,21 +6,23 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from captioner import bundle, dataset, storage, trainer, training
 from captioner import features as features_module
 from captioner.captioning import Captioner
-from captioner.config import PRESETS, DecodeConfig, TrainConfig
+from captioner.config import PRESETS, DecodeConfig, LaunchConfig, TrainConfig
 from captioner.dataset import CaptionedImage, Split
-from captioner.errors import InputError, OutputError
+from captioner.errors import CaptionerError, InputError, OutputError
 from captioner.features import compute_features, load_view
 from captioner.journal import Epoch
 from captioner.model import ImageEncoder
@@ -476,6 +478,77 @@ def test_the_learning_rate_rises_and_falls():
     assert trainer.learning_rate_factor(9, 14, TrainConfig()) == 1.0
 
 
+def test_of_epochs_with_the_same_cider_the_one_with_the_lower_loss_is_the_best():
+    losses = {1: 3.0, 2: 2.0, 3: 2.5}
+    figures = {"train_loss": 1.0, "train_cider": None, "seconds": 1.0, "images_per_second": 1.0}
+    epochs = [
+        Epoch(epoch=n, validation_loss=loss, validation_cider=0.0, samples=[], **figures)
+        for n, loss in losses.items()
+    ]
+    assert training.best_of(epochs).epoch == 2
+    better = dataclasses.replace(epochs[0], validation_cider=0.1)
+    assert training.best_of([better, *epochs[1:]]).epoch == 1
+
+
+def test_a_model_whose_validation_loss_is_not_finite_is_not_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    validate = trainer.Trainer.validate
+
+    def ruined(self: trainer.Trainer, source: trainer.Source) -> tuple[float, dict[int, str]]:
+        with torch.no_grad():
+            self.model.decoder.head.weight.fill_(torch.nan)
+        return validate(self, source)
+
+    monkeypatch.setattr(trainer.Trainer, "validate", ruined)
+    with pytest.raises(CaptionerError, match="the loss is not finite in epoch 1: lower learning"):
+        training.train(
+            _split(data),
+            str(tmp_path / "model"),
+            model_config=TINY,
+            config=_config(),
+            encoder_weights=_weights(tmp_path),
+        )
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("images", "batch", "workers"), [(17, 2, 2), (2, 8, 3), (9, 4, 4)])
+def test_batches_with_too_few_images_for_the_workers_are_refused_at_once(
+    images, batch, workers, data: Path, tmp_path: Path
+):
+    split = _split(data)
+    split = Split(split.train[:images], split.validation, [])
+    with pytest.raises(InputError, match=f"a batch has too few images for {workers} workers"):
+        training.train(
+            split,
+            str(tmp_path / "model"),
+            model_config=TINY,
+            config=_config(batch_size=batch),
+            launch=LaunchConfig(workers=workers),
+            encoder_weights=_weights(tmp_path),
+        )
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "mobilenetv3_small_050", "convnext_atto"])
+def test_all_that_is_trained_of_an_encoder_has_a_gradient(backbone: str):
+    """Or several workers would wait for it."""
+    encoder = ImageEncoder(dataclasses.replace(TINY, backbone=backbone)).eval()
+    before = copy.deepcopy(encoder.state_dict())
+    encoder.fine_tune(0)
+    torch.testing.assert_close(encoder.state_dict(), before, rtol=0, atol=0)
+    trained = {name for name, each in encoder.named_parameters() if each.requires_grad}
+    unused = {name for name, _ in encoder.named_parameters()} - trained
+    assert len(trained) > 20
+    assert {name.split(".")[1] for name in unused} <= {"conv_head", "head"}, unused
+    assert bool(unused) == (backbone != "resnet10t")
+    assert not encoder.training
+    encoder.of_blank().sum().backward()
+    assert all(
+        each.grad is not None for name, each in encoder.named_parameters() if name in trained
+    )
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_all_weights_of_notebook_decay_and_the_matrices_of_small(preset, vocabulary):
     config = dataclasses.replace(PRESETS[preset].train, learning_rate=0.1, weight_decay=0.5)
@@ -513,6 +586,71 @@ def test_features_are_computed_once_and_bad_images_left_out(data: Path, tmp_path
     Image.new("RGB", (64, 64)).save(uris[5])
     compute_features(encoder, examples, image_size=64)
     assert len(list(file.parent.iterdir())) == 3
+
+
+def test_a_cache_that_cannot_hold_features_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoder, examples = tiny_model().encoder.eval(), _examples(data, 4)
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * 4 * 2 * 2 * 512 * 2 - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(OutputError, match=r"features take 0.0 GB, and .* has 0.0 GB free"):
+            compute_features(encoder, examples, image_size=64, views=3)
+        compute_features(encoder, examples, image_size=64, views=2)
+        compute_features(encoder, examples, image_size=64, views=3)  # of which two are there
+    folder = tmp_path / "cache" / "captioner" / "features"
+    names = sorted(folder.iterdir())
+    assert len(names) == 3
+
+    def fill(tensors: object, path: Path) -> None:
+        path.write_bytes(b"some of it")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features_module, "save_file", fill)
+        with pytest.raises(OutputError, match=r"cannot write features to .*: No space left"):
+            compute_features(encoder, examples[:2], image_size=64)
+    assert sorted(folder.iterdir()) == names
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "captions.txt"))
+    with pytest.raises(OutputError, match=r"cannot write features to .*: Not a directory"):
+        compute_features(encoder, examples, image_size=64)
+
+
+def test_a_damaged_file_of_features_is_computed_again(data: Path, tmp_path: Path):
+    encoder, examples = tiny_model().encoder.eval(), _examples(data, 4)
+    [features] = compute_features(encoder, examples, image_size=64)
+    expected = features[2]
+    [file] = (tmp_path / "cache" / "captioner" / "features").iterdir()
+    del features  # the file is mapped
+    data_of_file = file.read_bytes()
+    for damaged in (b"", data_of_file[:5], data_of_file[:-1]):
+        file.unlink()
+        file.write_bytes(damaged)
+        [features] = compute_features(encoder, examples, image_size=64)
+        np.testing.assert_array_equal(features[2], expected)
+
+
+def test_features_of_another_backbone_with_the_same_weights_are_others(data: Path, tmp_path: Path):
+    first, second = (
+        tiny_model(backbone=name).encoder.eval() for name in ("resnet10t", "resnet10t.c3_in1k")
+    )
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+    for encoder in (first, second):
+        compute_features(encoder, _examples(data, 2), image_size=64)
+    assert len(list((tmp_path / "cache" / "captioner" / "features").iterdir())) == 2
+
+
+def test_versions_of_images_are_asked_for_side_by_side(data: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a bucket each is a request."""
+    together = threading.Barrier(4)
+
+    def version(uri: str) -> str:
+        together.wait(timeout=20)
+        return uri
+
+    monkeypatch.setattr(storage, "version", version)
+    compute_features(tiny_model().encoder.eval(), _examples(data, 4), image_size=64)
 
 
 def _examples(data: Path, count: int) -> list[CaptionedImage]:
