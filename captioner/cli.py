@@ -3,7 +3,9 @@
 import dataclasses
 import gc
 import logging
+import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Container, Iterator
@@ -27,6 +29,8 @@ __all__ = ["main"]
 
 Config = TypeVar("Config")
 
+_INTERRUPTED = "captioner: stopped by SIGINT"
+
 
 class _Echo(logging.Handler):
     """What the library tells goes to stderr."""
@@ -47,7 +51,7 @@ class _Commands(click.Group):
             click.echo(f"captioner: {printable(str(error))}", err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("captioner: stopped by SIGINT", err=True)
+            click.echo(_INTERRUPTED, err=True)
             context.exit(130)
 
 
@@ -55,14 +59,25 @@ class _Commands(click.Group):
 def _importing() -> Iterator[None]:
     """Does not look for garbage in what imports make: it stays, and looking takes a fifth of them.
 
-    Nor is it looked through later, when the process ends among others.
+    Nor is it looked through later, when the process ends among others. Ctrl-C ends the process at
+    once: packages that are interrupted in their import may go on without a part of them.
     """
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_at_once)
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
         gc.freeze()
+        if interrupt is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupt)
+
+
+def _stop_at_once(*_: object) -> None:
+    click.echo(_INTERRUPTED, err=True)
+    os._exit(130)
 
 
 def _options(
@@ -200,7 +215,8 @@ def train(
         raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
     config = _configure(PRESETS[preset].train, options)
     launch = _configure(LaunchConfig(), options)
-    from captioner import dataset, storage, training
+    with _importing():
+        from captioner import dataset, storage, training
 
     output = storage.absolute(output)
     captioned = dataset.read_dataset(data, images)
@@ -266,8 +282,9 @@ def caption(
 @click.option("--model", help="Model directory.  [default: captioner's own]")
 def demo(output: str, model: str | None) -> None:
     """Caption the photos that scikit-image carries into OUTPUT, and draw where the model looked."""
-    from captioner import bundle, storage
-    from captioner.demo import run_demo
+    with _importing():
+        from captioner import bundle, storage
+        from captioner.demo import run_demo
 
     output = storage.absolute(output)
     for drawing, text in run_demo(output, model or bundle.DEFAULT):
@@ -284,7 +301,8 @@ def show(output: str, uri: str, target: str) -> None:
 
     URI is as listed, or the end of it where that says which image is meant.
     """
-    from captioner import report, storage
+    with _importing():
+        from captioner import report, storage
 
     row = report.find_row(storage.absolute(output), uri)
     storage.write(storage.absolute(target), report.draw(row))
@@ -308,8 +326,9 @@ def gallery(output: str, target: str, count: int, order: typing.Any, seed: int) 
 
     The page holds all that it shows, and no script.
     """
-    from captioner import storage
-    from captioner.gallery import make_gallery
+    with _importing():
+        from captioner import storage
+        from captioner.gallery import make_gallery
 
     page = make_gallery(storage.absolute(output), count=count, order=order, seed=seed)
     storage.write(storage.absolute(target), page.encode())
@@ -323,7 +342,8 @@ def report_command(output: str, missing: bool) -> None:
 
     Exits with 1 where an image has no row.
     """
-    from captioner import report, storage
+    with _importing():
+        from captioner import report, storage
 
     summary = report.summarise(storage.absolute(output))
     lines = summary.accounts.missing if missing else summary.lines()
@@ -360,7 +380,8 @@ def compact(output: str, size: int) -> None:
 
     The rows and their order stay. Run it again when it was killed.
     """
-    from captioner import compaction, storage
+    with _importing():
+        from captioner import compaction, storage
 
     click.echo(printable(compaction.compact(storage.absolute(output), size).describe()))
 
@@ -425,7 +446,8 @@ def evaluate(
         raise InputError(f"{given[0]} goes with --model: the captions in {source} are made already")
     decode = _configure(DecodeConfig(attention="none"), options)
     run = _configure(RunConfig(), options)
-    from captioner import dataset, evaluation, metrics, storage
+    with _importing():
+        from captioner import dataset, evaluation, metrics, storage
 
     chosen = metrics.choose_tokenizer(tokenizer)
     split = split or ("test" if model and not names else None)

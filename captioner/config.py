@@ -338,6 +338,11 @@ class RunConfig(_Checked):
     actors: str | None = setting(
         None, "captioning processes on Ray: N, or MIN:MAX to scale; none: by the cluster's size"
     )
+    cpus_per_actor: float | None = setting(
+        None,
+        "logical CPUs of an actor, without a GPU its threads too; none: they share the cluster's",
+        minimum=0.1,
+    )
     gpus_per_actor: float | None = setting(
         None, "GPUs of an actor, fractions too; none: 1 where the cluster has any", minimum=0
     )

@@ -11,11 +11,12 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -214,8 +215,11 @@ def caption_images(
                     run=run,
                 )
                 return _caption(job, bundle, directory, manifest, signals, gone=gone)
-        except KeyboardInterrupt as interrupt:
-            raise _stopped(directory, signals.received or signal.SIGINT) from interrupt
+        except (Exception, KeyboardInterrupt) as problem:
+            # After a signal anything else comes of it, as an import that was cut off.
+            if signals.received is None and not isinstance(problem, KeyboardInterrupt):
+                raise
+            raise _stopped(directory, signals.received or signal.SIGINT) from problem
 
 
 def _caption(
@@ -256,8 +260,6 @@ def _caption(
         directory.write_summary(summary.figures())
         return summary, accounts.missing
 
-    run = replace(job.run, compile=_choose_compile(job.run, shards))
-    job = replace(job, run=run)
     try:
         if shards:
             _run(job, bundle, shards, written, work, signals, total=len(manifest))
@@ -309,6 +311,8 @@ def _run(
     if choose_engine(job.run) == "ray":
         engine = partial(_run_ray, total=total)
     else:
+        on_cpu = choose_device(job.run.device).type == "cpu"
+        job = replace(job, run=_choose_compile(job.run, shards, on_cpu=on_cpu))
         _logger.info(_plan(total, shards, _describe_process(job.run)).describe())
     done = total - sum(len(shard.uris) for shard in shards)
     bar = progress_bar(total, unit="image", initial=done)
@@ -344,12 +348,11 @@ def choose_engine(run: RunConfig) -> str:
     return engine
 
 
-def _choose_compile(run: RunConfig, shards: Sequence[Shard]) -> Literal["on", "off"]:
+def _choose_compile(run: RunConfig, shards: Sequence[Shard], *, on_cpu: bool) -> RunConfig:
     if run.compile != "auto":
-        return run.compile
-    images = sum(len(shard.uris) for shard in shards)
-    pays = images >= _COMPILE_FROM and choose_device(run.device).type == "cpu"
-    return "on" if pays else "off"
+        return run
+    pays = on_cpu and sum(len(shard.uris) for shard in shards) >= _COMPILE_FROM
+    return replace(run, compile="on" if pays else "off")
 
 
 def _settings(bundle: Bundle, decode: DecodeConfig) -> dict[str, Any]:
@@ -374,6 +377,8 @@ def _now() -> str:
 def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard], total: int) -> Written:
     with connected() as ray:
         actors = _Actors.fitting(ray, job.run)
+        # By what the actors are to have: this process may be on a machine without a GPU.
+        job = replace(job, run=_choose_compile(job.run, shards, on_cpu=not actors.gpus))
         _logger.info(_plan(total, shards, actors.describe()).describe())
         metrics = RayMetrics(job.output, sum(len(shard.uris) for shard in shards))
         for counts, work in _chain(ray, job, bundle, shards, actors):
@@ -406,7 +411,7 @@ class _Actors:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         cluster = f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
-        own_cpus = _ACTOR_CPUS if cpus > 1 else 0.4
+        own_cpus = run.cpus_per_actor or (_ACTOR_CPUS if cpus > 1 else 0.4)
         own_gpus = run.gpus_per_actor
         if own_gpus is None:
             own_gpus = 1 if run.device == "cuda" or (gpus and run.device == "auto") else 0
@@ -431,7 +436,7 @@ class _Actors:
                 f"{needed} leave {max(0, free):g} CPUs to decode images, which takes "
                 f"{run.cpus_per_decode:g}: the cluster has {cluster}"
             )
-        threads = None if own_gpus else max(1, int(cpus) // most)
+        threads = None if own_gpus else max(1, int(run.cpus_per_actor or cpus // most))
         decoders = None if grows else int(free / max(run.cpus_per_decode, 0.1))
         return cls(least, most, own_cpus, own_gpus, threads, decoders, cluster)
 
@@ -510,18 +515,39 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
         # directory, where clusters that are started later trip over it.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("http"):
+        raise InputError(
+            f"RAY_ADDRESS is {address}, which is for ray job submit: unset it, or give "
+            "--engine local"
+        )
     import ray
 
     if ray.is_initialized():
         yield ray
         return
-    address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.WARNING}
     if address == "local":
         options["include_dashboard"] = False
-    with keep_handlers():  # Ray puts its own in their place
-        ray.init(address=address, **options)
-    try:
-        yield ray
-    finally:
-        ray.shutdown(wait_for_processes=True)
+    logging.getLogger("ray._private.worker").addFilter(_is_not_of_handlers)
+    # A thread of its own begins: there Ray leaves the handler of SIGTERM alone, and a signal
+    # interrupts the waiting for it, never Ray in the midst of starting its processes. They end with
+    # the thread that started them, so that it stays.
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as pool:
+        beginning = pool.submit(ray.init, address=address, **options)
+        try:
+            try:
+                with keep_handlers():  # one of Ray's C++ libraries puts its own in their place
+                    beginning.result()
+            except (OSError, RuntimeError, ValueError) as error:
+                what = "start Ray" if address == "local" else f"reach Ray at RAY_ADDRESS, {address}"
+                raise InputError(f"cannot {what}: {' '.join(str(error).split())}") from error
+            yield ray
+        finally:
+            wait([beginning])
+            ray.shutdown(wait_for_processes=True)
+
+
+def _is_not_of_handlers(record: logging.LogRecord) -> bool:
+    """Whether it is not Ray's warning that it left SIGTERM's handler alone."""
+    return "SIGTERM handler is not set" not in record.getMessage()

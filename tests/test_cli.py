@@ -161,3 +161,20 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path, model_directory: 
     result = _run("--debug", "caption", tmp_path / "no", tmp_path / "o", "--model", model_directory)
     assert result.exit_code == 1
     assert result.exception is not None
+
+
+def test_ctrl_c_while_packages_are_imported_ends_the_command_at_once():
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'pyarrow':\n"
+        "            try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except KeyboardInterrupt: print('swallowed')\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from captioner.cli import main\n"
+        "main(['report', 'nowhere'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (130, "")
+    assert ran.stderr == "captioner: stopped by SIGINT\n"

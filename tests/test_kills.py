@@ -333,6 +333,28 @@ def test_a_stopped_job_says_how_to_go_on_and_leaves_no_process(
     assert _check(output, photos) == {"ok": count}
 
 
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
+)
+def test_a_job_that_is_stopped_while_ray_starts_leaves_no_process(
+    number, model_directory, tmp_path
+):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    write_photos(photos, 6)
+    with _started(_command(photos, output, model_directory, "ray")) as job:
+        _wait(job, lambda: any("gcs_server" in each for each in _descendants(job.pid).values()))
+        processes = _descendants(job.pid)
+        os.kill(job.pid, number)
+        _, error = job.communicate(timeout=60)
+    assert job.returncode == 128 + number, error
+    assert error.splitlines()[-1] == (
+        f"captioner: stopped by {number.name}: 0 of 6 images done; "
+        "run the same command again to go on"
+    )
+    assert "Traceback" not in error
+    assert not processes.keys() & _processes().keys()
+
+
 # What cannot be written.
 
 

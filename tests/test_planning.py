@@ -105,6 +105,44 @@ def test_training_takes_a_gpu_for_each_worker_or_none(gpus, settings, expected):
         assert _uses_gpus(_cluster(cluster, growing=True), launch)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"actors": "4"}, (0.4, 1)),  # nothing is known of the nodes
+        ({"actors": "4", "cpus_per_actor": 8.0}, (8, 8)),
+        ({"actors": "4", "cpus_per_actor": 0.5}, (0.5, 1)),
+        ({"actors": "4", "cpus_per_actor": 4.0, "gpus_per_actor": 1.0}, (4, None)),
+    ],
+)
+def test_actors_of_nodes_that_are_yet_to_come(settings, expected):
+    actors = _Actors.fitting(_cluster(growing=True), RunConfig(**settings))
+    assert (actors.cpus, actors.threads) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        (
+            "http://127.0.0.1:8265",
+            "RAY_ADDRESS is http://127.0.0.1:8265, which is for ray job subm",
+        ),
+        ("here and there", "cannot reach Ray at RAY_ADDRESS, here and there: "),
+    ],
+)
+def test_a_ray_that_is_not_there_is_one_line(
+    address, problem, monkeypatch, tmp_path: Path, model_directory: Path
+):
+    photos = write_photos(tmp_path / "photos", 1)[0].parent
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    command = ["caption", str(photos), str(tmp_path / "out"), "--model", str(model_directory)]
+    ran = subprocess.run(
+        [sys.executable, "-m", "captioner.cli", *command], capture_output=True, text=True
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.splitlines()[-1].startswith(f"captioner: {problem}")
+    assert "Traceback" not in ran.stderr
+
+
 @pytest.mark.parametrize("actors", ["0", "3:2", "x", "1:", "-1", "1:2:3", "", "٣"])
 def test_a_number_of_actors_that_means_nothing_is_refused(actors):
     with pytest.raises(InputError, match="actors must be"):
@@ -169,4 +207,6 @@ for logged in (None, False):
 def test_the_encoder_is_compiled_where_that_pays(settings, images, expected):
     shards = [Shard(n, [""] * 100, [None] * 100) for n in range(images // 100)]
     shards.append(Shard(len(shards), [""] * (images % 100), [None] * (images % 100)))
-    assert _choose_compile(RunConfig(device="cpu", **settings), shards) == expected
+    assert _choose_compile(RunConfig(**settings), shards, on_cpu=True).compile == expected
+    on_gpus = _choose_compile(RunConfig(**settings), shards, on_cpu=False)
+    assert on_gpus.compile == settings.get("compile", "off")
