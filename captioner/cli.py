@@ -160,7 +160,7 @@ def main(debug: bool) -> None:
     type=click.Choice(list(PRESETS)),
     default="small",
     show_default=True,
-    help="The model, and how it is trained unless an option says otherwise.",
+    help="The model, unless --model names one, and how it is trained unless an option says else.",
 )
 @click.option(
     "--images",

@@ -528,7 +528,7 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
         return
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.WARNING}
     if address == "local":
-        options["include_dashboard"] = False
+        options["include_dashboard"] = log_to_driver  # Ray Train asks it what has become of actors
     logging.getLogger("ray._private.worker").addFilter(_is_not_of_handlers)
     # A thread of its own begins: there Ray leaves the handler of SIGTERM alone, and a signal
     # interrupts the waiting for it, never Ray in the midst of starting its processes. They end with

@@ -189,6 +189,7 @@ def train(
     }
     # First what may be refused: such a directory is left as it is, without a lock.
     initial = None
+    _check_place(output)
     if overwrite or not _begun(output, settings):
         initial = _initial(job, model_config, encoder_weights, earlier)
     with storage.locked(job.private("lock")):
@@ -254,16 +255,32 @@ def _delete_run(output: str) -> None:
             storage.delete(storage.join(private, name))
 
 
+def _names(output: str) -> list[str]:
+    try:
+        return storage.names(output)
+    except OSError as error:
+        raise OutputError(f"cannot use {output} for output: {error.strerror or error}") from error
+
+
+def _check_place(output: str) -> None:
+    """Looks whether ``output`` is empty, or a model's.
+
+    Raises:
+        OutputError: it is neither, or is no directory.
+    """
+    names = _names(output)
+    ours = {"training.json", "config.json", _PRIVATE} & set(names)
+    if not ours and any(not name.startswith(".") for name in names):
+        raise OutputError(f"{output} is not empty, and no model's directory")
+
+
 def _begun(output: str, settings: dict[str, Any]) -> bool:
     """Whether this run has begun in ``output``.
 
     Raises:
-        OutputError: ``output`` holds another run, or a model, or is no directory.
+        OutputError: ``output`` holds another run, or a model.
     """
-    try:
-        names = storage.names(output)
-    except OSError as error:
-        raise OutputError(f"cannot use {output} for output: {error.strerror or error}") from error
+    names = _names(output)
     advice = "use another directory, or --overwrite"
     if "training.json" not in names:
         if "config.json" in names:
@@ -350,7 +367,9 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
                 ],
             )
             epochs.append(epoch)
-            print(f"epoch {number}/{last}: {epoch.describe()}", flush=True)
+            # Not print: on Ray Train's workers it would come twice.
+            sys.stdout.write(f"epoch {number}/{last}: {epoch.describe()}\n")
+            sys.stdout.flush()
             _keep(job, trainer, epochs, validation)
         else:
             epochs.append(None)  # type: ignore[arg-type]  # only their number counts here
@@ -458,6 +477,7 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
     from ray.train import (
         CheckpointConfig,
         FailureConfig,
+        LoggingConfig,
         RunConfig,
         ScalingConfig,
         TrainingFailedError,
@@ -485,6 +505,7 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=launch.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
@@ -519,6 +540,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
     from torch import distributed
 
+    # One of Ray Train's loggers minds no level but the root's, and tells each report in full.
+    logging.getLogger().setLevel(logging.WARNING)
     context = ray.train.get_context()
     job = ray.get(settings["job"])
     if choose_device(job.device).type == "cuda":

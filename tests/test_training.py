@@ -265,6 +265,21 @@ def test_an_output_that_is_no_directory_is_one_line(overwrite, data: Path, tmp_p
             )
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_files_is_left_alone(overwrite, data: Path, tmp_path: Path):
+    before = sorted(data.rglob("*"))
+    with pytest.raises(OutputError, match="is not empty, and no model's directory"):
+        training.train(
+            _split(data),
+            str(data),
+            model_config=TINY,
+            config=_config(epochs=1),
+            encoder_weights=_weights(tmp_path),
+            overwrite=overwrite,
+        )
+    assert sorted(data.rglob("*")) == before
+
+
 def test_the_largest_seed_is_one_that_torch_takes(data: Path, tmp_path: Path):
     epochs = training.train(
         _split(data),
