@@ -75,8 +75,8 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
 
     Args:
         source: a directory, listed recursively and sorted; or a ``.txt``, ``.csv`` or ``.parquet``
-            file of URIs in the order to keep: a line each, or a column ``uri``, or the only column.
-            Relative paths in it start from the file's own folder.
+            file of URIs in the order to keep: a line each, or a column ``uri``, or the only column,
+            below its name. Relative paths in it start from the file's own folder.
         listing: which files of a directory are images, and how many images to take at most.
 
     Raises:
