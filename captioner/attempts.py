@@ -7,6 +7,7 @@ each named in the file before it is touched.
 """
 
 import json
+import re
 from typing import Any
 
 from captioner import storage
@@ -14,6 +15,8 @@ from captioner.errors import OutputError
 from captioner.manifest import PRIVATE
 
 __all__ = ["Attempts"]
+
+_NAME = re.compile(r"(\d{6,})\.json")
 
 
 class Attempts:
@@ -55,6 +58,10 @@ class Attempts:
             return json.loads(storage.read(self._uri(number)))
         except FileNotFoundError:
             return None
+        except ValueError:
+            # A power cut or a copy of the folder may leave it empty or cut off. It still says that
+            # the shard was in hand; an image that kills its process is found out again.
+            return {"alone": None, "deaths": {}}
         except OSError as error:
             raise OutputError(f"cannot read {self._uri(number)}: {error}") from error
 
@@ -64,7 +71,7 @@ class Attempts:
             names = storage.names(self._directory)
         except OSError as error:
             raise OutputError(f"cannot list {self._directory}: {error}") from error
-        return {int(name[:-5]) for name in names if name.endswith(".json")}
+        return {int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
 
     def forgive(self) -> None:
         """After an orderly end: what is in hands now is nobody's fault, earlier deaths stay."""

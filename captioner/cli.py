@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import io
 import logging
 import os
 import re
@@ -145,6 +146,8 @@ def _configure(base: Config, values: dict[str, Any]) -> Config:
 @click.option("--debug", is_flag=True, help="Show where an error comes from.")
 def main(debug: bool) -> None:
     """Train an image captioner; caption folders and buckets of images into Parquet."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's are: names in any script
     logger = logging.getLogger("captioner")
     if not any(isinstance(handler, _Echo) for handler in logger.handlers):
         logger.addHandler(_Echo())

@@ -302,7 +302,9 @@ class ListingConfig(_Checked):
     extensions: str = setting(
         "jpg,jpeg,png,webp,bmp,gif,tif,tiff", "endings of the files to list", option="--ext"
     )
-    limit: int | None = setting(None, "caption only the first N images", minimum=1)
+    limit: int | None = setting(
+        None, "list only the first N images, those that are captioned already too", minimum=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -329,11 +331,18 @@ class RunConfig(_Checked):
         "auto", "compile the encoder; auto: on a CPU, where the job is long enough for it to pay"
     )
     batch_size: int | Literal["auto"] = setting(
-        32, "images a forward pass; auto: doubled from 8 on while that is faster", minimum=1
+        32,
+        "images a forward pass; auto: doubled from 8 on while that is faster",
+        minimum=1,
+        maximum=1_000_000,
     )
-    shard_size: int = setting(256, "images a shard, which is one part file", minimum=1)
+    shard_size: int = setting(
+        256, "images a shard, which is one part file", minimum=1, maximum=1_000_000
+    )
     decoders: int | None = setting(
-        None, "threads (local) that read and decode images; none: one a CPU", minimum=1
+        None,
+        "threads that read and decode images, on Ray those of a task; none: one a CPU, on Ray 4",
+        minimum=1,
     )
     actors: str | None = setting(
         None, "captioning processes on Ray: N, or MIN:MAX to scale; none: by the cluster's size"

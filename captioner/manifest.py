@@ -75,19 +75,21 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
 
     Args:
         source: a directory, listed recursively and sorted; or a ``.txt``, ``.csv`` or ``.parquet``
-            file of URIs in the order to keep: a line each, or a column ``uri``, or the only column.
-            Relative paths in it start from the file's own folder.
+            file of URIs in the order to keep: a line each, or a column ``uri``, or the only column,
+            below its name. Relative paths in it start from the file's own folder.
         listing: which files of a directory are images, and how many images to take at most.
 
     Raises:
-        InputError: there is no such source, or it holds no image.
+        InputError: there is no such source, it holds no image, or it is a list that cannot be read,
+            that has no such column, or that names what is outside of its bucket.
     """
+    source = storage.as_path(source)
     try:
         is_list = source.lower().endswith(_TABLES) and not storage.is_directory(source)
     except OSError as error:
         raise InputError(f"cannot read {source}: {_one_line(error)}") from error
     if is_list:
-        images = _read_list(source, listing.endings)
+        images = _read_list(source)
         if not images:
             raise InputError(f"{source} lists no images")
     else:
@@ -97,7 +99,7 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
     return images[: listing.limit]
 
 
-def _read_list(source: str, endings: tuple[str, ...]) -> list[Listed]:
+def _read_list(source: str) -> list[Listed]:
     try:
         data = storage.read(source)
     except FileNotFoundError as error:
@@ -110,50 +112,78 @@ def _read_list(source: str, endings: tuple[str, ...]) -> list[Listed]:
             lines = data.decode("utf-8-sig").split("\n")
             uris: list[str | None] = [line.strip(" \t\r") for line in lines]
         else:
-            reader = _read_parquet if source.lower().endswith(".parquet") else _read_csv
-            uris = _uri_column(reader(data), source, endings)
+            read = _read_parquet if source.lower().endswith(".parquet") else _read_csv
+            column = read(data, lambda names: _uri_column(names, source))
+            uris = column.cast(pa.string()).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise InputError(f"cannot read {source}: {_one_line(error)}") from error
-    base = source[: source.rfind("/") + 1]
-    absolute = [_from(base, uri) for uri in uris if uri]
+    absolute = [_from(source, uri) for uri in uris if uri]
     return [Listed(uri, None) for uri in dict.fromkeys(absolute)]
 
 
-def _read_csv(data: bytes) -> pa.Table:
-    """All columns as text: an image called 0001 is not number 1."""
-    names = pa.csv.open_csv(io.BytesIO(data)).schema.names
-    return pa.csv.read_csv(
+def _read_csv(data: bytes, choose: Callable[[list[str]], str]) -> pa.ChunkedArray:
+    """A column as text: an image called 0001 is not number 1."""
+    name = choose(pa.csv.open_csv(io.BytesIO(data)).schema.names)
+    table = pa.csv.read_csv(
         io.BytesIO(data),
         parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+        convert_options=pa.csv.ConvertOptions(
+            column_types={name: pa.string()}, include_columns=[name]
+        ),
     )
+    return table[name]
 
 
-def _read_parquet(data: bytes) -> pa.Table:
-    return pq.read_table(io.BytesIO(data))
+def _read_parquet(data: bytes, choose: Callable[[list[str]], str]) -> pa.ChunkedArray:
+    """A column, and nothing of the others, which may be many or large."""
+    file = pq.ParquetFile(io.BytesIO(data))
+    name = choose(file.schema_arrow.names)
+    return file.read(columns=[name])[name]
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _uri_column(table: pa.Table, source: str, endings: tuple[str, ...]) -> list[str | None]:
-    names = table.column_names
-    name = "uri" if "uri" in names else names[0] if len(names) == 1 else None
-    if name is None:
-        raise InputError(f"{source} has no column uri, but {', '.join(names)}")
-    if "/" in name or name.lower().endswith(endings):
+def _uri_column(names: list[str], source: str) -> str:
+    """The name of the column of a list with these columns."""
+    if names.count("uri") == 1:
+        return "uri"
+    if len(names) != 1:
+        raise InputError(f"{source} must have one column uri, not {', '.join(names)}")
+    [name] = names
+    if "." in name or "/" in name or _is_file(_from(source, name)):
         raise InputError(
             f"{source} begins with an image, {name}, and not with the column's name: "
             "let its first line be uri, or call the file .txt"
         )
-    return table[name].cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+    return name
 
 
-def _from(base: str, uri: str) -> str:
-    if "://" in base and "://" not in uri and not uri.startswith("/"):
-        return base + uri
-    return storage.readable(storage.absolute(uri, base))
+def _is_file(uri: str) -> bool:
+    try:
+        storage.read(uri, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _from(source: str, uri: str) -> str:
+    """The URI that a list means: a relative one starts from the list's own folder."""
+    base = source[: source.rfind("/") + 1]
+    if "://" not in base or "://" in uri or uri.startswith("/"):
+        return storage.readable(storage.absolute(uri, base))
+    scheme, place = base.split("://", 1)
+    parts = place.split("/")[:-1]
+    bucket = len(parts[:1])
+    for part in uri.split("/"):
+        if part == "..":
+            if len(parts) == bucket:
+                raise InputError(f"{source} lists {uri}, which is outside of the bucket")
+            parts.pop()
+        elif part != ".":
+            parts.append(part)
+    return f"{scheme}://{'/'.join(parts)}"
 
 
 class OutputDirectory:
@@ -335,7 +365,8 @@ class OutputDirectory:
     def _read_manifest(self, names: Sequence[str]) -> pa.Table:
         try:
             tables = [
-                _read_parquet(storage.read(self._private(name))).cast(MANIFEST) for name in names
+                pq.read_table(io.BytesIO(storage.read(self._private(name)))).cast(MANIFEST)
+                for name in names
             ]
         except (OSError, pa.ArrowException, ValueError) as error:
             raise OutputError(

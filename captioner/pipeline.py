@@ -87,8 +87,9 @@ class Summary:
         done = f"{self.captioned} now, {self.images_per_second:.1f} images/s"
         if self.work.bottleneck:
             done += f", held up by {_HELD_UP[self.work.bottleneck]}"
-        gone = f"; {self.gone} listed images are gone; their rows are kept" if self.gone else ""
-        return f"{self.counts()}; {done}{gone}"
+        if self.gone:
+            done += f"; {self.gone} images are not listed any more; their rows are kept"
+        return f"{self.counts()}; {done}"
 
     def figures(self) -> dict[str, Any]:
         """For summary.json."""

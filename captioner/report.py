@@ -116,9 +116,11 @@ def find_row(output: str, uri: str) -> CaptionedRow:
     """
     directory = OutputDirectory(output)
     manifest = directory.manifest()
-    match = pc.equal(manifest["uri"], uri)
+    listed = storage.readable(uri)
+    match = pc.equal(manifest["uri"], listed)
     if not pc.any(match).as_py():
-        match = pc.ends_with(manifest["uri"], "/" + uri.lstrip("/"))
+        end = listed.removeprefix("file://").lstrip("/")
+        match = pc.ends_with(manifest["uri"], f"/{end}")
     found = manifest.filter(match)
     if len(found) != 1:
         raise InputError(f"{len(found) or 'no'} images of {output} are {uri}")

@@ -34,6 +34,7 @@ __all__ = [
     "Listed",
     "absolute",
     "arrow_filesystem",
+    "as_path",
     "cache_directory",
     "delete",
     "find",
@@ -212,10 +213,20 @@ def absolute(uri: str, base: str | None = None) -> str:
     """A local path made absolute, from ``base`` or the working directory; else the URI as it is.
 
     Raises:
-        InputError: there are credentials in the URI.
+        InputError: there are credentials in the URI, or the working directory is deleted.
     """
     _refuse_credentials(uri)
-    return uri if _SCHEME.match(uri) else os.path.abspath(os.path.join(base or "", uri))
+    if _SCHEME.match(uri):
+        return uri
+    try:
+        return os.path.abspath(os.path.join(base or "", uri))
+    except FileNotFoundError as error:
+        raise InputError(f"{uri} starts from the working directory, which is deleted") from error
+
+
+def as_path(uri: str) -> str:
+    """The path that a ``file://`` URI stands for; anything else as it is."""
+    return _filesystem(uri)[1] if uri.startswith("file://") else uri
 
 
 def cache_directory(name: str) -> Path:
@@ -255,9 +266,11 @@ def find(directory: str, endings: tuple[str, ...]) -> list[Listed]:
             raise _no_directory(directory, exists=False)
         if list(found) == [path.rstrip("/")]:
             raise _no_directory(directory, exists=True)
-        scheme = fs.unstrip_protocol(path).removesuffix(path)  # once: there are millions of names
+        # Not fsspec's unstrip_protocol: it would lose an account or a host that the URI names.
+        scheme, place = directory.split("://", 1)
+        begin, folder = f"{scheme}://{place.rstrip('/')}", path.rstrip("/")
         return [
-            Listed(scheme + name, info.get("size"))
+            Listed(begin + name.removeprefix(folder), info.get("size"))
             for name, info in found.items()
             if info["type"] == "file" and name.lower().endswith(endings)
         ]
@@ -463,7 +476,7 @@ def names(directory: str) -> list[str]:
 
 
 def sizes(directory: str) -> dict[str, int]:
-    """The names of the files in a directory, with their bytes; empty where there is none such.
+    """The names of what is no folder in a directory, with its bytes; empty where there is no such.
 
     Raises:
         OSError: it cannot be listed.
@@ -472,7 +485,8 @@ def sizes(directory: str) -> dict[str, int]:
         entries = _attempt(directory, lambda fs, path: fs.ls(path, detail=True))
     except FileNotFoundError:
         return {}
-    files = [entry for entry in entries if entry["type"] == "file"]
+    # A link to a file, as git-annex and DVC make of large ones, is of a third type.
+    files = [entry for entry in entries if entry["type"] != "directory"]
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in files}
 
 
@@ -567,6 +581,10 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the rename itself survives a power cut
+    except OSError as error:
+        # Some file systems cannot do that for a directory; the file is in its place all the same.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,49 @@ def test_caption_show_and_report(tmp_path: Path, model_directory: Path):
     result = _run("report", output, "--missing")
     assert result.exit_code == 1
     assert result.output.splitlines() == [str(path) for path in photos]
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> Path:
+    """Captions of an image in Japanese, and of two whose names are no text."""
+    directory = tmp_path_factory.mktemp("named")
+    photos = write_photos(directory / "photos" / "a b", 3)
+    for path, name in zip(photos, ("犬🐕.jpg".encode(), b"caf\xe9.jpg", b"\xff.jpg"), strict=True):
+        path.rename(path.parent / os.fsdecode(name))
+    arguments = (directory / "photos", directory / "out", "--model", model_directory)
+    result = _run("caption", *arguments, "--engine=local")
+    assert result.exit_code == 0, result.output
+    return directory
+
+
+def test_show_finds_a_name_that_is_no_text(named: Path):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    for uri in (name, f"a b/{name}", named / "photos" / "a b" / name, "a%20b/caf%E9.jpg"):
+        result = _run("show", named / "out", uri, "-o", named / "overlay.png")
+        assert result.exit_code == 0, result.output
+    result = _run("show", named / "out", f"b/{name}", "-o", named / "overlay.png")
+    assert result.exit_code == 2
+    assert result.output == f"captioner: no images of {named}/out are b/caf\\udce9.jpg\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "犬🐕"), ("latin-1", r"\u72ac\U0001f415")]
+)
+def test_what_the_terminal_cannot_show_is_spelled(named: Path, encoding: str, shown: str):
+    command = [sys.executable, "-m", "captioner.cli", "report", named / "out"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    ran = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert f"/{shown}.jpg\n" in ran.stdout.decode(encoding)
+    assert ran.stderr == b""
+
+
+def test_a_working_directory_that_is_deleted_is_one_line(tmp_path: Path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = _run("report", "out")
+    assert result.exit_code == 2
+    assert result.output == ("captioner: out starts from the working directory, which is deleted\n")
 
 
 def _model_without_weights(tmp_path: Path, model_directory: Path) -> Path:

@@ -128,6 +128,21 @@ def test_the_entrypoints_are_commands_of_ours(path):
     command.make_context(words[0], words[1:])
 
 
+@pytest.mark.parametrize("path", sorted(CLUSTER.glob("rayjob-*.yaml")), ids=lambda path: path.name)
+def test_a_mistake_does_not_cost_many_clusters(path):
+    """KubeRay does not tell it from a head that goes."""
+    assert yaml.safe_load(path.read_text())["spec"]["backoffLimit"] == 1
+
+
+def test_the_heads_container_can_start_nodes():
+    """Ray's autoscaler, which works there, calls AWS, and then the nodes by SSH."""
+    config = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
+    assert (config["provider"]["type"], "docker" in config) == ("aws", True)
+    words = (CLUSTER / "Dockerfile").read_text().split()
+    assert {"openssh-client", "rsync", "boto3"} <= set(words)
+    assert " boto3 " in (CLUSTER / "README.md").read_text(), "where ray up is called, too"
+
+
 def test_ray_accepts_the_aws_cluster():
     config = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
     schema = json.loads((resources.files("ray.autoscaler") / "ray-schema.json").read_text())
@@ -192,8 +207,8 @@ def test_the_image_is_pinned_and_not_roots():
 
 def test_ray_has_one_version():
     """The clients' and the nodes' must be the same."""
-    image = re.search(r"ray\[[a-z,]+\]==([\d.]+)", (CLUSTER / "Dockerfile").read_text())
-    versions = {image[1]}
+    texts = [(CLUSTER / name).read_text() for name in ("Dockerfile", "README.md")]
+    versions = {version for text in texts for version in re.findall(r"ray\[.+\]==([\d.]+)", text)}
     for path in MANIFESTS:
         spec = yaml.safe_load(path.read_text())["spec"]
         versions.add(spec.get("rayClusterSpec", spec)["rayVersion"])

@@ -99,6 +99,17 @@ def test_what_is_compact_stays_and_a_larger_size_merges_it_further(place):
     assert _names(output.uri) == ["part-000000-000008.parquet"]
 
 
+def test_parts_that_are_links_are_merged_and_what_they_led_to_stays(tmp_path):
+    output = finish(f"{tmp_path}/out")
+    before = read_rows(output.uri)
+    (tmp_path / "objects").mkdir()
+    for path in (tmp_path / "out").glob("part-*"):
+        path.symlink_to(path.rename(tmp_path / "objects" / path.name))
+    assert compact(output.uri, 10**9).after == 1
+    assert read_rows(output.uri).equals(before)
+    assert len(list((tmp_path / "objects").iterdir())) == 9
+
+
 def test_a_merged_part_has_row_groups_of_many_rows(place, monkeypatch):
     monkeypatch.setattr("captioner.parts._ROW_GROUP", 10)
     output = finish(f"{place}/out")

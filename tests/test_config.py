@@ -94,6 +94,16 @@ def _refused(kind: type, message: str, **values: object) -> None:
         (ListingConfig, {"extensions": "."}, "extensions must be words between commas, not '.'"),
         (RunConfig, {"engine": "spark"}, "engine must be one of auto, local, ray, not 'spark'"),
         (RunConfig, {"shard_size": 0}, "shard_size must be at least 1, not 0"),
+        (
+            RunConfig,
+            {"shard_size": 10**20},
+            f"shard_size must be at most 1000000, not {10**20}",
+        ),
+        (
+            RunConfig,
+            {"batch_size": 10**20},
+            f"batch_size must be at most 1000000, not {10**20}",
+        ),
     ],
 )
 def test_wrong_values_are_named(kind, values, message):

@@ -248,6 +248,22 @@ def test_an_orderly_end_is_nobodys_fault(tmp_path):
     attempts.clear()
 
 
+@pytest.mark.parametrize("data", [b"", b'{"alone": "b.j', b"\0"])
+def test_a_damaged_file_counts_no_deaths_and_one_of_another_name_is_none(tmp_path, data):
+    """Such as macOS leaves beside those on a share."""
+    attempts = Attempts(str(tmp_path))
+    folder = tmp_path / "_captioner" / "attempts"
+    folder.mkdir(parents=True)
+    (folder / "000001.json").write_bytes(data)
+    (folder / "._000001.json").write_bytes(b"\0\5\x16\7")
+    (folder / "000001 2.json").write_bytes(data)
+    assert attempts.suspects() == {1}
+    assert attempts.deaths(1) == {}
+    attempts.forgive()
+    assert attempts.suspects() == set()
+    assert attempts.deaths(1) is None
+
+
 # Reading.
 
 

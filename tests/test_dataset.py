@@ -87,13 +87,13 @@ def test_data_in_a_bucket(photos: Path):
     fs.pipe("/coco/captions.json", json.dumps(_coco(["x.jpg"])).encode())
     fs.pipe("/coco/images/below/x.jpg", b"another that is called so")
     read = read_dataset("memory://coco/captions.json", "memory://coco/images")
-    assert [each.uri for each in read.images] == ["memory:///coco/images/x.jpg"]
+    assert [each.uri for each in read.images] == ["memory://coco/images/x.jpg"]
     read = read_dataset("memory://coco/captions.json", "memory://coco/images/below/")
-    assert [each.uri for each in read.images] == ["memory:///coco/images/below/x.jpg"]
+    assert [each.uri for each in read.images] == ["memory://coco/images/below/x.jpg"]
     fs.pipe("/flickr/Images/y.jpg", b"y")
     fs.pipe("/flickr/captions.txt", b"image,caption\ny.jpg,A y .\n")
     read = read_dataset("memory://flickr")
-    assert read.images == [CaptionedImage("memory:///flickr/Images/y.jpg", ["A y ."], "y.jpg")]
+    assert read.images == [CaptionedImage("memory://flickr/Images/y.jpg", ["A y ."], "y.jpg")]
     names = [("y.jpg", "restval"), ("gone.jpg", "test")]
     fs.pipe("/flickr/Images/dataset.json", json.dumps(_karpathy(names)).encode())
     read = read_dataset("memory://flickr/Images/dataset.json")

@@ -198,25 +198,83 @@ def test_what_looks_like_a_number_is_a_name(tmp_path):
         (b"path\na.jpg\n", None),
         (b"\xef\xbb\xbfpath\na.jpg\n", None),
         (b"uri,uri2\na.jpg,b.jpg\n", None),
-        (b"path,label\na.jpg,1\n", "has no column uri, but path, label"),
+        (b"path,label\na.jpg,1\n", "must have one column uri, not path, label$"),
         (b"uri\n", "lists no images"),
         (b'uri\n""\n', "lists no images"),
         (b"", "Empty CSV file"),
         (b"uri,n\na.jpg,1\nb.jpg\n", "Expected 2 columns, got 1"),
         (b"uri\n\xff.jpg\n", "invalid UTF8 data"),
-        (b"uri,uri\na.jpg,b.jpg\n", "exists 2 times"),
+        (b"uri,uri\na.jpg,b.jpg\n", "must have one column uri, not uri, uri$"),
         (b"a.JPG\nb.jpg\n", "begins with an image, a.JPG, and not with the column's name"),
         (b"s3://bucket/a\ns3://bucket/b\n", "begins with an image, s3://bucket/a, and not"),
+        (b"a.avif\nb.avif\n", r"begins with an image, a\.avif, and not"),
+        (b"IMG_1\nIMG_2\n", "begins with an image, IMG_1, and not"),
+        (b"IMG_0\na.jpg\n", None),  # no image that there is
+        (b"folder\na.jpg\n", None),
+        (b"zero\0byte\na.jpg\n", None),
     ],
 )
 def test_the_column_uri_or_the_only_one_counts(tmp_path, data, problem):
     (tmp_path / "list.csv").write_bytes(data)
+    (tmp_path / "IMG_1").touch()
+    (tmp_path / "folder").mkdir()
     if problem is None:
         assert _uris(tmp_path / "list.csv") == [f"{tmp_path}/a.jpg"]
     else:
         with pytest.raises(InputError, match=problem) as caught:
             list_source(f"{tmp_path}/list.csv", ListingConfig())
         assert str(caught.value).isprintable()
+
+
+def test_the_only_column_of_a_parquet_file_is_not_called_like_an_image(place):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a.heic": ["b.heic"]}), sink)
+    storage.write(f"{place}/list.parquet", sink.getvalue())
+    with pytest.raises(InputError, match=r"begins with an image, a\.heic, and not"):
+        _uris(f"{place}/list.parquet")
+
+
+def test_only_the_column_uri_of_a_parquet_file_is_read(tmp_path):
+    """Shown by another one, whose data are damaged."""
+    path = tmp_path / "list.parquet"
+    path.write_bytes(_as_parquet(["a.jpg"], pixels=[b"pixels" * 1000]))
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    with path.open("r+b") as file:
+        file.seek(column.dictionary_page_offset)
+        file.write(b"\xff" * column.total_compressed_size)
+    with pytest.raises(OSError, match=r"."):
+        pq.read_table(path)
+    assert _uris(path) == [f"{tmp_path}/a.jpg"]
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_in_a_bucket_may_name_its_own_folder_and_those_above(memory_bucket, kind):
+    uris = ["./a.jpg", "../b.jpg", "x/./../../lists/c//d.jpg", "..jpg", "e/.."]
+    storage.write(f"{memory_bucket}/lists/my.{kind}", LISTS[kind](uris))
+    names = ["lists/a.jpg", "b.jpg", "lists/c//d.jpg", "lists/..jpg", "lists"]
+    assert _uris(f"{memory_bucket}/lists/my.{kind}") == [f"{memory_bucket}/{n}" for n in names]
+
+
+@pytest.mark.parametrize("name", ["../../a.jpg", "x/../../../bucket/a.jpg"])
+def test_a_list_in_a_bucket_names_nothing_outside_of_it(memory_bucket, name):
+    storage.write(f"{memory_bucket}/lists/my.txt", _as_txt([name]))
+    message = rf"^{memory_bucket}/lists/my\.txt lists {name}, which is outside of the bucket$"
+    with pytest.raises(InputError, match=message):
+        _uris(f"{memory_bucket}/lists/my.txt")
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_given_as_a_file_uri_is_the_one_at_its_path(tmp_path, kind):
+    """Names in it are names, also where they have percent signs."""
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    (folder / "50%25 off.jpg").write_bytes(b"pixels")
+    (folder / f"list.{kind}").write_bytes(LISTS[kind](["50%25 off.jpg", "../b.jpg"]))
+    uris = _uris(f"file://{tmp_path}/a%20b/list.{kind}")
+    assert (
+        uris == _uris(folder / f"list.{kind}") == [f"{folder}/50%25 off.jpg", f"{tmp_path}/b.jpg"]
+    )
+    assert storage.read(uris[0]) == b"pixels"
 
 
 def test_a_list_in_a_folder_whose_name_is_no_text(tmp_path):

@@ -270,7 +270,7 @@ def test_failed_rows_are_redone_in_their_place(engine, photos, model_directory, 
     assert sound.stat().st_mtime_ns == written
 
 
-def test_images_that_are_gone_keep_their_rows(photos, model_directory, tmp_path):
+def test_images_that_are_not_listed_any_more_keep_their_rows(photos, model_directory, tmp_path):
     output = tmp_path / "out"
     caption_images(str(photos), str(output), str(model_directory), run=RUN)
     before = _rows(output)
@@ -278,7 +278,7 @@ def test_images_that_are_gone_keep_their_rows(photos, model_directory, tmp_path)
         (photos / name).unlink()
     summary = caption_images(str(photos), str(output), str(model_directory), run=RUN)
     assert summary.gone == 2
-    assert summary.describe().endswith("; 2 listed images are gone; their rows are kept")
+    assert summary.describe().endswith("; 2 images are not listed any more; their rows are kept")
     assert _rows(output) == before
     limited = ListingConfig(limit=3)
     summary = caption_images(

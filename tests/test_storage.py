@@ -1,4 +1,6 @@
+import errno
 import os
+import re
 import resource
 import signal
 import stat
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from captioner import storage
 from captioner.errors import InputError, OutputError
@@ -128,6 +131,15 @@ def test_paths_are_made_absolute_and_uris_are_left(uri, base, expected):
 def test_a_relative_path_starts_from_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("a.jpg") == str(tmp_path / "a.jpg")
+
+
+def test_a_working_directory_that_is_deleted_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(InputError, match=r"^out starts from the working directory, which is del"):
+        storage.absolute("out")
+    assert storage.absolute("/out") == "/out"
 
 
 @pytest.mark.parametrize("directory", ["s3://bucket/a", "s3://bucket/a/"])
@@ -408,6 +420,25 @@ def test_a_file_is_no_folder_to_write_to(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_need_not_flush_directories(tmp_path, monkeypatch, number):
+    flush = os.fsync
+
+    def fail_for_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_directories)
+    if number == errno.EIO:
+        with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/a: Input/output error$"):
+            storage.write(f"{tmp_path}/a", b"1")
+    else:
+        storage.write(f"{tmp_path}/a", b"1")
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_what_is_not_bytes_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         storage.write(f"{tmp_path}/a", "text")  # type: ignore[arg-type]
@@ -531,8 +562,34 @@ def test_a_directory_is_deleted_and_not_what_its_name_is_a_pattern_for(memory):
         storage.write(f"{memory}/{name}", b"1")
     storage.delete(f"{memory}/out[1]/a")
     assert storage.find(f"{memory}", ("",)) == [
-        (f"memory:///bucket/photos/{name}", 1) for name in ("out1/a/b", "out[1]/e")
+        (f"memory://bucket/photos/{name}", 1) for name in ("out1/a/b", "out[1]/e")
     ]
+
+
+class _Hosts(MemoryFileSystem):
+    """A file system whose URIs name a host before the path, as those of Azure, SFTP and HDFS."""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(re.sub("^hosts://[^/]*", "", path))
+
+
+@pytest.mark.parametrize(
+    ("directory", "uri"),
+    [
+        ("hosts://photos@account.net/a/b", "hosts://photos@account.net/a/b/c/d.jpg"),
+        ("hosts://host/a//b/", "hosts://host/a//b/c/d.jpg"),
+        ("hosts://host", "hosts://host/c/d.jpg"),
+        ("hosts:///", "hosts:///c/d.jpg"),
+        ("memory:///bucket", "memory:///bucket/c/d.jpg"),
+        ("memory://", "memory:///c/d.jpg"),
+    ],
+)
+def test_what_is_listed_has_the_name_that_the_directory_was_given_by(memory, directory, uri):
+    fsspec.register_implementation("hosts", _Hosts, clobber=True)
+    storage.write(uri, b"pixels")
+    assert storage.find(directory, IMAGES) == [Listed(uri, 6)]
+    assert storage.read(uri) == b"pixels"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "a::b.jpg"])
