@@ -9,6 +9,7 @@ import heapq
 import io
 import itertools
 import json
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 
 from captioner import __version__, storage
 from captioner.config import ListingConfig, parse_json
-from captioner.errors import FingerprintError, InputError, OutputError
+from captioner.errors import FingerprintError, InputError, OutputError, first_of
 from captioner.parts import Part, delete_parts, find_parts, open_part, row_groups
 from captioner.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, STATUSES
 from captioner.storage import Listed
@@ -45,6 +46,9 @@ PRIVATE = "_captioner"
 _READERS = 16  # threads that read parts: mostly waiting, for a bucket
 _READ_AHEAD = 65_536  # rows of parts in memory, unless a part has more
 _TABLES = (".txt", ".csv", ".parquet")
+_SHOWN = 5  # endings of files that are passed over
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,13 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
         if not images:
             raise InputError(f"{source} lists no images")
     else:
-        images = storage.find(source, listing.endings)
+        others: Counter[str] = Counter()
+        images = storage.find(source, listing.endings, others)
         if not images:
             raise InputError(f"{source} holds no images ({listing.extensions})")
+        if others:
+            known = [f"{count} {ending or 'without one'}" for ending, count in others.most_common()]
+            _logger.info("files of other endings passed over: %s", first_of(known, _SHOWN))
     return images[: listing.limit]
 
 
@@ -114,11 +122,19 @@ def _read_list(source: str) -> list[Listed]:
         else:
             read = _read_parquet if source.lower().endswith(".parquet") else _read_csv
             column = read(data, lambda names: _uri_column(names, source))
+            if pa.types.is_primitive(column.type):
+                raise InputError(f"the URIs in {source} are not text, but {column.type}")
             uris = column.cast(pa.string()).to_pylist()
+            if empty := sum(not uri for uri in uris):
+                _logger.warning("left out: %d rows of %s without a URI", empty, source)
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise InputError(f"cannot read {source}: {_one_line(error)}") from error
     absolute = [_from(source, uri) for uri in uris if uri]
-    return [Listed(uri, None) for uri in dict.fromkeys(absolute)]
+    listed = [Listed(uri, None) for uri in dict.fromkeys(absolute)]
+    if len(listed) < len(absolute):
+        again = len(absolute) - len(listed)
+        _logger.warning("left out: %d URIs of %s that stand there before", again, source)
+    return listed
 
 
 def _read_csv(data: bytes, choose: Callable[[list[str]], str]) -> pa.ChunkedArray:
@@ -152,6 +168,8 @@ def _uri_column(names: list[str], source: str) -> str:
     if len(names) != 1:
         raise InputError(f"{source} must have one column uri, not {', '.join(names)}")
     [name] = names
+    if ";" in name or "\t" in name:
+        raise InputError(f"{source} must have commas between its columns, not {name!r}")
     if "." in name or "/" in name or _is_file(_from(source, name)):
         raise InputError(
             f"{source} begins with an image, {name}, and not with the column's name: "

@@ -282,7 +282,7 @@ def _caption(
     if bad > job.run.max_error_rate:
         raise ErrorRateError(
             f"{summary.counts()}: {bad:.1%} are not ok, "
-            f"more than --max-error-rate {job.run.max_error_rate:.1%}"
+            f"more than --max-error-rate {job.run.max_error_rate:.1%}; captioner report shows why"
         )
     return summary
 

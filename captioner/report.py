@@ -3,6 +3,7 @@
 import heapq
 import io
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,13 @@ _TALLEST = 4  # times its width is a panel's height at most; a taller image has 
 
 @dataclass(frozen=True)
 class Report:
-    """Counts, the last run in a line, and captions by score: ``(score, caption, uri)``."""
+    """Counts, the last run in a line, and captions by score: ``(score, caption, uri)``.
+
+    ``examples`` are by status a row that is not ok: ``(error, uri)``.
+    """
 
     accounts: Accounts
+    examples: dict[str, tuple[str, str]]
     last_run: str
     worst: list[tuple[float, str, str]]
     best: list[tuple[float, str, str]]
@@ -44,11 +49,10 @@ class Report:
     def lines(self) -> list[str]:
         """The report as text."""
         lines = [f"{self.accounts.images} images listed"]
-        lines += [
-            f"  {self.accounts.rows[status]} {status}"
-            for status in STATUSES
-            if self.accounts.rows.get(status)
-        ]
+        for status in STATUSES:
+            if count := self.accounts.rows.get(status):
+                error, uri = self.examples.get(status, ("", ""))
+                lines.append(f"  {count} {status}" + (f", as {uri}: {error}" if uri else ""))
         if self.last_run:
             lines.append(self.last_run)
         for title, captions in (("best", self.best), ("worst", self.worst)):
@@ -73,18 +77,23 @@ def summarise(output: str) -> Report:
     last_run = _last_run(directory)
     worst: list[tuple[float, str, str]] = []
     best: list[tuple[float, str, str]] = []
-    for some in directory.rows(["score", "caption", "uri"]):
-        scored = some.filter(pc.is_valid(some["score"]))
+    examples: dict[str, tuple[str, str]] = {}
+    for some in directory.rows(["score", "caption", "uri", "status", "error"]):
+        for row in some.filter(pc.not_equal(some["status"], "ok")).to_pylist():
+            examples.setdefault(row["status"], (row["error"], row["uri"]))
+        scored = some.filter(pc.is_valid(some["score"])).select(["score", "caption", "uri"])
         rows = list(zip(*(scored[name].to_pylist() for name in scored.column_names), strict=True))
         best = heapq.nlargest(_SHOWN, best + rows)
         worst = heapq.nsmallest(_SHOWN, worst + rows)
-    return Report(accounts, last_run, worst, best)
+    return Report(accounts, examples, last_run, worst, best)
 
 
 def _last_run(directory: OutputDirectory) -> str:
     if not (last := directory.read_summary()):
         return ""
     try:
+        if last["captioned"] == 0:
+            return f"last run: nothing captioned, ended {last['ended']}"
         return (
             f"last run: {last['captioned']:d} images in {last['seconds']:.1f} s, "
             f"{last['images_per_second']:.1f} images/s, ended {last['ended']}"
@@ -115,8 +124,9 @@ def find_row(output: str, uri: str) -> CaptionedRow:
         OutputError: the output cannot be read.
     """
     directory = OutputDirectory(output)
+    directory.read_json("run.json")
     manifest = directory.manifest()
-    listed = storage.readable(uri)
+    listed = storage.readable(uri if "://" in uri else os.path.normpath(uri))
     match = pc.equal(manifest["uri"], listed)
     if not pc.any(match).as_py():
         end = listed.removeprefix("file://").lstrip("/")

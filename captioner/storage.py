@@ -19,6 +19,7 @@ import stat
 import tempfile
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -249,18 +250,35 @@ def readable(uri: str) -> str:
     return uri
 
 
-def find(directory: str, endings: tuple[str, ...]) -> list[Listed]:
-    """All files below a directory whose names end so (lower case, with the dot), sorted by URI.
+def find(
+    directory: str, endings: tuple[str, ...], others: Counter[str] | None = None
+) -> list[Listed]:
+    """All files below a directory whose names end so, sorted by URI.
+
+    Args:
+        directory: searched with all that is below it.
+        endings: in lower case, with the dot.
+        others: is told how many files have which other endings, hidden files not counted.
 
     Raises:
         InputError: there is no such directory, or it cannot be listed.
     """
+    others = Counter() if others is None else others
+
+    def is_wanted(name: str) -> bool:
+        if name.lower().endswith(endings):
+            return True
+        name = name.rsplit("/", 1)[-1]
+        if not name.startswith("."):
+            others[os.path.splitext(name)[1].lower()] += 1
+        return False
 
     def list_files(fs: Any, path: str) -> list[Listed]:
+        others.clear()
         if isinstance(fs, LocalFileSystem):
             if not os.path.isdir(path):
                 raise _no_directory(directory, exists=os.path.exists(path))
-            return list(_find_local(path, endings))
+            return list(_find_local(path, is_wanted))
         found = fs.find(path, detail=True)
         if not found and not fs.isdir(path):
             raise _no_directory(directory, exists=False)
@@ -272,7 +290,7 @@ def find(directory: str, endings: tuple[str, ...]) -> list[Listed]:
         return [
             Listed(begin + name.removeprefix(folder), info.get("size"))
             for name, info in found.items()
-            if info["type"] == "file" and name.lower().endswith(endings)
+            if info["type"] == "file" and is_wanted(name)
         ]
 
     try:
@@ -282,10 +300,11 @@ def find(directory: str, endings: tuple[str, ...]) -> list[Listed]:
 
 
 def _no_directory(directory: str, *, exists: bool) -> InputError:
-    return InputError(f"{directory} {'is not a directory' if exists else 'does not exist'}")
+    problem = "is one file, and no directory of images" if exists else "does not exist"
+    return InputError(f"{directory} {problem}")
 
 
-def _find_local(directory: str, endings: tuple[str, ...]) -> Iterator[Listed]:
+def _find_local(directory: str, is_wanted: Callable[[str], bool]) -> Iterator[Listed]:
     """Links to files are listed, links to directories are not followed.
 
     Unlike fsspec's, this fails where a folder cannot be listed, and lists a link whose file is
@@ -298,7 +317,7 @@ def _find_local(directory: str, endings: tuple[str, ...]) -> Iterator[Listed]:
 
     for folder, _, names_in_folder in os.walk(directory, onerror=fail):
         for name in names_in_folder:
-            if not name.lower().endswith(endings):
+            if not is_wanted(name):
                 continue
             path = os.path.join(folder, name)
             try:

@@ -57,6 +57,10 @@ def test_caption_show_and_report(tmp_path: Path, model_directory: Path):
     assert result.exit_code == 0, result.output
     assert "3 ok" in result.output
     assert "0 images have no row" in result.output
+    assert "\nlast run: 3 images in " in result.output
+    result = _run("caption", photos[0].parent, output, "--model", model_directory, "--engine=local")
+    assert result.exit_code == 0, result.output
+    assert "\nlast run: nothing captioned, ended " in _run("report", output).output
     summary = output / "_captioner" / "summary.json"
     for broken in ("", '{"captioned": 3}', '{"captioned": "<b>", "seconds": 1}', "[]"):
         summary.write_text(broken)
@@ -74,6 +78,36 @@ def test_caption_show_and_report(tmp_path: Path, model_directory: Path):
     result = _run("report", output, "--missing")
     assert result.exit_code == 1
     assert result.output.splitlines() == [str(path) for path in photos]
+
+
+def test_report_names_an_image_of_each_status(tmp_path: Path, model_directory: Path):
+    write_photos(tmp_path / "photos", 2)
+    (tmp_path / "photos" / "text.jpg").write_text("no image")
+    (tmp_path / "photos" / "void.jpg").touch()
+    result = _run("caption", tmp_path / "photos", tmp_path / "out", "--model", model_directory)
+    assert result.exit_code == 3
+    assert result.output.endswith("; captioner report shows why\n")
+    lines = _run("report", tmp_path / "out").output.splitlines()
+    assert lines[:2] == ["4 images listed", "  2 ok"]
+    assert lines[2].startswith(f"  2 undecodable, as {tmp_path}/photos/text.jpg: ")
+    assert len(lines[2]) > len(f"  2 undecodable, as {tmp_path}/photos/text.jpg: ")
+
+
+def test_show_of_a_folder_that_is_no_output_says_so(tmp_path: Path):
+    result = _run("show", tmp_path, "a.jpg", "-o", tmp_path / "overlay.png")
+    assert result.exit_code == 2
+    assert result.output.splitlines() == _run("report", tmp_path).output.splitlines()
+
+
+def test_show_takes_a_path_from_the_working_directory(
+    tmp_path: Path, model_directory: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    [photo] = write_photos(tmp_path / "photos", 1)
+    assert _run("caption", "photos", "out", "--model", model_directory).exit_code == 0
+    for name in (f"./photos/{photo.name}", f"photos/../photos/{photo.name}"):
+        result = _run("show", "out", name, "-o", "overlay.png")
+        assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(scope="module")

@@ -90,8 +90,27 @@ def test_a_source_that_is_not_there_is_refused(place, name):
 
 def test_a_source_of_another_kind_is_refused(place):
     storage.write(f"{place}/photo.jpg", b"")
-    with pytest.raises(InputError, match=r"/photo\.jpg is not a directory$"):
+    with pytest.raises(InputError, match=r"/photo\.jpg is one file, and no directory of images$"):
         list_source(f"{place}/photo.jpg", ListingConfig())
+
+
+def test_files_of_other_endings_are_counted(place, caplog):
+    for name in (
+        "a.jpg",
+        "b.HEIC",
+        "c/d.heic",
+        "e.txt",
+        "README",
+        "f/LICENSE",
+        "Makefile",
+        ".hidden",
+    ):
+        storage.write(f"{place}/photos/{name}", b"")
+    with caplog.at_level("INFO"):
+        assert _uris(f"{place}/photos") == [f"{place}/photos/a.jpg"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "files of other endings passed over: 3 without one, 2 .heic, 1 .txt"
+    ]
 
 
 @pytest.mark.parametrize("name", ["photos.txt", "photos.csv", "photos.parquet"])
@@ -199,6 +218,8 @@ def test_what_looks_like_a_number_is_a_name(tmp_path):
         (b"\xef\xbb\xbfpath\na.jpg\n", None),
         (b"uri,uri2\na.jpg,b.jpg\n", None),
         (b"path,label\na.jpg,1\n", "must have one column uri, not path, label$"),
+        (b"uri;label\na.jpg;1\n", "must have commas between its columns, not 'uri;label'$"),
+        (b"uri\tlabel\na.jpg\t1\n", r"must have commas between its columns, not 'uri\\tlabel'$"),
         (b"uri\n", "lists no images"),
         (b'uri\n""\n', "lists no images"),
         (b"", "Empty CSV file"),
@@ -224,6 +245,15 @@ def test_the_column_uri_or_the_only_one_counts(tmp_path, data, problem):
         with pytest.raises(InputError, match=problem) as caught:
             list_source(f"{tmp_path}/list.csv", ListingConfig())
         assert str(caught.value).isprintable()
+
+
+def test_what_a_list_has_twice_or_leaves_empty_is_told(place, caplog):
+    storage.write(f"{place}/list.csv", b'uri,n\na.jpg,1\n"",2\na.jpg,3\nb.jpg,4\n"",5\n./a.jpg,6\n')
+    assert _uris(f"{place}/list.csv") == [f"{place}/a.jpg", f"{place}/b.jpg"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"left out: 2 rows of {place}/list.csv without a URI",
+        f"left out: 2 URIs of {place}/list.csv that stand there before",
+    ]
 
 
 def test_the_only_column_of_a_parquet_file_is_not_called_like_an_image(place):
@@ -306,16 +336,13 @@ def _break(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
 
 def test_columns_of_a_table_that_are_no_text(tmp_path):
     for column, problem in (
-        (pa.array([1, None]), None),
+        (pa.array([1, None]), r"/list\.parquet are not text, but int64$"),
         (pa.array([[1]]), "Unsupported cast from list"),
         (pa.array([b"\xff"]), "invalid UTF8|Invalid UTF8"),
     ):
         pq.write_table(pa.table({"n": column}), tmp_path / "list.parquet")
-        if problem is None:
-            assert _uris(tmp_path / "list.parquet") == [f"{tmp_path}/1"]
-        else:
-            with pytest.raises(InputError, match=problem):
-                _uris(tmp_path / "list.parquet")
+        with pytest.raises(InputError, match=problem):
+            _uris(tmp_path / "list.parquet")
     pq.write_table(
         pa.table({"dictionary": pa.array(["a"] * 3).dictionary_encode()}), tmp_path / "d.parquet"
     )

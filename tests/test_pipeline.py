@@ -234,7 +234,7 @@ def test_too_many_bad_rows_are_an_error_when_all_is_written(
             caption_images(str(photos), str(output), str(model_directory), run=run)
         assert str(caught.value) == (
             f"{output}: 13 images (10 ok, 3 undecodable): 23.1% are not ok, "
-            "more than --max-error-rate 20.0%"
+            "more than --max-error-rate 20.0%; captioner report shows why"
         )
         assert len(_rows(output)) == 13
         summary = json.loads((output / "_captioner/summary.json").read_text())

@@ -240,7 +240,9 @@ def test_a_directory_that_is_none_is_an_error(tmp_path):
     with pytest.raises(InputError, match=rf"^{tmp_path}/none does not exist$"):
         storage.find(f"{tmp_path}/none", IMAGES)
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(InputError, match=rf"^{tmp_path}/a\.jpg is not a directory$"):
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}/a\.jpg is one file, and no directory of images$"
+    ):
         storage.find(f"{tmp_path}/a.jpg", IMAGES)
 
 
@@ -628,7 +630,9 @@ def test_what_is_not_in_a_bucket_is_an_error(memory):
     with pytest.raises(FileNotFoundError):
         storage.read(f"{memory}/a")
     storage.write(memory, b"")
-    with pytest.raises(InputError, match=r"^memory://bucket/photos is not a directory$"):
+    with pytest.raises(
+        InputError, match=r"^memory://bucket/photos is one file, and no directory of images$"
+    ):
         storage.find(memory, IMAGES)
     with pytest.raises(OutputError, match=r"^cannot write memory://bucket/photos/a: "):
         storage.write(f"{memory}/a", b"")
