@@ -264,6 +264,8 @@ def _caption(
     try:
         if shards:
             _run(job, bundle, shards, written, work, signals, total=len(manifest))
+        elif job.run.profile is not None:
+            _logger.warning("no image is left to caption: %s is not written", job.run.profile)
     except BaseException as problem:
         # What is told already is not to be hidden by what goes wrong now.
         with suppress(CaptionerError):

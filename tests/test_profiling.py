@@ -62,6 +62,16 @@ def test_a_trace_is_packed_where_its_name_says_so(tmp_path: Path, model_director
     assert _batches(gzip.decompress(trace.read_bytes())) == ["batch 1"]
 
 
+def test_a_finished_job_has_no_trace_and_says_so(tmp_path: Path, model_directory: Path, caplog):
+    photos = write_photos(tmp_path / "photos", 1)[0].parent
+    trace = tmp_path / "trace.json"
+    for _ in range(2):
+        _caption(photos, tmp_path / "out", model_directory, trace if trace.exists() else None)
+        trace.touch()
+    assert f"no image is left to caption: {trace} is not written" in caplog.messages
+    assert trace.read_bytes() == b""
+
+
 def test_a_trace_that_cannot_be_written_ends_the_job(tmp_path: Path, model_directory: Path):
     photos = write_photos(tmp_path / "photos", 3)[0].parent
     (tmp_path / "file").write_text("a file")
