@@ -4,6 +4,8 @@ python benchmarks/photo_decoding.py DATA --list DATA/val.txt
 
 The photos are enlarged to 4000×3000 (Lanczos) and stored as JPEG of quality 90. Each is decoded as
 captioner does it and in full, one after the other, in one thread; both ways end in the same resize.
+How many captions change by themselves shows noise: a share of the values of the latter, one step of
+255 up or down.
 """
 
 import io
@@ -25,6 +27,7 @@ from captioner.dataset import read_dataset
 
 SIDES = 4000, 3000
 BATCH = 32  # images
+NOISE = 0.01, 0.1  # shares of the values
 
 
 def enlarge(data: bytes) -> bytes:
@@ -49,7 +52,15 @@ def decode_in_full(data: bytes, size: int) -> np.ndarray:
         return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 
-def timed(way: Callable[[bytes, int], np.ndarray], data: bytes, size: int) -> tuple[float, object]:
+def with_noise(pixels: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+    """A share of the values one step up or down."""
+    steps = random.choice([-1, 0, 1], pixels.shape, p=[share / 2, 1 - share, share / 2])
+    return np.clip(pixels + steps, 0, 255).astype(np.uint8)
+
+
+def timed(
+    way: Callable[[bytes, int], np.ndarray], data: bytes, size: int
+) -> tuple[float, np.ndarray]:
     """Seconds, and the pixels."""
     begin = time.perf_counter()
     pixels = way(data, size)
@@ -71,7 +82,7 @@ def main(data: str, names: str, model: str, count: int, rounds: int, beam: int |
     size = loaded.config.image_size
     ways = {"captioner": decode, "in full": decode_in_full}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    pixels: dict[str, list[object]] = {way: [] for way in ways}
+    pixels: dict[str, list[np.ndarray]] = {way: [] for way in ways}
     stored = 0
     with TemporaryDirectory() as folder:
         paths = [Path(folder, f"{place}.jpg") for place in places]
@@ -86,22 +97,32 @@ def main(data: str, names: str, model: str, count: int, rounds: int, beam: int |
                     seconds[way].append(spent)
                     if turn == 0:
                         pixels[way].append(decoded)
+    random = np.random.default_rng(0)
+    for share in NOISE:
+        noisy = [with_noise(each, share, random) for each in pixels["in full"]]
+        pixels[f"noise in {share:.0%}"] = noisy
     captioner = Captioner(loaded, DecodeConfig(beam=beam, attention="none"), precision="fp32")
     captions: dict[str, list[str]] = {}
     for way, arrays in pixels.items():
         batches = (arrays[begin : begin + BATCH] for begin in range(0, len(arrays), BATCH))
         captions[way] = [each.text for batch in batches for each in captioner(np.stack(batch))]
-    equal = sum(ours == full for ours, full in zip(*captions.values(), strict=True))
-    for ours, full in zip(*captions.values(), strict=True):
+    expected = captions.pop("in full")
+    for ours, full in zip(captions["captioner"], expected, strict=True):
         if ours != full:
             click.echo(f"captioner: {ours}\nin full:   {full}\n")
+    equal = {
+        way: sum(ours == full for ours, full in zip(some, expected, strict=True))
+        for way, some in captions.items()
+    }
     ratio = statistics.median(
         full / ours for ours, full in zip(seconds["captioner"], seconds["in full"], strict=True)
     )
     speeds = {way: 1 / statistics.median(spent) for way, spent in seconds.items()}
     for way, speed in speeds.items():
         click.echo(f"{way}: {speed:.1f} images/s in one thread")
-    click.echo(f"{ratio:.2f} times as fast; {equal} of {len(paths)} captions are equal")
+    click.echo(f"{ratio:.2f} times as fast")
+    for way, count in equal.items():
+        click.echo(f"{way}: {count} of {len(paths)} captions are equal to those in full")
     result = {
         "images": len(paths),
         "sides": SIDES,

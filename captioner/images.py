@@ -35,7 +35,7 @@ from captioner.schema import Status
 __all__ = ["PREPROCESSING_VERSION", "DecodedImage", "decode"]
 
 #: Counts up when the same bytes would give other pixels: part of a job's fingerprint.
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 
 _FORMATS = ("JPEG", "FIRST PNG", "WEBP", "BMP", "DIB", "FIRST GIF", "TIFF OF FEW STRIPS", "AVIF")
 _EXIF_ORIENTATION = 0x0112
@@ -49,8 +49,12 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 # A JPEG is decoded at a half, a quarter or an eighth where that leaves at least this many times
-# the pixels needed along each side: the resize that follows then hides the difference.
-_REDUCING_GAP = 2.0
+# the pixels needed along each side: the resize that follows then hides the difference. With
+# less, more captions differ (benchmarks/photo_decoding.py).
+_REDUCING_GAP = 3.0
+# Whole pixels are averaged before that resize only where this many are left: to average also blurs,
+# and rounds up.
+_AVERAGING_GAP = 6.0
 _BYTES_A_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # in Pillow; else 4
 _COPIES = {"WEBP": 4, "AVIF": 4}  # of the pixels: the decoder's and Pillow's; else 1
 _MEMORY_A_PIXEL = 1.5  # bytes that decoding may take for each pixel that is allowed
@@ -300,8 +304,8 @@ def _pixels(
     image.load()
     left, top, right, bottom = box or (0, 0, *image.size)
     orientation = _orientation(image)  # after loading, which turns a TIFF upright itself
-    across = int((right - left) / target[0] / _REDUCING_GAP) or 1
-    down = int((bottom - top) / target[1] / _REDUCING_GAP) or 1
+    across = int((right - left) / target[0] / _AVERAGING_GAP) or 1
+    down = int((bottom - top) / target[1] / _AVERAGING_GAP) or 1
     plain = across == down == 1 and image.mode == "RGB" and not image.has_transparency_data
     small = image if plain else _reduced_rgb(image, across, down)
     box = left / across, top / down, right / across, bottom / down
