@@ -331,7 +331,7 @@ class RunConfig(_Checked):
         "auto", "compile the encoder; auto: on a CPU, where the job is long enough for it to pay"
     )
     batch_size: int | Literal["auto"] = setting(
-        32,
+        64,
         "images a forward pass; auto: doubled from 8 on while that is faster",
         minimum=1,
         maximum=1_000_000,
