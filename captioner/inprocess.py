@@ -64,7 +64,7 @@ def _run(
 
         loading = _ahead(
             _load(job, others.values(), readers, attempts),
-            lambda: 4 * max(captioner.batch_size, decoders),
+            lambda: max(2 * captioner.batch_size, 4 * decoders),
         )
         for number, images in itertools.groupby(loading, key=operator.itemgetter(0)):
             rows = []
