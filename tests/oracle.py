@@ -103,7 +103,12 @@ def oracle_of(model: CaptionModel) -> tuple[OracleEncoder | None, OracleDecoder]
 
 
 @torch.no_grad()
-def greedy(decoder: OracleDecoder, memory_1PC: Tensor, forbidden: list[int] = ()) -> tuple:
+def greedy(
+    decoder: OracleDecoder,
+    memory_1PC: Tensor,
+    forbidden: list[int] = (),
+    max_words: int | None = None,
+) -> tuple:
     """One image, no cache: everything is computed again for every word.
 
     Returns the words' ids with ``<eos>`` where it was chosen, their log-probabilities, and the
@@ -111,7 +116,7 @@ def greedy(decoder: OracleDecoder, memory_1PC: Tensor, forbidden: list[int] = ()
     """
     ids = torch.tensor([[1]])
     logprobs = []
-    for _ in range(decoder.positions.num_embeddings):
+    for _ in range(max_words or decoder.positions.num_embeddings):
         logits, weights = decoder(ids, memory_1PC, None)
         last = logits[0, -1].clone()
         last[list(forbidden)] = -torch.inf

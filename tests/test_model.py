@@ -41,9 +41,9 @@ def test_the_notebook_preset_equals_the_reference_structure():
     from captioner.config import DecodeConfig
     from captioner.generate import generate
 
-    hypotheses = generate(model.decoder, features, DecodeConfig(allow_unknown=True))
+    hypotheses = generate(model.decoder, features, DecodeConfig(allow_unknown=True, max_words=16))
     for row, hypothesis in enumerate(hypotheses):
-        ids, _, weights = greedy(decoder, memory[row : row + 1])
+        ids, _, weights = greedy(decoder, memory[row : row + 1], max_words=16)
         assert hypothesis.ids + [2] * hypothesis.ended == ids
         torch.testing.assert_close(
             torch.from_numpy(hypothesis.attention_SP), weights, atol=1e-4, rtol=1e-4
