@@ -51,8 +51,10 @@ class Report:
         lines = [f"{self.accounts.images} images listed"]
         for status in STATUSES:
             if count := self.accounts.rows.get(status):
-                error, uri = self.examples.get(status, ("", ""))
-                lines.append(f"  {count} {status}" + (f", as {uri}: {error}" if uri else ""))
+                lines.append(f"  {count} {status}")
+                if status in self.examples:
+                    error, uri = self.examples[status]
+                    lines[-1] += f", as {uri}: {error}"
         if self.last_run:
             lines.append(self.last_run)
         for title, captions in (("best", self.best), ("worst", self.worst)):
