@@ -6,7 +6,8 @@ The preset `small` goes on with the model that comes with captioner. All contend
 steps: five captions an image, 32 images, AdamW.
 
   captioner     `captioner train`: cached features of a frozen encoder, moving average of weights
-  plain         the loop that one writes first, on the same features in memory; no moving average
+  plain         the loop that one writes first, on the same features in memory: padding is computed
+                as words are; no moving average
   fused         the same with torch's fused attention, and dropout drawn anew for each word
   re-encoding   the plain loop, with the images decoded and encoded at each step
   1, 2 workers  `captioner train --workers`, on a Ray of this machine; its cores are shared out
@@ -35,7 +36,8 @@ from captioner.dataset import Split, read_dataset
 from captioner.features import compute_features
 from captioner.memory import keep_freed_memory
 from captioner.pipeline import connected
-from captioner.trainer import Source, caption_loss, plan_batches
+from captioner.trainer import Source, plan_batches
+from captioner.vocabulary import PAD
 
 
 def train(split: Split, config: TrainConfig, workers: int = 0) -> float:
@@ -78,9 +80,14 @@ def plain(split: Split, config: TrainConfig, *, cached: bool, fused: bool = Fals
             inputs = batch.inputs.to(dtype) if cached else batch.inputs
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                logits = network(inputs, batch.ids_RT)
-            loss = caption_loss(logits, batch.ids_RT, config.label_smoothing)
-            (loss / batch.words).backward()
+                logits = network(inputs, batch.ids_RT[:, :-1])
+                loss = F.cross_entropy(
+                    logits,
+                    batch.ids_RT[:, 1:].flatten(),
+                    ignore_index=PAD,
+                    label_smoothing=config.label_smoothing,
+                )
+            loss.backward()
             nn.utils.clip_grad_norm_(trained, config.clip_norm or 1.0)
             optimizer.step()
     return len(split.train) / (time.perf_counter() - begin)

@@ -1,9 +1,10 @@
 """The encoder-decoder: a timm backbone and a Transformer decoder with cross-attention.
 
 Shapes in names: ``B`` images, ``R = B·n`` rows (the ``n`` captions or beams of an image stand
-together and share its keys and values), ``T`` words, ``h, w`` the backbone's own grid, ``L = h·w``,
-``P = grid²`` positions attended to (``L`` where the config's grid is null), ``C`` channels of the
-backbone, ``E`` width, ``H`` heads, ``D = E / H``, ``V`` words of the vocabulary.
+together and share its keys and values), ``T`` words, ``N`` of the ``R·T`` that are no padding, row
+after row, ``h, w`` the backbone's own grid, ``L = h·w``, ``P = grid²`` positions attended to (``L``
+where the config's grid is null), ``C`` channels of the backbone, ``E`` width, ``H`` heads,
+``D = E / H``, ``V`` words of the vocabulary.
 
 The features are average-pooled from ``h×w`` to ``grid×grid`` by a fixed matrix ``pooling_PL``, and
 a linear map commutes with it (its rows sum to 1, so a bias does too). Keys and values are therefore
@@ -33,6 +34,7 @@ __all__ = [
     "ImageEncoder",
     "KeyValueCache",
     "Memory",
+    "Words",
     "pooling_matrix",
 ]
 
@@ -245,19 +247,51 @@ class KeyValueCache:
             self.values = self.values.index_select(1, rows)
 
 
+@dataclass(frozen=True)
+class Words:
+    """Which of ``R·T`` words are computed: ``places_N``, or all of them where that is None.
+
+    Layers that see one word at a time work on ``x_NE``, so that padding costs nothing there.
+    Attention looks from word to word: it works on ``x_RTE``, with zeros in place of padding.
+    """
+
+    rows: int
+    length: int
+    places_N: Tensor | None = None
+
+    def spread(self, x_NE: Tensor) -> Tensor:
+        """``x_RTE``."""
+        x = x_NE
+        if self.places_N is not None:
+            x = x.new_zeros(self.rows * self.length, x.size(1)).index_copy_(0, self.places_N, x)
+        return x.view(self.rows, self.length, -1)
+
+    def gather(self, x_RTE: Tensor) -> Tensor:
+        """``x_NE``."""
+        x = x_RTE.flatten(0, 1)
+        return x if self.places_N is None else x.index_select(0, self.places_N)
+
+    def repeat(self, x_RE: Tensor) -> Tensor:
+        """``x_NE``, each word with what its row has."""
+        if self.places_N is None:
+            return x_RE.repeat_interleave(self.length, 0)
+        return x_RE.index_select(0, self.places_N // self.length)
+
+
 class Dropout(nn.Module):
-    """Dropout of ``(R, T, E)``; shared: one mask for all ``T``, which also costs far less."""
+    """Dropout of ``x_NE``; shared: one mask for all words of a row, which also costs far less."""
 
     def __init__(self, probability: float, *, shared: bool):
         super().__init__()
         self.probability, self.shared = probability, shared
 
-    def forward(self, x_RTE: Tensor) -> Tensor:
+    def forward(self, x_NE: Tensor, words: Words) -> Tensor:
         if not self.training or self.probability == 0:
-            return x_RTE
+            return x_NE
         if not self.shared:
-            return F.dropout(x_RTE, self.probability)
-        return x_RTE * F.dropout(torch.ones_like(x_RTE[:, :1]), self.probability)
+            return F.dropout(x_NE, self.probability)
+        mask_RE = F.dropout(x_NE.new_ones(words.rows, x_NE.size(1)), self.probability)
+        return x_NE * words.repeat(mask_RE)
 
 
 def _attend(
@@ -299,15 +333,21 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(
-        self, x_RTE: Tensor, hidden: Tensor | None, cache: KeyValueCache | None, layer: int
+        self, x_NE: Tensor, words: Words, cache: KeyValueCache | None, layer: int
     ) -> Tensor:
-        """``hidden`` is True where a word must not look; with a cache, ``T`` is 1."""
-        joined = self.query_key_value(x_RTE).unflatten(-1, (3, self.heads, -1))
+        """No word looks at those after it, and so none at padding; with a cache, ``T`` is 1."""
+        joined = words.spread(self.query_key_value(x_NE)).view(
+            words.rows, words.length, 3, self.heads, -1
+        )
         query, keys, values = joined.permute(2, 0, 3, 1, 4).unbind()
+        hidden_TT = None
         if cache is not None:
             keys, values = cache.append(layer, keys, values)
-        output, _ = _attend(query, keys, values, hidden=hidden)
-        return self.output(output.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        else:
+            shape = (words.length, words.length)
+            hidden_TT = torch.ones(shape, dtype=torch.bool, device=query.device).triu(1)
+        output, _ = _attend(query, keys, values, hidden=hidden_TT)
+        return self.output(words.gather(output.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
 class CrossAttention(nn.Module):
@@ -333,13 +373,15 @@ class CrossAttention(nn.Module):
         )
         return keys, values
 
-    def forward(self, x_RTE: Tensor, memory: Memory, layer: int) -> tuple[Tensor, Tensor]:
-        """The output ``(R, T, E)`` and the weights ``(B, H, n·T, P)``."""
+    def forward(
+        self, x_NE: Tensor, words: Words, memory: Memory, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """The output ``x_NE`` and the weights ``(B, H, n·T, P)``."""
         keys, values = memory.keys[layer], memory.values[layer]
-        query = self.query(x_RTE).view(len(keys), -1, self.heads, keys.size(-1)).transpose(1, 2)
-        output, weights = _attend(query, keys, values, pooling_PL=memory.pooling_PL)
-        joined = output.transpose(1, 2).reshape(x_RTE.shape)
-        return self.output(joined), weights
+        query = words.spread(self.query(x_NE)).view(len(keys), -1, self.heads, keys.size(-1))
+        output, weights = _attend(query.transpose(1, 2), keys, values, pooling_PL=memory.pooling_PL)
+        joined = output.transpose(1, 2).reshape(words.rows, words.length, -1)
+        return self.output(words.gather(joined)), weights
 
 
 class Block(nn.Module):
@@ -369,26 +411,26 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        words: Words,
         memory: Memory,
-        *,
-        hidden: Tensor | None,
         cache: KeyValueCache | None,
         layer: int,
     ) -> tuple[Tensor, Tensor]:
-        """``x_RTE`` and the cross-attention's weights ``(B, H, n·T, P)``."""
+        """``x_NE`` and the cross-attention's weights ``(B, H, n·T, P)``."""
+        read = self.self_attention(self.norm1(x) if self.pre_norm else x, words, cache, layer)
+        x = x + self.self_dropout(read, words)
         if self.pre_norm:
-            x = x + self.self_dropout(self.self_attention(self.norm1(x), hidden, cache, layer))
-            seen, weights = self.cross_attention(self.norm_cross(x), memory, layer)
-            x = x + self.cross_dropout(seen)
-            return x + self._feed_forward(self.norm2(x)), weights
-        x = self.norm1(x + self.self_dropout(self.self_attention(x, hidden, cache, layer)))
-        seen, weights = self.cross_attention(x, memory, layer)
-        x = self.norm1(x + self.cross_dropout(seen))
-        return self.norm2(x + self._feed_forward(x)), weights
+            seen, weights = self.cross_attention(self.norm_cross(x), words, memory, layer)
+            x = x + self.cross_dropout(seen, words)
+            return x + self._feed_forward(self.norm2(x), words), weights
+        x = self.norm1(x)
+        seen, weights = self.cross_attention(x, words, memory, layer)
+        x = self.norm1(x + self.cross_dropout(seen, words))
+        return self.norm2(x + self._feed_forward(x, words)), weights
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        inner = self.inner_dropout(F.gelu(self.linear1(x)))
-        return self.outer_dropout(self.linear2(inner))  # type: ignore[no-any-return]
+    def _feed_forward(self, x: Tensor, words: Words) -> Tensor:
+        inner = self.inner_dropout(F.gelu(self.linear1(x)), words)
+        return self.outer_dropout(self.linear2(inner), words)  # type: ignore[no-any-return]
 
 
 class CaptionDecoder(nn.Module):
@@ -418,24 +460,29 @@ class CaptionDecoder(nn.Module):
         return list(self.blocks)  # type: ignore[arg-type]  # ModuleList forgets its type
 
     def forward(
-        self, ids_RT: Tensor, features_BhwC: Tensor, padding_RT: Tensor | None = None
+        self, ids_RT: Tensor, features_BhwC: Tensor, counted_RT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """All next words at once, for training.
 
         Args:
             ids_RT: captions that begin with ``<start>``.
             features_BhwC: the images' features; ``R`` is a multiple of ``B``.
-            padding_RT: True where a word is padding. With padding at the end only, what is
-                predicted at the other words does not depend on it: they never look ahead.
+            counted_RT: False for padding, which may stand at the end of a row only; none: all
+                words are counted.
 
         Returns:
-            ``logits_RTV``, and the last block's cross-attention ``(R, T, P)``, mean over heads.
+            What comes after each word that is counted, row after row: ``logits_NV``, and the last
+            block's cross-attention, mean over heads: ``attention_NP``.
         """
-        length = ids_RT.size(1)
-        hidden = torch.ones(length, length, dtype=torch.bool, device=ids_RT.device).triu(1)
-        if padding_RT is not None:
-            hidden = hidden | padding_RT[:, None, None, :]
-        return self._run(ids_RT, self.memory(features_BhwC), hidden=hidden)
+        rows, length = ids_RT.shape
+        ids_N = ids_RT.flatten()
+        positions_N = torch.arange(length, device=ids_RT.device).repeat(rows)
+        words = Words(rows, length)
+        if counted_RT is not None:
+            places_N = counted_RT.flatten().nonzero()[:, 0]
+            ids_N, positions_N = ids_N[places_N], positions_N[places_N]
+            words = Words(rows, length, places_N)
+        return self._run(ids_N, positions_N, words, self.memory(features_BhwC))
 
     def memory(self, features_BhwC: Tensor) -> Memory:
         """Projects the features to every block's keys and values, once for all words."""
@@ -451,26 +498,24 @@ class CaptionDecoder(nn.Module):
 
     def step(self, ids_R: Tensor, memory: Memory, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
         """One more word of each row: ``logits_RV`` and ``attention_RP``."""
-        logits_R1V, attention_R1P = self._run(ids_R[:, None], memory, cache=cache)
-        return logits_R1V[:, 0], attention_R1P[:, 0]
+        positions_R = torch.full_like(ids_R, cache.length)
+        return self._run(ids_R, positions_R, Words(len(ids_R), 1), memory, cache)
 
     def _run(
         self,
-        ids_RT: Tensor,
+        ids_N: Tensor,
+        positions_N: Tensor,
+        words: Words,
         memory: Memory,
-        *,
-        hidden: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        begin = cache.length if cache is not None else 0
-        positions = self.position_embedding.weight[begin : begin + ids_RT.size(1)]
-        x = self.embedding_norm(self.embedding(ids_RT) + positions)
-        x = self.embedding_dropout(x)
+        x = self.embedding_norm(self.embedding(ids_N) + self.position_embedding(positions_N))
+        x = self.embedding_dropout(x, words)
         for layer, block in enumerate(self._blocks()):
-            x, weights = block(x, memory, hidden=hidden, cache=cache, layer=layer)
-        logits_RTV = self.head(self.head_dropout(self.final_norm(x)))
-        attention_RTP = weights.mean(1).view(*ids_RT.shape, -1)  # (B, n·T, P) to (R, T, P)
-        return logits_RTV, attention_RTP
+            x, weights = block(x, words, memory, cache, layer)
+        logits_NV = self.head(self.head_dropout(self.final_norm(x), words))
+        attention_RTP = weights.mean(1).view(words.rows, words.length, -1)  # from (B, n·T, P)
+        return logits_NV, words.gather(attention_RTP)
 
 
 class CaptionModel(nn.Module):
@@ -482,11 +527,11 @@ class CaptionModel(nn.Module):
         self.encoder = ImageEncoder(config, pretrained=pretrained)
         self.decoder = CaptionDecoder(config, self.encoder.channels)
 
-    def forward(self, inputs: Tensor, ids_RT: Tensor) -> Tensor:
-        """``logits_RTV`` for training.
+    def forward(self, inputs: Tensor, ids_RT: Tensor, counted_RT: Tensor | None = None) -> Tensor:
+        """``logits_NV`` for training, as :meth:`CaptionDecoder.forward` gives them.
 
         ``inputs`` are uint8 images ``(B, size, size, 3)``, or features ``(B, h, w, C)``.
         """
         features = inputs if inputs.is_floating_point() else self.encoder(inputs)
-        logits_RTV, _ = self.decoder(ids_RT, features)
-        return logits_RTV  # type: ignore[no-any-return]
+        logits_NV, _ = self.decoder(ids_RT, features, counted_RT)
+        return logits_NV  # type: ignore[no-any-return]

@@ -47,17 +47,17 @@ __all__ = ["Source", "Trainer", "caption_loss", "learning_rate_factor", "plan_ba
 _SIDE = re.compile(r"(left|right)(most|wards?|hand|handed)?")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _LONGEST_SAMPLE, _LONGEST_GREEDY = 18, 30  # words
+_LOSS_ROWS = 256  # whose logits, and what is made of them, fit a CPU's cache
 
 
-def caption_loss(logits_RTV: Tensor, ids_RT: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross-entropy of each next word; ``logits[:, t]`` predict ``ids[:, t + 1]``."""
-    return F.cross_entropy(
-        logits_RTV[:, :-1].flatten(0, 1).float(),
-        ids_RT[:, 1:].flatten(),
-        ignore_index=PAD,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+def caption_loss(logits_NV: Tensor, ids_RT: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Summed cross-entropy of the words ``ids_RT[:, 1:]``, padding left out."""
+    words_RT = ids_RT[:, 1:]
+    words_N = words_RT[words_RT != PAD]
+    at_once = _LOSS_ROWS if logits_NV.device.type == "cpu" else max(1, len(words_N))
+    loss = partial(F.cross_entropy, label_smoothing=label_smoothing, reduction="sum")
+    parts = zip(torch.split(logits_NV, at_once), torch.split(words_N, at_once), strict=True)
+    return torch.stack([loss(logits.float(), words) for logits, words in parts]).sum()
 
 
 def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
@@ -327,8 +327,8 @@ class Trainer:
 
         def backward(part: Batch) -> float:
             ids_RT = part.ids_RT.to(self.device)
-            logits_RTV = self._logits(part.inputs.to(self.device), ids_RT)
-            loss = caption_loss(logits_RTV, ids_RT, self.config.label_smoothing)
+            logits_NV = self._logits(part.inputs.to(self.device), ids_RT)
+            loss = caption_loss(logits_NV, ids_RT, self.config.label_smoothing)
             (loss * (self.workers / max(1.0, words))).backward()  # type: ignore[no-untyped-call]
             return loss.item()
 
@@ -351,15 +351,14 @@ class Trainer:
             rewards_BN = self._rewards(part, ids_RT)
             others_BN = (rewards_BN.sum(1, keepdim=True) - rewards_BN) / (n - 1)
             advantage_BN = (rewards_BN - others_BN) * part.readable[:, None]
-            advantage_R = advantage_BN.flatten().to(self.device)
-            logits_RTV = self._logits(features, ids_RT)[:, :-1].float()
-            logits_RTV[..., [PAD, START, UNKNOWN]] = -torch.inf  # they were not to be drawn
-            targets_RT = ids_RT[:, 1:]
-            counted_RT = targets_RT != PAD
-            words = targets_RT.masked_fill(~counted_RT, EOS)[..., None]
-            logprobs_RT = logits_RTV.log_softmax(-1).gather(-1, words)[..., 0]
-            caption_R = (logprobs_RT * counted_RT).sum(1)
-            loss = -(advantage_R * caption_R).sum() / (max(1.0, images) * n)
+            counted_RT = ids_RT[:, 1:] != PAD
+            words_N = ids_RT[:, 1:][counted_RT]
+            advantage_R1 = advantage_BN.to(self.device).view(-1, 1)
+            advantage_N = advantage_R1.expand(counted_RT.shape)[counted_RT]
+            logits_NV = self._logits(features, ids_RT).float()
+            logits_NV[:, [PAD, START, UNKNOWN]] = -torch.inf  # they were not to be drawn
+            logprobs_N = logits_NV.log_softmax(-1).gather(-1, words_N[:, None])[:, 0]
+            loss = -(advantage_N * logprobs_N).sum() / (max(1.0, images) * n)
             (loss * self.workers).backward()  # type: ignore[no-untyped-call]
             return float(rewards_BN.mean(1)[part.readable].sum())
 
@@ -407,8 +406,7 @@ class Trainer:
     def _logits(self, inputs: Tensor, ids_RT: Tensor) -> Tensor:
         with self._autocast():
             inputs = inputs.to(self.dtype) if inputs.is_floating_point() else inputs
-            # Padding stands at the end only: no word that counts looks at it.
-            return self.parallel(inputs, ids_RT)  # type: ignore[no-any-return]
+            return self.parallel(inputs, ids_RT[:, :-1], ids_RT[:, 1:] != PAD)  # type: ignore[no-any-return]
 
     def _features(self, model: CaptionModel, part: Batch) -> Tensor:
         inputs = part.inputs.to(self.device)
@@ -459,8 +457,8 @@ class Trainer:
             ids_RT = batch.ids_RT.to(self.device)
             with self._autocast():
                 features = self._features(model, batch)
-                logits_RTV, _ = model.decoder(ids_RT, features)
-            total += caption_loss(logits_RTV, ids_RT).item()
+                logits_NV, _ = model.decoder(ids_RT[:, :-1], features, ids_RT[:, 1:] != PAD)
+            total += caption_loss(logits_NV, ids_RT).item()
             words += batch.words
             hypotheses = generate(self.writer, features, decode)
             readable = batch.readable.tolist()

@@ -67,9 +67,9 @@ def test_a_caption_does_not_depend_on_its_neighbours(model, features, beam):
 def _logprobs(model, features, prefix):
     """Log-probabilities of the word after a prefix, computed from scratch."""
     logits, attention = model.decoder(torch.tensor([[1, *prefix]]), features)
-    last = logits[0, -1].clone()
+    last = logits[-1].clone()
     last[[0, 1, 3]] = -torch.inf
-    return last.log_softmax(-1), attention[0, -1]
+    return last.log_softmax(-1), attention[-1]
 
 
 @torch.no_grad()

@@ -7,18 +7,18 @@ from torch.nn import functional as F
 
 from captioner.config import PRESETS, ModelConfig
 from captioner.errors import InputError
-from captioner.model import CaptionModel, ImageEncoder, KeyValueCache, pooling_matrix
+from captioner.model import CaptionModel, ImageEncoder, KeyValueCache, Words, pooling_matrix
 from conftest import TINY, tiny_model
 from oracle import greedy, oracle_of
 
 
 def _captions(rows: int, length: int, vocabulary_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids with padding at the end of all rows but the first, and the padding mask."""
+    """Ids with padding at the end of all rows but the first, and which words are none."""
     ids = torch.randint(4, vocabulary_size, (rows, length))
     ids[:, 0] = 1
     for row in range(1, rows):
         ids[row, length - row :] = 0
-    return ids, ids == 0
+    return ids, ids != 0
 
 
 @torch.no_grad()
@@ -32,11 +32,11 @@ def test_the_notebook_preset_equals_the_reference_structure():
     assert features.shape == (3, 8, 8, 2048)
     memory = encoder(images)
     assert memory.shape == (3, 196, 2048)
-    ids, padding = _captions(3, 12, 1118)
-    logits, attention = model.decoder(ids, features, padding)
-    expected_logits, expected_attention = decoder(ids, memory, padding)
-    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(attention, expected_attention, atol=1e-4, rtol=1e-4)
+    ids, words = _captions(3, 12, 1118)
+    logits, attention = model.decoder(ids, features, words)
+    expected_logits, expected_attention = decoder(ids, memory, ~words)
+    torch.testing.assert_close(logits, expected_logits[words], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(attention, expected_attention[words], atol=1e-4, rtol=1e-4)
 
     from captioner.config import DecodeConfig
     from captioner.generate import generate
@@ -56,9 +56,9 @@ def test_projecting_before_pooling_equals_pooling_first(grid):
     model = tiny_model(grid=grid)
     features = torch.rand(2, 4, 4, model.encoder.channels)
     pooled = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-    ids, padding = _captions(2, 6, TINY.vocabulary_size)
-    logits, attention = model.decoder(ids, features, padding)
-    expected_logits, expected_attention = model.decoder(ids, pooled, padding)
+    ids, words = _captions(2, 6, TINY.vocabulary_size)
+    logits, attention = model.decoder(ids, features, words)
+    expected_logits, expected_attention = model.decoder(ids, pooled, words)
     torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attention, expected_attention, atol=1e-6, rtol=1e-5)
 
@@ -79,7 +79,7 @@ def test_a_word_at_a_time_equals_all_words_at_once(changes):
     features = torch.rand(2, 2, 2, model.encoder.channels)
     ids, _ = _captions(2, 7, TINY.vocabulary_size)
     ids[ids == 0] = 5
-    logits, attention = model.decoder(ids, features)
+    logits, attention = (each.unflatten(0, (2, 7)) for each in model.decoder(ids, features))
     memory = model.decoder.memory(features)
     cache = KeyValueCache(model.config, 2, 7, memory.keys[0])
     for position in range(7):
@@ -99,14 +99,38 @@ def test_captions_of_an_image_share_its_memory():
     torch.testing.assert_close(shared_attention, repeated_attention, atol=1e-6, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_trailing_padding_does_not_change_the_words_before_it():
-    model = tiny_model()
+@pytest.mark.parametrize(
+    "changes", [{}, {"pre_norm": True, "tied_embeddings": True}, {"grid": 3}, {"layers": 1}]
+)
+def test_padding_is_not_computed_and_changes_nothing(changes):
+    """Logits, attention and gradients are those of all words, padding among them."""
+    torch.manual_seed(0)
+    model = tiny_model(**changes)
     features = torch.rand(3, 2, 2, model.encoder.channels)
-    ids, padding = _captions(3, 8, TINY.vocabulary_size)
-    with_mask, _ = model.decoder(ids, features, padding)
-    without, _ = model.decoder(ids, features)
-    torch.testing.assert_close(with_mask[~padding], without[~padding])
+    ids, words = _captions(6, 8, TINY.vocabulary_size)
+    words[4] = False  # an image has a caption less than the others
+    parameters = list(model.decoder.parameters())
+    results = []
+    for counted in (words, None):
+        logits, attention = model.decoder(ids, features, counted)
+        if counted is None:
+            logits, attention = logits[words.flatten()], attention[words.flatten()]
+        assert len(logits) == words.sum() == len(attention)
+        targets = torch.arange(len(logits)) % TINY.vocabulary_size
+        loss = F.cross_entropy(logits, targets)
+        results.append([logits, attention, *torch.autograd.grad(loss, parameters)])
+    for alone, among_padding in zip(*results, strict=True):
+        torch.testing.assert_close(alone, among_padding, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_nothing_but_padding_has_gradients_of_zero():
+    model = tiny_model()
+    features = torch.rand(1, 2, 2, model.encoder.channels)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    logits, _ = model.decoder(ids, features, ids != 0)
+    assert logits.shape == (0, TINY.vocabulary_size)
+    logits.sum().backward()
+    assert all(not each.grad.any() for each in model.decoder.parameters())
 
 
 @torch.no_grad()
@@ -115,17 +139,23 @@ def test_attention_maps_sum_to_one_in_bfloat16_too():
     features = torch.rand(2, 2, 2, model.encoder.channels, dtype=torch.bfloat16)
     _, attention = model.decoder(torch.tensor([[1, 5, 6]] * 2), features)
     assert attention.dtype == torch.float32
-    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(attention.sum(-1), torch.ones(6))
 
 
-def test_dropout_trains_with_and_without_a_shared_mask():
-    for shared in (False, True):
-        model = tiny_model(shared_dropout=shared, embedding_dropout=0.5).train()
-        dropped = model.decoder.embedding_dropout(torch.ones(40, 9, 32))
+@pytest.mark.parametrize("shared", [False, True])
+def test_dropout_trains_with_and_without_a_shared_mask(shared):
+    dropout = tiny_model(shared_dropout=shared, embedding_dropout=0.5).train().decoder
+    counted = torch.rand(40, 9) < 0.7
+    for places in (None, counted.flatten().nonzero()[:, 0]):
+        words = Words(40, 9, places)
+        x = torch.ones(360 if places is None else len(places), 32)
+        dropped = dropout.embedding_dropout(x, words)
         zero = dropped == 0
         assert 0.3 < zero.float().mean() < 0.7
-        assert (zero == zero[:, :1]).all() == shared
         assert set(dropped.unique().tolist()) == {0.0, 2.0}
+        rows = torch.arange(40).repeat_interleave(9)[slice(None) if places is None else places]
+        same = [(zero[rows == row] == zero[rows == row][:1]).all() for row in range(40)]
+        assert all(same) == shared
 
 
 def test_uint8_images_are_normalised():

@@ -480,8 +480,23 @@ def test_the_loss_is_the_notebooks():
     expected = nn.CrossEntropyLoss()(
         logits[..., :-1, :].reshape(-1, 9), labels[..., 1:].reshape(-1)
     )
-    words = (ids[:, 1:] != 0).sum()
-    torch.testing.assert_close(trainer.caption_loss(logits, ids) / words, expected)
+    words = ids[:, 1:] != 0
+    loss = trainer.caption_loss(logits[:, :-1][words], ids)
+    torch.testing.assert_close(loss / words.sum(), expected)
+
+
+def test_the_loss_of_many_words_is_the_sum_over_them():
+    torch.manual_seed(0)
+    logits = torch.randn(700, 9, requires_grad=True)
+    ids = torch.randint(4, 9, (100, 8))
+    loss = trainer.caption_loss(logits, ids, 0.1)
+    expected = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")(
+        logits, ids[:, 1:].flatten()
+    )
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(each, logits)[0] for each in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+    assert trainer.caption_loss(logits[:0], torch.zeros(3, 8, dtype=torch.long)) == 0
 
 
 def test_the_learning_rate_rises_and_falls():
