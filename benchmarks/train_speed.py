@@ -131,16 +131,16 @@ def main(
         click.echo(f"{name}: {speed:.1f} images/s")
 
     train(split, replace(config, epochs=1))  # the features are cached from here on
-    with connected():
-        for number in range(rounds):
-            note("captioner", train(split, config))
-            note("plain", plain(split, config, cached=True))
-            with patch.object(model, "_attend", fused_attention):
-                note("fused", plain(split, config, cached=True, fused=True))
-            note("re-encoding", plain(few, config, cached=False))
+    for number in range(rounds):
+        note("captioner", train(split, config))
+        note("plain", plain(split, config, cached=True))
+        with patch.object(model, "_attend", fused_attention):
+            note("fused", plain(split, config, cached=True, fused=True))
+        note("re-encoding", plain(few, config, cached=False))
+        with connected():  # only now: Ray's own processes take a share of the cores
             for workers in (1, 2):
                 note(f"{workers} workers", train(split, config, workers))
-            click.echo(f"{number + 1} of {rounds} rounds done")
+        click.echo(f"{number + 1} of {rounds} rounds done")
 
     def ratio(name: str, other: str) -> float:
         pairs = zip(speeds[name], speeds[other], strict=True)

@@ -90,14 +90,21 @@ def sample(
     for step in range(limit):
         logits_RV, _ = decoder.step(ids_RT[:, step], memory, cache)
         logits_RV = logits_RV.float().index_fill(1, forbidden, -torch.inf)
-        # The largest of logits with Gumbel noise is a draw from their softmax.
-        noise_RV = torch.empty_like(logits_RV).exponential_().log_()
-        chosen_R = (logits_RV - noise_RV).argmax(1)
+        chosen_R = _draw(logits_RV)
         ids_RT[:, step + 1] = chosen_R.masked_fill(ended_R, PAD)
         ended_R |= chosen_R == EOS
         if ended_R.all():
             return ids_RT[:, : step + 2]
     return ids_RT
+
+
+def _draw(logits_RV: Tensor) -> Tensor:
+    """A word of each row, drawn from the softmax: one random number a row, not one a word."""
+    cumulative_RV = logits_RV.softmax(-1).cumsum(-1)
+    share_R1 = 1 - torch.rand_like(
+        cumulative_RV[:, :1]
+    )  # above 0: a word of no chance has no share
+    return torch.searchsorted(cumulative_RV, share_R1 * cumulative_RV[:, -1:])[:, 0]
 
 
 class _Search:

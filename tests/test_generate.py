@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from captioner.config import DecodeConfig
-from captioner.generate import generate
+from captioner.generate import _draw, generate, sample
 from captioner.model import KeyValueCache
+from captioner.vocabulary import EOS, PAD, START, UNKNOWN
 from conftest import tiny_model
 from oracle import greedy, oracle_of
 
@@ -191,3 +192,28 @@ def test_the_cache_selects_rows_in_any_order(model):
     assert cache.keys[0, :, 0, 0, 0].tolist() == [2.0, 2.0, 0.0]
     cache.select(torch.tensor([1]))
     assert cache.keys[:, :, :, :2].unique().tolist() == [2.0]
+
+
+@torch.no_grad()
+def test_samples_are_drawn_from_the_models_probabilities():
+    model = tiny_model(seed=5, vocabulary_size=12)
+    model.decoder.head.weight *= 8  # probabilities from near 0 to a half
+    features = torch.rand(2, 2, 2, model.encoder.channels)
+    count = 20_000
+    torch.manual_seed(0)
+    ids = sample(model.decoder, features, count, longest=3).view(2, count, 3)
+    assert (ids[..., 0] == START).all()
+    second = ids[ids[..., 1] == EOS][:, 2]
+    assert (second == PAD).all()
+    for image in range(2):
+        expected = _logprobs(model, features[image : image + 1], [])[0].exp()
+        drawn = torch.bincount(ids[image, :, 1], minlength=12) / count
+        assert drawn[[PAD, START, UNKNOWN]].tolist() == [0, 0, 0]
+        assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
+
+
+@pytest.mark.parametrize(("number", "drawn"), [(0.0, [2, 1]), (1 - 2**-24, [0, 1])])
+def test_the_least_and_largest_random_number_draw_what_can_be_drawn(number, drawn, monkeypatch):
+    logits = torch.tensor([[0.0, 1.0, 2.0], [-torch.inf, 1.0, -torch.inf]])
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, number))
+    assert _draw(logits).tolist() == drawn
