@@ -304,6 +304,8 @@ def show(output: str, uri: str, target: str) -> None:
 
     URI is as listed, or the end of it where that says which image is meant.
     """
+    if not target.lower().endswith(".png"):
+        raise InputError(f"{target}: a drawing is a PNG, and its name should end so")
     with _importing():
         from captioner import report, storage
 

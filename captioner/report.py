@@ -81,8 +81,9 @@ def summarise(output: str) -> Report:
     best: list[tuple[float, str, str]] = []
     examples: dict[str, tuple[str, str]] = {}
     for some in directory.rows(["score", "caption", "uri", "status", "error"]):
-        for row in some.filter(pc.not_equal(some["status"], "ok")).to_pylist():
-            examples.setdefault(row["status"], (row["error"], row["uri"]))
+        for status in set(STATUSES) - {"ok", *examples}:
+            for row in some.filter(pc.equal(some["status"], status)).slice(0, 1).to_pylist():
+                examples[status] = (row["error"], row["uri"])
         scored = some.filter(pc.is_valid(some["score"])).select(["score", "caption", "uri"])
         rows = list(zip(*(scored[name].to_pylist() for name in scored.column_names), strict=True))
         best = heapq.nlargest(_SHOWN, best + rows)

@@ -123,6 +123,15 @@ def named(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> Pa
     return directory
 
 
+def test_show_writes_no_png_under_another_name(named: Path):
+    uri = os.fsdecode(b"caf\xe9.jpg")
+    for name in ("overlay.jpg", "overlay"):
+        result = _run("show", named / "out", uri, "-o", named / name)
+        assert result.exit_code == 2
+        assert result.output.endswith(f"/{name}: a drawing is a PNG, and its name should end so\n")
+        assert not (named / name).exists()
+
+
 def test_show_finds_a_name_that_is_no_text(named: Path):
     name = os.fsdecode(b"caf\xe9.jpg")
     for uri in (name, f"a b/{name}", named / "photos" / "a b" / name, "a%20b/caf%E9.jpg"):
