@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from captioner import __version__, storage
 from captioner.config import ListingConfig, parse_json
 from captioner.errors import FingerprintError, InputError, OutputError, first_of
-from captioner.parts import Part, delete_parts, find_parts, open_part, row_groups
+from captioner.parts import Part, PartFile, delete_parts, find_parts, open_part, row_groups
 from captioner.schema import COLUMNS, MANIFEST, SCHEMA_VERSION, STATUSES
 from captioner.storage import Listed
 
@@ -152,9 +152,9 @@ def _read_csv(data: bytes, choose: Callable[[list[str]], str]) -> pa.ChunkedArra
 
 def _read_parquet(data: bytes, choose: Callable[[list[str]], str]) -> pa.ChunkedArray:
     """A column, and nothing of the others, which may be many or large."""
-    file = pq.ParquetFile(io.BytesIO(data))
-    name = choose(file.schema_arrow.names)
-    return file.read(columns=[name])[name]
+    file = PartFile(io.BytesIO(data))
+    name = choose(file.schema.names)
+    return file.read([name])[name]
 
 
 def _one_line(error: Exception) -> str:
@@ -383,7 +383,7 @@ class OutputDirectory:
     def _read_manifest(self, names: Sequence[str]) -> pa.Table:
         try:
             tables = [
-                pq.read_table(io.BytesIO(storage.read(self._private(name)))).cast(MANIFEST)
+                PartFile(io.BytesIO(storage.read(self._private(name)))).read().cast(MANIFEST)
                 for name in names
             ]
         except (OSError, pa.ArrowException, ValueError) as error:
@@ -492,7 +492,7 @@ class OutputDirectory:
 
     def _read(self, part: Part, columns: list[str] | None) -> pa.Table:
         with open_part(self.uri, part) as file:
-            return file.read(columns=columns, use_threads=False)
+            return file.read(columns)
 
     def read_part(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """A shard's own part, or some of its columns.
@@ -537,7 +537,7 @@ class OutputDirectory:
             with open_part(self.uri, part) as file:
                 for number, of_group in itertools.groupby(of_part, itemgetter(1)):
                     rows = [row for _, _, row in of_group]
-                    tables.append(file.read_row_group(number).take(rows))
+                    tables.append(file.row_group(number).take(rows))
         order = [places.index(place) for _, *place in found]
         return pa.concat_tables(tables[1:] or tables).take(order)
 
@@ -551,10 +551,9 @@ class OutputDirectory:
             if shard in part.shards:
                 index = int(np.searchsorted(listed["shard"].to_numpy(), shard)) + row
                 with open_part(self.uri, part) as file:
-                    for number in range(file.num_row_groups):
-                        rows = file.metadata.row_group(number).num_rows
+                    for number, rows in enumerate(file.rows):
                         if index < rows:
-                            return file.read_row_group(number).slice(index, 1)
+                            return file.row_group(number).slice(index, 1)
                         index -= rows
         return None
 

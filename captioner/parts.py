@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,10 +24,20 @@ import pyarrow.parquet as pq
 from captioner import storage
 from captioner.errors import OutputError
 
-__all__ = ["Part", "delete_parts", "find_parts", "open_part", "part_name", "rewrite", "row_groups"]
+__all__ = [
+    "Part",
+    "PartFile",
+    "delete_parts",
+    "find_parts",
+    "open_part",
+    "part_name",
+    "rewrite",
+    "row_groups",
+]
 
 _NAME = re.compile(r"part-(\d{6,})(?:-(\d{6,}))?\.parquet")
 _ROW_GROUP = 8192  # rows of a merged part in memory at once: some 10 MB
+_GAP = 64_000  # bytes between columns that are rather read than asked around
 _THREADS = 16  # that delete: mostly waiting, for a bucket
 
 
@@ -84,8 +95,49 @@ def delete_parts(directory: str, parts: Sequence[Part]) -> None:
         list(pool.map(lambda part: storage.delete(storage.join(directory, part.name)), parts))
 
 
+class PartFile:
+    """A part that is open.
+
+    Arrow reads it in this thread alone. Its own threads may hold memory or files of Python a moment
+    longer than they are needed; where that is the moment in which Python ends, the process aborts.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._parquet = file, pq.ParquetFile(file, pre_buffer=False)
+        self.schema: pa.Schema = self._parquet.schema_arrow
+        metadata = self._parquet.metadata
+        self._groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+        #: rows of each row group
+        self.rows: list[int] = [group.num_rows for group in self._groups]
+
+    def row_group(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """The rows that were written at once, or some of their columns."""
+        self._fetch([number], columns)
+        return self._parquet.read_row_group(number, columns=columns, use_threads=False)
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """All rows, or some of their columns."""
+        self._fetch(range(len(self.rows)), columns)
+        return self._parquet.read(columns=columns, use_threads=False)
+
+    def _fetch(self, numbers: Iterable[int], columns: list[str] | None) -> None:
+        """Asks a bucket for some columns of row groups at once, those near each other together."""
+        if not isinstance(self._file, storage.Ranges):
+            return
+        spans: list[tuple[int, int]] = []
+        for group in (self._groups[number] for number in numbers):
+            for chunk in map(group.column, range(group.num_columns)):
+                if columns is None or chunk.path_in_schema.split(".")[0] in columns:
+                    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+                    end = begin + chunk.total_compressed_size
+                    if spans and begin - spans[-1][1] <= _GAP:
+                        begin = spans.pop()[0]
+                    spans.append((begin, end))
+        self._file.fetch(spans)
+
+
 @contextmanager
-def open_part(directory: str, part: Part) -> Iterator[pq.ParquetFile]:
+def open_part(directory: str, part: Part) -> Iterator[PartFile]:
     """A part to be read. Of a merged one, only what is asked for comes from a bucket.
 
     Raises:
@@ -94,7 +146,7 @@ def open_part(directory: str, part: Part) -> Iterator[pq.ParquetFile]:
     uri = storage.join(directory, part.name)
     try:
         with storage.open_binary(uri, ranges=part.first != part.last) as file:
-            yield pq.ParquetFile(file, pre_buffer=True)
+            yield PartFile(file)
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
 
@@ -106,8 +158,8 @@ def row_groups(directory: str, part: Part, columns: list[str] | None = None) -> 
         OutputError: it cannot be read.
     """
     with open_part(directory, part) as file:
-        for number in range(file.num_row_groups):
-            yield file.read_row_group(number, columns=columns)
+        for number in range(len(file.rows)):
+            yield file.row_group(number, columns)
 
 
 def rewrite(
@@ -128,7 +180,7 @@ def rewrite(
         OutputError: a part cannot be read, or written, or is not there any more.
     """
     with open_part(directory, sources[0]) as file:
-        schema = file.schema_arrow
+        schema = file.schema
     tables = _all_rows(directory, sources, schema)
     sizes = {part: [*_split(rows)] for part, rows in targets.items()}
     pieces = _regroup(tables, itertools.chain.from_iterable(sizes.values()))

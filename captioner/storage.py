@@ -20,7 +20,8 @@ import tempfile
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -33,6 +34,7 @@ from captioner.errors import CaptionerError, InputError, OutputError
 
 __all__ = [
     "Listed",
+    "Ranges",
     "absolute",
     "arrow_filesystem",
     "as_path",
@@ -71,6 +73,7 @@ _EXTRAS = {
 }
 
 _LEAST_READ = 1 << 16  # bytes
+_RANGES = 16  # of an object asked for at a time
 
 # What may pass when it is tried again.
 _RETRIES = 2
@@ -381,10 +384,10 @@ def open_binary(uri: str, *, ranges: bool = False) -> BinaryIO:
     fs, path = _filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         return _open_local(path)
-    return cast(BinaryIO, _Ranges(uri)) if ranges else io.BytesIO(read(uri))
+    return cast(BinaryIO, Ranges(uri)) if ranges else io.BytesIO(read(uri))
 
 
-class _Ranges(io.RawIOBase):
+class Ranges(io.RawIOBase):
     """A bucket's object as a file: each read is a request for as much, tried again as others are.
 
     fsspec's own reads ahead, which is not wanted where the reader knows what it needs.
@@ -393,6 +396,25 @@ class _Ranges(io.RawIOBase):
     def __init__(self, uri: str):
         self._uri, self._position = uri, 0
         self._size: int = _attempt(uri, lambda fs, path: fs.info(path)["size"])
+        self._fetched: list[tuple[int, bytes]] = []  # where they begin
+
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Asks for bytes that will be read, from begin to end, all spans at a time.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        self._fetched = []
+        with ThreadPoolExecutor(_RANGES) as pool:
+            pieces = list(pool.map(self._get, spans))
+        self._fetched = [(begin, piece) for (begin, _), piece in zip(spans, pieces, strict=True)]
+
+    def _get(self, span: tuple[int, int]) -> bytes:
+        begin, end = span
+        data: bytes = _attempt(self._uri, lambda fs, path: fs.cat_file(path, start=begin, end=end))
+        if len(data) != end - begin:
+            raise OSError(f"{len(data)} bytes came instead of {end - begin}")
+        return data
 
     def readable(self) -> bool:
         """Always."""
@@ -413,16 +435,18 @@ class _Ranges(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """One request, where there is anything left."""
+        """One request, where there is anything left that was not fetched."""
         begin, end = self._position, min(self._position + len(buffer), self._size)
         if begin >= end:
             return 0
-        data = _attempt(self._uri, lambda fs, path: fs.cat_file(path, start=begin, end=end))
-        if len(data) != end - begin:
-            raise OSError(f"{len(data)} bytes came instead of {end - begin}")
-        buffer[: len(data)] = data
+        for start, piece in self._fetched:
+            if start <= begin and end <= start + len(piece):
+                buffer[: end - begin] = memoryview(piece)[begin - start : end - start]
+                break
+        else:
+            buffer[: end - begin] = self._get((begin, end))
         self._position = end
-        return len(data)
+        return end - begin
 
 
 def _open_local(path: str) -> BinaryIO:

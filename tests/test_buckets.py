@@ -112,7 +112,9 @@ class _Proxy(ThreadingHTTPServer):
             time_of = self.requests[method, path]
             found = next((f for end, f in self.permanent.items() if path.endswith(end)), None)
             if found is None:
-                inside = path.split("/", 2)[-1]  # the bucket's name depends on the tests before
+                inside = "/".join(
+                    path.split("/")[2:]
+                )  # the bucket's name depends on the tests before
                 generator = random.Random(f"{self.seed} {method} {inside} {time_of}")
                 found = generator.choice(self.kinds) if generator.random() < self.rate else None
             if found:
@@ -354,7 +356,7 @@ def test_more_than_a_page_of_objects_is_listed(bucket, proxy):
     assert storage.find(f"{bucket}/photos", IMAGES) == [Listed(uri, 1) for uri in names]
     assert proxy.count("GET") == 2, "one request a page"
     assert len(storage.names(f"{bucket}/photos")) == 1203
-    proxy.rate, proxy.seed = 0.3, 1
+    proxy.rate, proxy.seed = 0.3, 3
     assert len(storage.find(f"{bucket}/photos", IMAGES)) == 1203
     assert proxy.faults
 
@@ -601,6 +603,10 @@ def test_what_is_asked_about_a_merged_part_is_not_all_of_it(bucket, proxy):
     proxy.sent = 0
     output.accounts()
     assert proxy.sent < storage.sizes(output.uri)[part.name] / 2
+    proxy.requests.clear()
+    assert len(list(output.rows())) == 1
+    path = f"/{output.uri.removeprefix('s3://')}/{part.name}"
+    assert proxy.requests["GET", path] == 2, "its end and its row group"
 
 
 def test_an_image_that_cannot_be_had_is_the_only_one_unreadable(

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -427,3 +428,27 @@ def test_overwriting_deletes_merged_parts(place):
 def test_sizes_are_said_with_or_without_a_unit(text, size):
     option = next(each for each in main.commands["compact"].params if each.name == "size")
     assert option.type.convert(text, option, None) == size
+
+
+READ = """
+import os, sys
+from captioner.manifest import OutputDirectory
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+output, before = OutputDirectory(sys.argv[1]), threads()
+assert not output.accounts().missing
+assert sum(map(len, output.rows())) == len(output.lowest(lambda scores: scores, 99)) == 35
+assert output.find_row(8, 1)["uri"].to_pylist() == ["/033.jpg"]
+print(threads() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc")
+def test_arrow_reads_in_the_thread_that_asks(tmp_path):
+    """What its own threads hold of Python aborts the process where they let go of it at its end."""
+    output = finish(f"{tmp_path}/out")
+    compact(output.uri, SIZE)
+    done = subprocess.run([sys.executable, "-c", READ, output.uri], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
