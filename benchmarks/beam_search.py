@@ -10,13 +10,15 @@ import click
 import numpy as np
 import torch
 
-from captioner import bundle, metrics, storage
-from captioner.captioning import choose_device, choose_dtype
+from captioner import storage
 from captioner.config import DecodeConfig
-from captioner.dataset import read_dataset
-from captioner.features import compute_features
-from captioner.generate import generate
-from captioner.memory import keep_freed_memory
+from captioner.data.dataset import read_dataset
+from captioner.evaluate import metrics
+from captioner.model import bundle
+from captioner.model.generate import generate
+from captioner.runtime.device import choose_device, choose_dtype
+from captioner.runtime.memory import keep_freed_memory
+from captioner.train.features import compute_features
 
 BATCH = 50  # images
 

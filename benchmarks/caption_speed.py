@@ -40,11 +40,12 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from captioner import bundle, pipeline
-from captioner.captioning import Captioner
+from captioner.caption import job as pipeline
 from captioner.config import PRESETS, DecodeConfig, RunConfig
-from captioner.model import CaptionModel
-from captioner.vocabulary import EOS, START, Vocabulary
+from captioner.model import bundle
+from captioner.model.native import Captioner
+from captioner.model.network import CaptionModel
+from captioner.model.vocabulary import EOS, START, Vocabulary
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -256,7 +257,7 @@ def measure(
         speeds.setdefault(name, []).append(speed)
         click.echo(f"{precision} {name}: {speed:.2f} images/s")
 
-    vocabulary = captioner.vocabulary
+    vocabulary = captioner.model.vocabulary
     ours = [caption.tokens for caption in captioner(images)]
     theirs = [vocabulary.words(ids) for ids in notebook(images).tolist()]
     equal = sum(one == other for one, other in zip(ours, theirs, strict=True))

@@ -168,7 +168,7 @@ def main(photos: str, data: str, train_list: str, val_list: str, encoder_weights
         os.kill(raylet(doomed), signal.SIGKILL)
         before = len(list(output.glob("part-*")))
         results["caption"] = finish(job, cluster, "caption") | {"parts_before_the_kill": before}
-        summary = json.loads((output / "_captioner/summary.json").read_text())
+        summary = json.loads((output / "__captioner/summary.json").read_text())
         figures = ("images", "rows", "missing", "images_per_second")
         results["caption"] |= {name: summary[name] for name in figures}
 

@@ -25,12 +25,12 @@ import torch._inductor.config as inductor
 from caption_speed import describe_machine
 from torch import nn
 
-from captioner import model
-from captioner.captioning import choose_dtype
 from captioner.config import PRESETS
-from captioner.folding import fold_batch_norm
-from captioner.memory import keep_freed_memory
-from captioner.model import ImageEncoder
+from captioner.model.folding import fold_batch_norm
+from captioner.model.network import ImageEncoder
+from captioner.model.network import network as model
+from captioner.runtime.device import choose_dtype
+from captioner.runtime.memory import keep_freed_memory
 
 
 def compile_frozen(module: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], object]:

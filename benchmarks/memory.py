@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from captioner import bundle
 from captioner.config import ListingConfig
+from captioner.model import bundle
 
 CAPTIONER = str(Path(sys.executable).with_name("captioner"))
 SECONDS = 1.0  # between two looks
@@ -69,7 +69,7 @@ def caption(photos: Path, output: Path, count: int, options: list[str]) -> dict[
         time.sleep(SECONDS)
     if job.returncode:
         raise click.ClickException(f"{' '.join(command)} ended with {job.returncode}")
-    summary = json.loads((output / "_captioner/summary.json").read_text())
+    summary = json.loads((output / "__captioner/summary.json").read_text())
     return {
         "largest_mib": round(largest),
         "object_store_mib": round(largest_shared),

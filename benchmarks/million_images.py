@@ -24,17 +24,19 @@ import numpy as np
 import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
-from captioner import report, storage
+from captioner import storage
 from captioner.config import ListingConfig
-from captioner.manifest import OutputDirectory, list_source
-from captioner.parts import part_name
+from captioner.data.listing import list_source
+from captioner.output.directory import OutputDirectory
+from captioner.output.parts import part_name
+from captioner.review import report
 from captioner.schema import part_schema
 
 SETTINGS = {"model": "none"}
 SHARD = 256
 PAGE = 1000  # names that a bucket lists at a request
 # On Ray, of a shard: its part is written; twice, when its images are loaded and when they are
-# captioned, a file in _captioner/attempts is looked for, written, and deleted with two requests.
+# captioned, a file in __captioner/attempts is looked for, written, and deleted with two requests.
 SHARD_REQUESTS = 1 + 2 * 4
 LISTINGS = 9  # how often a job lists its output
 SPREAD = 0x9E3779B97F4A7C15  # makes names that are not in order

@@ -20,10 +20,12 @@ import click
 import numpy as np
 from PIL import Image
 
-from captioner import bundle, images, storage
-from captioner.captioning import Captioner
+from captioner import storage
 from captioner.config import DecodeConfig
-from captioner.dataset import read_dataset
+from captioner.data import images
+from captioner.data.dataset import read_dataset
+from captioner.model import bundle
+from captioner.model.native import Captioner
 
 SIDES = 4000, 3000
 BATCH = 32  # images

@@ -61,9 +61,11 @@ def stepwise(begin: float, photos: str, output: str) -> None:
     with cli._importing():
         timed("import torch", __import__)("torch")
         timed("import timm", __import__)("timm")
-        timed("import the rest", __import__)("captioner.pipeline")
-    from captioner import bundle, inprocess, pipeline
-    from captioner.containment import BatchCaptioner
+        timed("import the rest", __import__)("captioner.caption.job")
+    from captioner.caption import job as pipeline
+    from captioner.caption import local as inprocess
+    from captioner.caption.batches import BatchCaptioner
+    from captioner.model import bundle
 
     pipeline.load_bundle = timed("load the model", pipeline.load_bundle)
     BatchCaptioner.load = timed("prepare the model", BatchCaptioner.load)  # type: ignore

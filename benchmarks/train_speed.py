@@ -29,15 +29,18 @@ from caption_speed import describe_machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captioner import bundle, model, storage, training
-from captioner.captioning import choose_device, choose_dtype
+from captioner import storage
 from captioner.config import PRESETS, LaunchConfig, TrainConfig
-from captioner.dataset import Split, read_dataset
-from captioner.features import compute_features
-from captioner.memory import keep_freed_memory
-from captioner.pipeline import connected
-from captioner.trainer import Source, plan_batches
-from captioner.vocabulary import PAD
+from captioner.data.dataset import Split, read_dataset
+from captioner.model import bundle
+from captioner.model.network import network as model
+from captioner.model.vocabulary import PAD
+from captioner.runtime.cluster import connected
+from captioner.runtime.device import choose_device, choose_dtype
+from captioner.runtime.memory import keep_freed_memory
+from captioner.train import run as training
+from captioner.train.batches import Source, plan_batches
+from captioner.train.features import compute_features
 
 
 def train(split: Split, config: TrainConfig, workers: int = 0) -> float:

@@ -219,7 +219,10 @@ def train(
     config = _configure(PRESETS[preset].train, options)
     launch = _configure(LaunchConfig(), options)
     with _importing():
-        from captioner import dataset, storage, training
+        from captioner import storage
+        from captioner.data import dataset
+        from captioner.train import loop
+        from captioner.train import run as training
 
     output = storage.absolute(output)
     captioned = dataset.read_dataset(data, images)
@@ -237,7 +240,7 @@ def train(
         begin_with=model,
         overwrite=overwrite,
     )
-    best = training.best_of(epochs)
+    best = loop.best_of(epochs)
     text = f"{output}: CIDEr {best.validation_cider:.1f} on the validation images"
     click.echo(printable(f"{text} after epoch {best.epoch}"))
 
@@ -264,8 +267,8 @@ def caption(
     decode = _configure(DecodeConfig(), options)
     run = _configure(RunConfig(), options)
     with _importing():
-        from captioner import bundle
-        from captioner.pipeline import caption_images, plan_captioning
+        from captioner.caption.job import caption_images, plan_captioning
+        from captioner.model import bundle
 
     do = plan_captioning if dry_run else caption_images
     done = do(
@@ -286,8 +289,9 @@ def caption(
 def demo(output: str, model: str | None) -> None:
     """Caption the photos that scikit-image carries into OUTPUT, and draw where the model looked."""
     with _importing():
-        from captioner import bundle, storage
-        from captioner.demo import run_demo
+        from captioner import storage
+        from captioner.model import bundle
+        from captioner.review.demo import run_demo
 
     output = storage.absolute(output)
     for drawing, text in run_demo(output, model or bundle.DEFAULT):
@@ -307,10 +311,11 @@ def show(output: str, uri: str, target: str) -> None:
     if not target.lower().endswith(".png"):
         raise InputError(f"{target}: a drawing is a PNG, and its name should end so")
     with _importing():
-        from captioner import report, storage
+        from captioner import storage
+        from captioner.review import rows
 
-    row = report.find_row(storage.absolute(output), uri)
-    storage.write(storage.absolute(target), report.draw(row))
+    row = rows.find_row(storage.absolute(output), uri)
+    storage.write(storage.absolute(target), rows.draw(row))
     click.echo(printable(row.caption))
 
 
@@ -333,7 +338,7 @@ def gallery(output: str, target: str, count: int, order: typing.Any, seed: int) 
     """
     with _importing():
         from captioner import storage
-        from captioner.gallery import make_gallery
+        from captioner.review.gallery import make_gallery
 
     page = make_gallery(storage.absolute(output), count=count, order=order, seed=seed)
     storage.write(storage.absolute(target), page.encode())
@@ -348,7 +353,8 @@ def report_command(output: str, missing: bool) -> None:
     Exits with 1 where an image has no row.
     """
     with _importing():
-        from captioner import report, storage
+        from captioner import storage
+        from captioner.review import report
 
     summary = report.summarise(storage.absolute(output))
     lines = summary.accounts.missing if missing else summary.lines()
@@ -386,7 +392,8 @@ def compact(output: str, size: int) -> None:
     The rows and their order stay. Run it again when it was killed.
     """
     with _importing():
-        from captioner import compaction, storage
+        from captioner import storage
+        from captioner.output import compaction
 
     click.echo(printable(compaction.compact(storage.absolute(output), size).describe()))
 
@@ -452,7 +459,9 @@ def evaluate(
     decode = _configure(DecodeConfig(attention="none"), options)
     run = _configure(RunConfig(), options)
     with _importing():
-        from captioner import dataset, evaluation, metrics, storage
+        from captioner import storage
+        from captioner.data import dataset
+        from captioner.evaluate import evaluation, metrics
 
     chosen = metrics.choose_tokenizer(tokenizer)
     split = split or ("test" if model and not names else None)

@@ -1,8 +1,8 @@
 """The row that every listed image gets: names, Arrow types, statuses, versions.
 
 A part is a Parquet file with these columns. Its schema metadata says how to read the attention
-maps (see :mod:`captioner.attention`): ``captioner.schema``, ``captioner.attention`` (which maps),
-``captioner.attention.version``, ``captioner.attention.grid`` (``G``) and
+maps (see :mod:`captioner.output.attention`): ``captioner.schema``, ``captioner.attention`` (which
+maps), ``captioner.attention.version``, ``captioner.attention.grid`` (``G``) and
 ``captioner.attention.levels``.
 """
 

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import click
 import torch
 
-from captioner import bundle, storage
+from captioner import storage
 from captioner.errors import CaptionerError, printable
-from captioner.training import build_model
+from captioner.model import bundle
+from captioner.model.build import build_model
 
 
 @click.command()

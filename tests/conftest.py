@@ -14,10 +14,10 @@ from PIL import Image
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
-from captioner import bundle
 from captioner.config import ModelConfig
-from captioner.model import CaptionModel
-from captioner.vocabulary import Vocabulary
+from captioner.model import bundle
+from captioner.model.network import CaptionModel
+from captioner.model.vocabulary import Vocabulary
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ import sys
 
 def install() -> None:
     """Puts the faults into this process."""
-    from captioner import images
+    from captioner.data import images
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -34,7 +34,7 @@ def install() -> None:
 
     images.decode = poisoned_decode
     if "KILL_MODEL" in os.environ:  # torch takes seconds to import
-        from captioner.captioning import Captioner
+        from captioner.model.native import Captioner
 
         call = Captioner.__call__
 

@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from captioner.config import ModelConfig
-from captioner.model import CaptionModel
+from captioner.model.network import CaptionModel
 
 
 class OracleEncoder(nn.Module):

@@ -26,17 +26,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-
-from captioner import dataset, storage, training
-from captioner.cli import main
-from captioner.compaction import compact, expose
-from captioner.config import RunConfig, TrainConfig
-from captioner.errors import InputError, OutputError
-from captioner.manifest import OutputDirectory
-from captioner.pipeline import caption_images
-from captioner.storage import Listed
-from conftest import TINY, tiny_model, write_photos
 from test_compaction import SIZE, finish, read_rows
+
+from captioner import storage
+from captioner.caption.job import caption_images
+from captioner.cli import main
+from captioner.config import RunConfig, TrainConfig
+from captioner.data import dataset
+from captioner.errors import InputError, OutputError
+from captioner.output.compaction import compact, expose
+from captioner.output.directory import OutputDirectory
+from captioner.storage import Listed
+from captioner.train import run as training
+from conftest import TINY, tiny_model, write_photos
 from test_storage import NAMES
 
 s3fs = pytest.importorskip("s3fs")
@@ -667,7 +669,7 @@ ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memo
          log_to_driver=False, runtime_env=runtime)
 os.environ.update(variables)  # the job's own process has them, too
 from captioner.config import RunConfig
-from captioner.pipeline import caption_images
+from captioner.caption.job import caption_images
 run = RunConfig(engine="ray", device="cpu")
 print(caption_images(*sys.argv[1:], run=run).rows)
 """
@@ -745,7 +747,7 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, source, proxy):
     assert line.startswith(f"captioner: cannot list {bucket}-none/in: ")
     assert "The specified bucket does not exist" in line
     line = _mistake("caption", source, f"{bucket}-none/out", *model)
-    assert line.startswith(f"captioner: cannot write {bucket}-none/out/_captioner/run.json: ")
+    assert line.startswith(f"captioner: cannot write {bucket}-none/out/__captioner/run.json: ")
     assert "The specified bucket does not exist" in line
     line = _mistake("caption", source, f"{bucket}/out", "--model", f"{bucket}-none/model")
     assert line == f"captioner: the model {bucket}-none/model is not sound: it has no config.json"

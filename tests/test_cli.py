@@ -61,7 +61,7 @@ def test_caption_show_and_report(tmp_path: Path, model_directory: Path):
     result = _run("caption", photos[0].parent, output, "--model", model_directory, "--engine=local")
     assert result.exit_code == 0, result.output
     assert "\nlast run: nothing captioned, ended " in _run("report", output).output
-    summary = output / "_captioner" / "summary.json"
+    summary = output / "__captioner" / "summary.json"
     for broken in ("", '{"captioned": 3}', '{"captioned": "<b>", "seconds": 1}', "[]"):
         summary.write_text(broken)
         result = _run("report", output)

@@ -18,9 +18,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from captioner.caption.job import caption_images
 from captioner.cli import main
 from captioner.config import RunConfig
-from captioner.pipeline import caption_images
 from conftest import write_photos
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ MANIFESTS = sorted(CLUSTER.glob("ray*.yaml"))
 
 def _schema(kind: str) -> dict[str, Any]:
     """KubeRay's schema of a kind, with unknown keys forbidden as `kubectl --validate` does."""
-    path = Path(__file__).parent / "data" / f"ray.io_{kind.lower()}s.json.gz"
+    path = Path(__file__).parent / "fixtures" / f"ray.io_{kind.lower()}s.json.gz"
     schema = json.loads(gzip.decompress(path.read_bytes()))
     _make_strict(schema)
     schema["properties"]["metadata"] = {

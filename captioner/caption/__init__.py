@@ -1,0 +1,1 @@
+"""The caption job: images in, Parquet out."""

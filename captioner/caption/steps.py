@@ -1,0 +1,124 @@
+"""The steps of a caption job, one function each: read, decode, write. Knows no engine.
+
+Both engines are made of these and of :mod:`captioner.caption.batches`, and cut a shard into the
+same batches, so that they write the same rows.
+"""
+
+import io
+import time
+from collections import Counter
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from captioner import storage
+from captioner.caption.timing import Work
+from captioner.config import DecodeConfig, RunConfig
+from captioner.data import images
+from captioner.output.directory import OutputDirectory
+from captioner.output.manifest import Shard
+from captioner.output.parts import part_name
+from captioner.schema import STATUSES, CaptionRow, part_schema
+
+__all__ = ["CaptionJob", "Loaded", "Written", "load_image", "one_line", "write_part"]
+
+#: What an engine yields when a shard's part is written: its rows by status, and the work done since
+#: it yielded last.
+Written = Generator[tuple[dict[str, int], Work], None, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionJob:
+    """What the stages need to know; small, and the same on every machine.
+
+    ``grid`` is the side of an attention map, 0 where none are kept.
+    """
+
+    output: str
+    image_size: int
+    grid: int
+    decode: DecodeConfig
+    run: RunConfig
+
+
+@dataclass
+class Loaded:
+    """An image on its way: the row it will be, and its pixels while it is to be captioned.
+
+    ``seconds`` are those of reading and decoding.
+    """
+
+    row: CaptionRow
+    pixels_HW3: np.ndarray | None
+    seconds: float = 0.0
+
+
+def load_image(job: CaptionJob, uri: str, size: int | None) -> Loaded:
+    """Reads and decodes one image. What is wrong with it stands in its row."""
+    begin = time.perf_counter()
+    loaded = _load(job, uri, size)
+    loaded.seconds = time.perf_counter() - begin
+    return loaded
+
+
+def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
+    limit = job.run.max_bytes
+    if size is not None and size > limit:
+        error = f"more than {limit} bytes"
+        return Loaded(CaptionRow(uri=uri, bytes=size, status="rejected", error=error), None)
+    try:
+        data = storage.read(uri, limit, retries=job.run.retries)
+    except Exception as problem:  # a bucket's client raises what it likes: this row says so
+        row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=one_line(problem))
+        return Loaded(row, None)
+    decoded = images.decode(
+        data, job.image_size, max_pixels=job.run.max_pixels, max_bytes=job.run.max_bytes
+    )
+    row = CaptionRow(
+        uri=uri,
+        width=decoded.width,
+        height=decoded.height,
+        bytes=len(data) if len(data) <= limit else storage.size(uri),  # of more, not all is read
+        status=decoded.status,
+        error=decoded.error,
+    )
+    return Loaded(row, decoded.pixels_HW3)
+
+
+def write_part(job: CaptionJob, shard: Shard, rows: pa.Table) -> dict[str, int]:
+    """Writes a shard's rows as its part, or puts those that were redone into the part it has.
+
+    Returns:
+        The number of the given rows by status.
+
+    Raises:
+        OutputError: the part cannot be written, or, where rows are redone, be read.
+    """
+    assert rows["uri"].to_pylist() == shard.uris, f"shard {shard.number} has other rows"
+    counted = Counter(rows["status"].to_pylist())
+    schema = part_schema(
+        attention=job.decode.attention, grid=job.grid, levels=job.decode.attention_levels
+    )
+    rows = rows.cast(schema)
+    if shard.redone:
+        rows = _put(OutputDirectory(job.output).read_part(shard.number), shard, rows)
+    sink = io.BytesIO()
+    pq.write_table(rows.cast(schema), sink, compression="zstd")
+    storage.write(storage.join(job.output, part_name(shard.number)), sink.getvalue())
+    return {status: counted[status] for status in STATUSES}
+
+
+def _put(part: pa.Table, shard: Shard, rows: pa.Table) -> pa.Table:
+    """A part with the rows that were redone in the place of those that they replace."""
+    order = np.arange(len(part))
+    order[shard.redone] = len(part) + np.arange(len(rows))
+    assert part["uri"].take(shard.redone).to_pylist() == shard.uris
+    return pa.concat_tables([part.cast(rows.schema), rows]).take(order)
+
+
+def one_line(problem: BaseException) -> str:
+    """The message of an exception, or its type's name where it has none."""
+    return " ".join(str(problem).split()) or type(problem).__name__

@@ -1,0 +1,1 @@
+"""Scoring captions against references."""

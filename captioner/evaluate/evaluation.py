@@ -1,0 +1,277 @@
+"""Captions of a dataset's images, made now or by a caption job, and their scores."""
+
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from captioner import __version__
+from captioner.config import DecodeConfig, RunConfig
+from captioner.data import dataset
+from captioner.data.dataset import CaptionedImage, Dataset
+from captioner.data.views import load_view
+from captioner.errors import InputError, first_of
+from captioner.evaluate import metrics
+from captioner.evaluate.metrics import Scores
+from captioner.model import bundle
+from captioner.model.native import Captioner
+from captioner.output.directory import OutputDirectory
+from captioner.runtime import prefetch
+from captioner.runtime.progress import progress_bar
+
+__all__ = [
+    "Captioned",
+    "Evaluation",
+    "caption_dataset",
+    "choose_images",
+    "describe_seen",
+    "evaluate",
+    "join_output",
+]
+
+_SHOWN = 10
+_DECODING = ("beam", "length_penalty", "max_words", "allow_unknown")  # what decides a caption
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Images with references, a caption for each, and how the captions were made.
+
+    ``left_out`` names what could not be scored, by reason.
+    """
+
+    images: list[CaptionedImage]
+    captions: list[str]
+    settings: dict[str, Any]
+    left_out: dict[str, list[str]]
+
+    def describe_left_out(self) -> list[str]:
+        """A line for each reason, with the first names."""
+        lines = []
+        for reason, uris in self.left_out.items():
+            lines.append(f"left out: {len(uris)} {reason}: {first_of(uris, _SHOWN)}")
+        return lines
+
+
+def choose_images(data: Dataset, *, split: str | None, names: str | None) -> list[CaptionedImage]:
+    """Some images of a dataset.
+
+    Args:
+        data: the dataset.
+        split: ``train``, ``val`` or ``test``.
+        names: a file of image names, a line each; where both are None, all images are taken.
+
+    Raises:
+        InputError: the dataset has no such images, or the file cannot be read.
+    """
+    if names is not None:
+        return data.listed(names)
+    if split is None:
+        return data.images
+    if data.sides is not None:
+        images = data.on_side(split)
+    else:
+        parts = data.split()
+        images = {"train": parts.train, "val": parts.validation, "test": parts.test}[split]
+    if not images:
+        raise InputError(f"the dataset has no images to {split}: use --list")
+    return images
+
+
+def describe_seen(
+    images: Sequence[CaptionedImage], data: Dataset, model: str, *, split: str | None
+) -> str | None:
+    """How many images a model has seen in training, in a line; None where it knows of none.
+
+    Args:
+        images: what to evaluate on.
+        data: the dataset that they are of.
+        model: a bundle's directory.
+        split: of which they are; None where they were named one by one.
+
+    Raises:
+        InputError: the model was trained on images of the split ``val`` or ``test``.
+        BundleError: the model's record of its images is damaged.
+    """
+    seen = bundle.load_images(model)
+    if seen is None:
+        return None
+    find, uris = dataset.finder(data.images), {image.uri for image in images}
+    sides = {"trained on": seen.trained, "validated on": seen.validated - seen.trained}
+    counts = {
+        side: len(uris & {image.uri for name in names for image in find(name)})
+        for side, names in sides.items()
+    }
+    if not any(counts.values()):
+        return None
+    known = " and ".join(f"{side} {count}" for side, count in counts.items() if count)
+    text = f"{model} was {known} of these {len(images)} images, by their names"
+    if counts["trained on"] and split in ("val", "test"):
+        raise InputError(f"{text}: its split was another; name images with --list")
+    return text
+
+
+def caption_dataset(
+    images: Sequence[CaptionedImage], model: str, *, decode: DecodeConfig, run: RunConfig
+) -> Captioned:
+    """Captions images in this process.
+
+    Args:
+        images: what to caption.
+        model: a bundle's directory.
+        decode: what decides the captions.
+        run: its device, precision, batch size and decoders count.
+
+    Raises:
+        BundleError: the model cannot be loaded.
+        InputError: there is no such device, or ``run.batch_size`` is not a number.
+    """
+    if run.batch_size == "auto":
+        raise InputError("batch_size must be a number to evaluate: auto is for caption jobs")
+    loaded = bundle.load(model)
+    decode = decode.of_model(loaded.config)
+    captioner = Captioner(loaded, decode, device=run.device, precision=run.precision)
+    load = partial(load_view, size=captioner.image_size, view=0)
+    threads = run.decoders or os.cpu_count() or 1
+    pixels_of = prefetch.ahead(load, [image.uri for image in images], threads)
+    kept: list[CaptionedImage] = []
+    captions: list[str] = []
+    undecodable: list[str] = []
+    with progress_bar(len(images), unit="image", description="captions") as progress:
+        for begin in range(0, len(images), run.batch_size):
+            batch = images[begin : begin + run.batch_size]
+            pixels = []
+            for image in batch:
+                pixels_HW3 = next(pixels_of)
+                if pixels_HW3 is None:
+                    undecodable.append(image.uri)
+                else:
+                    kept.append(image)
+                    pixels.append(pixels_HW3)
+            if pixels:
+                captions += [caption.text for caption in captioner(np.stack(pixels))]
+            progress.update(len(batch))
+    settings = {"model": model, "precision": str(captioner.dtype).removeprefix("torch.")}
+    settings |= {name: asdict(decode)[name] for name in _DECODING}
+    reasons = {"images that cannot be read or decoded": undecodable}
+    return Captioned(kept, captions, settings, _without_empty(reasons))
+
+
+def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
+    """A caption job's captions of images, found by URI, or else by a file name that is unique.
+
+    Raises:
+        OutputError: it is no caption job's output, or a part of it cannot be read.
+    """
+    directory = OutputDirectory(output)
+    job = directory.read_json("run.json").get("settings", {})
+    captions: dict[str, str] = {}
+    directory.settle()
+    for rows in directory.rows(["uri", "caption", "status"]):
+        ok = rows.filter(pc.equal(rows["status"], "ok"))
+        captions.update(zip(ok["uri"].to_pylist(), ok["caption"].to_pylist(), strict=True))
+    found = {image.uri: image.uri for image in images if image.uri in captions}
+    by_name = _by_name(uri for uri in captions if uri not in found)
+    wanted = _by_name(image.uri for image in images if image.uri not in found)
+    found |= {uri: by_name[name] for name, uri in wanted.items() if name in by_name}
+    kept = [image for image in images if image.uri in found]
+    used = set(found.values())
+    reasons = {
+        "images without a caption": [image.uri for image in images if image.uri not in found],
+        "captions without references": [uri for uri in captions if uri not in used],
+    }
+    return Captioned(
+        images=kept,
+        captions=[captions[found[image.uri]] for image in kept],
+        settings={"output": output} | {name: job[name] for name in _DECODING if name in job},
+        left_out=_without_empty(reasons),
+    )
+
+
+def _by_name(uris: Iterable[str]) -> dict[str, str]:
+    """URIs by file name, those left out that share one."""
+    named = [(uri.rsplit("/", 1)[-1], uri) for uri in uris]
+    count = Counter(name for name, _ in named)
+    return {name: uri for name, uri in named if count[name] == 1}
+
+
+def _without_empty(reasons: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {reason: uris for reason, uris in reasons.items() if uris}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Captions and their scores, for a person, a program or a closer look."""
+
+    captioned: Captioned
+    scores: Scores
+
+    def lines(self) -> list[str]:
+        """An aligned table: scores times 100, the number of images, how the captions were made."""
+        rows = [
+            (metrics.NAMES[name], f"{100 * value:.1f}")
+            for name, value in self.scores.corpus.items()
+        ]
+        rows += [("images", str(len(self.captioned.images))), ("tokenizer", self.scores.tokenizer)]
+        decoding = {name: v for name, v in self.captioned.settings.items() if name in _DECODING}
+        rows += [
+            (name.replace("_", " "), "none" if value is None else str(value))
+            for name, value in decoding.items()
+        ]
+        name_width, value_width = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return [f"{name:<{name_width}}  {value:>{value_width}}" for name, value in rows]
+
+    def to_json(self) -> str:
+        """The same figures as they are, not times 100, with every name that was left out."""
+        values = {
+            "scores": self.scores.corpus,
+            "images": len(self.captioned.images),
+            "tokenizer": self.scores.tokenizer,
+            "settings": self.captioned.settings,
+            "left_out": self.captioned.left_out,
+            "metrics_left_out": self.scores.left_out,
+            "captioner_version": __version__,
+        }
+        return json.dumps(values, indent=2)
+
+    def to_parquet(self) -> bytes:
+        """A Parquet file with a row an image, the lowest CIDEr first.
+
+        The columns are ``uri``, ``caption``, ``references`` and the scores but BLEU-1 to 3.
+        """
+        columns = {
+            "uri": [image.uri for image in self.captioned.images],
+            "caption": self.captioned.captions,
+            "references": [image.captions for image in self.captioned.images],
+        }
+        shown = {
+            name: values
+            for name, values in self.scores.images.items()
+            if name not in ("bleu_1", "bleu_2", "bleu_3")
+        }
+        order = np.argsort(self.scores.images["cider"], kind="stable")
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns | shown).take(order), sink, compression="zstd")
+        return sink.getvalue()
+
+
+def evaluate(captioned: Captioned, *, tokenizer: str = "auto", spice: bool = False) -> Evaluation:
+    """Scores captions; see :func:`captioner.evaluate.metrics.score`.
+
+    Raises:
+        InputError: there is nothing to score, or see there.
+    """
+    if not captioned.images:
+        raise InputError("no image has both a caption and references")
+    references = [image.captions for image in captioned.images]
+    scores = metrics.score(captioned.captions, references, tokenizer=tokenizer, spice=spice)
+    return Evaluation(captioned, scores)

@@ -1,0 +1,1 @@
+"""Models: bytes of images in, captions out."""

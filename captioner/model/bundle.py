@@ -1,0 +1,299 @@
+"""A model directory, local or in a bucket: model.safetensors, config.json, tokenizer.json.
+
+All three are data: nothing in a bundle is unpickled or executed. Training leaves images.json beside
+them, which is no part of the model: the names of the images that it has seen.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from captioner import __version__, storage
+from captioner.config import ModelConfig, from_mapping, parse_json
+from captioner.errors import BundleError, InputError, OutputError
+from captioner.model.network import CaptionModel
+from captioner.model.vocabulary import Vocabulary
+
+__all__ = [
+    "DEFAULT",
+    "IMAGES",
+    "Bundle",
+    "SeenImages",
+    "load",
+    "load_images",
+    "save",
+    "save_images",
+]
+
+#: The model that comes with captioner.
+DEFAULT = str(Path(__file__).parents[1] / "bundled" / "flickr8k")
+
+#: The file with which images a model has seen.
+IMAGES = "images.json"
+
+_FORMAT = "captioner-bundle-1"
+_HEAD = "decoder.head.weight"  # the embedding's weight where the two are tied: stored once
+_WEIGHTS = "model.safetensors"
+_FLOATING = {"F16": 2, "BF16": 2, "F32": 4}  # bytes of a weight
+_LARGEST_CONFIG = 1 << 20
+_LARGEST_TOKENIZER = 1 << 24
+_LARGEST_HEADER = 1 << 24
+
+_LARGEST_IMAGES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model with its vocabulary, and the SHA-256 of each of its files.
+
+    ``grid`` is the side of the model's attention maps.
+    """
+
+    model: CaptionModel
+    vocabulary: Vocabulary
+    digests: dict[str, str]
+    grid: int
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's settings."""
+        return self.model.config
+
+
+@dataclass(frozen=True)
+class SeenImages:
+    """The images that a model was trained on, and those that it was chosen on, by name.
+
+    The names are those of the tables of captions.
+    """
+
+    trained: frozenset[str]
+    validated: frozenset[str]
+
+    def __or__(self, other: "SeenImages") -> "SeenImages":
+        return SeenImages(self.trained | other.trained, self.validated | other.validated)
+
+
+def save(
+    directory: str,
+    model: CaptionModel,
+    vocabulary: Vocabulary,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a bundle; config.json, which makes it one, comes last.
+
+    Args:
+        directory: where to; it is made.
+        model: the model.
+        vocabulary: its words.
+        dtype: what the weights are stored in, float32, float16 or bfloat16; None: as they are.
+
+    Raises:
+        OutputError: it cannot be written, or a weight is too large for the dtype.
+    """
+    state = {
+        name: _stored(name, tensor.detach().cpu(), dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tied_embeddings and name == _HEAD)
+    }
+    config = {
+        "format": _FORMAT,
+        "captioner_version": __version__,
+        "model": asdict(model.config),
+    }
+    storage.write(storage.join(directory, _WEIGHTS), safetensors.torch.save(state))
+    storage.write(storage.join(directory, "tokenizer.json"), vocabulary.to_json().encode())
+    text = json.dumps(config, indent=2) + "\n"
+    storage.write(storage.join(directory, "config.json"), text.encode())
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if overflowing := tensor[tensor.isfinite() & ~stored.isfinite()].tolist():
+        raise OutputError(f"{name} has a weight of {overflowing[0]:g}, too large for {dtype}")
+    return stored
+
+
+def load(directory: str) -> Bundle:
+    """Reads a bundle; the model is in float32, on the CPU and in eval mode.
+
+    A bundle may come from anywhere: no name in it is looked up outside timm's registry, and
+    nothing is allocated that config.json asks for and model.safetensors does not hold.
+
+    Raises:
+        InputError: there are credentials in the URI.
+        BundleError: something is missing, damaged, or does not fit the rest.
+    """
+    directory = storage.absolute(directory)
+    try:
+        contents = {
+            "config.json": _read(directory, "config.json", _LARGEST_CONFIG),
+            "tokenizer.json": _read(directory, "tokenizer.json", _LARGEST_TOKENIZER),
+        }
+        config = _parse_config(contents["config.json"])
+        vocabulary = Vocabulary.from_json(contents["tokenizer.json"].decode())
+        if len(vocabulary) != config.vocabulary_size:
+            raise BundleError(
+                f"tokenizer.json has {len(vocabulary)} words, config.json {config.vocabulary_size}"
+            )
+        expected, side = _outline(config)
+        contents[_WEIGHTS] = _read_weights(directory, expected)
+        state = safetensors.torch.load(contents[_WEIGHTS])
+        for name, tensor in state.items():
+            if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # they hand NaN on
+                raise BundleError(f"{name} has a weight that is not finite")
+        if config.tied_embeddings:
+            state[_HEAD] = state["decoder.embedding.weight"]
+        model = CaptionModel(config)
+        model.load_state_dict(state)
+    except _UnreadableError:
+        raise
+    except (SafetensorError, UnicodeDecodeError, InputError, BundleError) as error:
+        reason = " ".join(str(error).split())  # timm's and Rust's messages may have several lines
+        raise BundleError(f"the model {directory} is not sound: {reason[:300]}") from error
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    # The version that wrote config.json does not change a caption.
+    settings = json.dumps(asdict(config), sort_keys=True).encode()
+    digests["config.json"] = hashlib.sha256(settings).hexdigest()
+    return Bundle(model.eval(), vocabulary, digests, config.grid or side)
+
+
+def save_images(directory: str, images: SeenImages) -> None:
+    """Writes which images the model in a directory has seen.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    names = {"trained": sorted(images.trained), "validated": sorted(images.validated)}
+    text = json.dumps(names, indent=0) + "\n"
+    storage.write(storage.join(directory, IMAGES), text.encode())
+
+
+def load_images(directory: str) -> SeenImages | None:
+    """Which images the model in a directory has seen; None where that cannot be had.
+
+    Raises:
+        InputError: there are credentials in the URI, or there is no such file system here.
+        BundleError: the record is damaged.
+    """
+    try:
+        with storage.open_binary(storage.join(storage.absolute(directory), IMAGES)) as file:
+            data = file.read(_LARGEST_IMAGES)
+    except OSError:  # a store that may not be listed does not say what is not there
+        return None
+    try:
+        parsed = parse_json(data)
+        sides = parsed["trained"], parsed["validated"]
+        names_only = (isinstance(s, list) and all(isinstance(n, str) for n in s) for s in sides)
+        if not all(names_only):
+            raise TypeError
+    except (InputError, KeyError, TypeError) as error:
+        raise BundleError(f"{IMAGES} of the model {directory} is not two lists of names") from error
+    return SeenImages(*map(frozenset, sides))
+
+
+class _UnreadableError(BundleError):
+    """Nothing is known about the bundle but that it cannot be read."""
+
+
+@contextmanager
+def _opened(directory: str, name: str) -> Iterator[BinaryIO]:
+    try:
+        with storage.open_binary(storage.join(directory, name)) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise BundleError(f"it has no {name}") from error
+    except InputError as error:  # no such file system here
+        raise _UnreadableError(str(error)) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _UnreadableError(f"cannot read {name} of the model {directory}: {reason}") from error
+
+
+def _read(directory: str, name: str, limit: int) -> bytes:
+    with _opened(directory, name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BundleError(f"{name} has more than {limit} bytes")
+    return data
+
+
+def _parse_config(data: bytes) -> ModelConfig:
+    try:
+        parsed = parse_json(data)
+        if parsed["format"] != _FORMAT:
+            raise InputError(f"its format is {parsed['format']!r}, not {_FORMAT!r}")
+        return from_mapping(ModelConfig, parsed["model"])
+    except (InputError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise BundleError(f"config.json: {reason}") from error
+
+
+def _outline(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
+    """The tensors that a bundle of this model stores, without their memory; its features' side."""
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = CaptionModel(config).eval()
+            side = config.image_size
+            features_BhwC = model.encoder(torch.zeros(1, side, side, 3))
+    except Exception as error:  # each of timm's backbones fails in its own way
+        raise BundleError(f"config.json: {error or type(error).__name__}") from error
+    _, height, width, channels = features_BhwC.shape
+    if height != width or channels != model.encoder.channels:
+        raise BundleError(f"config.json: {config.backbone} gives {height}×{width}×{channels}")
+    state = model.state_dict()
+    if config.tied_embeddings:
+        del state[_HEAD]
+    return state, height
+
+
+def _read_weights(directory: str, expected: Mapping[str, Tensor]) -> bytes:
+    """The bytes of model.safetensors, read only once its header has promised what is expected."""
+    with _opened(directory, _WEIGHTS) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise BundleError(f"{_WEIGHTS} has a header of {length} bytes")
+        try:
+            header = parse_json(file.read(length))
+        except InputError as error:
+            raise BundleError(f"{_WEIGHTS} has no header: {error}") from error
+        end = 8 + length + _check_header(header, expected)
+        file.seek(0)
+        data = file.read(end + 1)
+    if len(data) != end:
+        raise BundleError(f"{_WEIGHTS} is {'longer' if len(data) > end else 'shorter'} than {end}")
+    return data
+
+
+def _check_header(header: Any, expected: Mapping[str, Tensor]) -> int:
+    """Compares a safetensors header with the tensors that are expected; returns their bytes."""
+    if not isinstance(header, dict):
+        raise BundleError(f"{_WEIGHTS} has no header")
+    stored = header.keys() - {"__metadata__"}
+    if missing := sorted(expected.keys() - stored):
+        raise BundleError(f"{_WEIGHTS} has no {missing[0]}")
+    if extra := sorted(stored - expected.keys()):
+        raise BundleError(f"{_WEIGHTS} has {extra[0]!r}, which the model does not have")
+    total = 0
+    for name, tensor in expected.items():
+        entry = header[name] if isinstance(header[name], dict) else {}
+        kind, shape = entry.get("dtype"), entry.get("shape")
+        kinds = _FLOATING if tensor.is_floating_point() else {"I64": 8}
+        if kind not in tuple(kinds) or shape != list(tensor.shape):
+            raise BundleError(
+                f"{name} is {kind} {shape}, not {' or '.join(kinds)} {list(tensor.shape)}"
+            )
+        total += tensor.numel() * kinds[kind]
+    return total

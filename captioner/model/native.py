@@ -1,0 +1,168 @@
+"""A batch of images in, captions with attention maps out. Knows no Ray and no files."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captioner import storage
+from captioner.config import DecodeConfig
+from captioner.model.bundle import Bundle
+from captioner.model.folding import fold_batch_norm
+from captioner.model.generate import Hypothesis, generate
+from captioner.runtime.device import choose_device, choose_dtype
+from captioner.runtime.memory import keep_few_kernels, keep_freed_memory
+
+__all__ = ["Caption", "Captioner"]
+
+_IMAGES_A_THREAD = 4  # that go through the encoder at once on a CPU
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption.
+
+    ``score`` is the mean natural log-probability of the words and of the end. ``attention_TGG``
+    has a map for each word, or one map, the mean over the words and the end, as in the notebook's
+    overlay; it is None where the decode settings ask for none.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    score: float
+    attention_TGG: np.ndarray | None
+
+    @property
+    def text(self) -> str:
+        """The words, joined by spaces."""
+        return " ".join(self.tokens)
+
+
+def _keep_compiled() -> None:
+    """Keeps what is compiled in the user's own cache directory, unless the user says where to.
+
+    torch's default is in the directory for temporary files, where others may write before us.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    if os.environ.get(variable, default_cache_dir()) == default_cache_dir():
+        os.environ[variable] = str(storage.cache_directory("compiled"))
+
+
+class Captioner:
+    """Captions batches of images with one model on one device.
+
+    It takes the bundle's model over: moves it, and folds its BatchNorm layers away. With
+    ``compiled`` the encoder is compiled for this machine, which takes seconds, or less where it was
+    compiled before, and makes it faster; where that fails it is used as it is. On a CPU this is
+    done here, on a GPU for the first batch and for each that is larger than all before.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        decode: DecodeConfig | None = None,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        compiled: bool = False,
+    ):
+        self.decode = decode or DecodeConfig()
+        self.vocabulary = bundle.vocabulary
+        self.image_size = bundle.config.image_size
+        keep_few_kernels()
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.model = bundle.model.eval()
+        fold_batch_norm(self.model.encoder, self.image_size)
+        self.model.to(self.device, self.dtype)
+        self.model.encoder.to(memory_format=torch.channels_last)
+        self._compiles = compiled
+        self._compiled: Callable[[Tensor], Tensor] = self.model.encoder
+        self._compiled_for: list[int] = []  # numbers of images
+        if compiled and self._in_parts:
+            self._compile(self._part)
+
+    @torch.no_grad()
+    def __call__(self, images_BHW3: np.ndarray) -> list[Caption]:
+        """Captions uint8 RGB images ``(B, size, size, 3)``, ``size`` being ``image_size``."""
+        images = torch.from_numpy(images_BHW3)
+        if self.device.type == "cuda":
+            images = images.pin_memory()  # only from there is a copy not waited for
+        images = images.to(self.device, non_blocking=True)
+        features_BhwC = torch.cat([self._encode(part) for part in self._parts(images)])
+        hypotheses = generate(self.model.decoder, features_BhwC, self.decode)
+        return [self._caption(hypothesis) for hypothesis in hypotheses]
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether a batch is encoded in parts: on a CPU that takes less memory and no more time."""
+        return self.device.type == "cpu"
+
+    def _parts(self, images: Tensor) -> Sequence[Tensor]:
+        return torch.split(images, self._part) if self._in_parts else [images]
+
+    @property
+    def _part(self) -> int:
+        return _IMAGES_A_THREAD * torch.get_num_threads()
+
+    def _encode(self, images_BHW3: Tensor) -> Tensor:
+        count = len(images_BHW3)
+        if self._compiles and count > max(self._compiled_for, default=0):
+            self._compile(count)
+        # It was compiled for so many images, neither more nor less. Where memory ran out, batches
+        # of half the size must not be filled up again.
+        sizes = [s for s in self._compiled_for if count <= s and (self._in_parts or s < 2 * count)]
+        if not sizes:
+            return self.model.encoder(images_BHW3)  # type: ignore[no-any-return]
+        filled = F.pad(images_BHW3, (0, 0, 0, 0, 0, 0, 0, min(sizes) - count))
+        features: Tensor = self._compiled(filled)
+        return features[:count]
+
+    def _compile(self, images: int) -> None:
+        shape = (images, self.image_size, self.image_size, 3)
+        blank = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        try:
+            import torch._inductor.config as inductor
+
+            _keep_compiled()
+            self._compiled = torch.compile(self.model.encoder, dynamic=False)
+            # Weights are constants then. It has no effect among torch.compile's own options, nor
+            # in inference mode.
+            with inductor.patch(freezing=True), torch.no_grad():
+                self._compiled(blank)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # of the compilers that torch calls, or that are not there
+            reason = str(problem).strip().splitlines()
+            _logger.warning(
+                "the encoder is not compiled: %s", reason[0] if reason else type(problem).__name__
+            )
+            self._compiles, self._compiled_for = False, []
+        else:
+            self._compiled_for.append(images)
+
+    def _caption(self, hypothesis: Hypothesis) -> Caption:
+        words, maps_SP = len(hypothesis.ids), hypothesis.attention_SP
+        if maps_SP is not None:
+            mean = self.decode.attention == "mean"
+            maps_SP = maps_SP.mean(0, keepdims=True) if mean else maps_SP[:words]
+            side = math.isqrt(maps_SP.shape[1])
+            maps_SP = maps_SP.reshape(-1, side, side)
+        return Caption(
+            tokens=self.vocabulary.words(hypothesis.ids),
+            token_logprobs=hypothesis.logprobs[:words],
+            score=float(np.mean(hypothesis.logprobs)),
+            attention_TGG=maps_SP,
+        )

@@ -1,0 +1,1 @@
+"""The output directory: manifest, parts, attention maps."""

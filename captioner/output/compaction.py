@@ -1,0 +1,114 @@
+"""Fewer and larger part files for an output whose job is finished; smaller ones to change them."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from captioner import storage
+from captioner.errors import InputError, OutputError
+from captioner.output.directory import OutputDirectory
+from captioner.output.parts import Part, rewrite
+from captioner.runtime.progress import progress_bar
+
+__all__ = ["Compaction", "compact", "expose"]
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What became of an output of ``images`` images: the number of its parts."""
+
+    output: str
+    images: int
+    before: int
+    after: int
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.output}: {self.images} images, {self.before} parts before, {self.after} now"
+
+
+def compact(output: str, size: int) -> Compaction:
+    """Merges an output's parts to larger ones; an output that is compact already stays as it is.
+
+    Args:
+        output: a caption job's output, all of whose images have their row.
+        size: how many bytes a part shall have at most. One of half as many is large enough.
+
+    Raises:
+        InputError: the size is not positive.
+        OutputError: it is no such output, another job is at work on it, a part of it cannot be
+            read, or a part cannot be written.
+    """
+    if size < 1:
+        raise InputError(f"a part cannot have {size} bytes")
+    directory = OutputDirectory(output)
+    directory.read_json("run.json")  # the lock would make a directory where there is none
+    with directory.locked():
+        directory.tidy()
+        directory.delete_held()
+        if missing := len(directory.accounts().missing):
+            raise OutputError(
+                f"{output} is not finished: {missing} images have no row; "
+                "run its caption job again first"
+            )
+        manifest = directory.manifest()
+        rows = {part: len(listed) for part, listed in directory.of_parts(manifest)}
+        try:
+            sizes = storage.sizes(output)
+        except OSError as error:
+            raise OutputError(f"cannot list {output}: {error}") from error
+        groups = [*_groups([*rows], sizes, size)]
+        total = sum(rows[part] for group in groups for part in group)
+        with progress_bar(total, unit="image") as progress:
+            for group in groups:
+                merged = Part(group[0].first, group[-1].last)
+                count = sum(rows[part] for part in group)
+                rewrite(output, group, {merged: count}, progress.update)
+        return Compaction(output, len(manifest), len(rows), len(directory.parts()))
+
+
+def _groups(parts: list[Part], sizes: dict[str, int], size: int) -> Iterator[list[Part]]:
+    """Parts to be merged: neighbours that have the size together, none of them large already."""
+    group: list[Part] = []
+    full = 0
+    for part in parts:
+        own = sizes[part.name]
+        if full + own > size or 2 * own >= size:
+            if len(group) > 1:
+                yield group
+            group, full = [], 0
+        if 2 * own < size:
+            group.append(part)
+            full += own
+    if len(group) > 1:
+        yield group
+
+
+def expose(directory: OutputDirectory, manifest: pa.Table, shards: Collection[int]) -> None:
+    """Gives shards whose rows are to change a part of their own each: splits those that hold them.
+
+    Raises:
+        OutputError: a part cannot be read or written.
+    """
+    for part, listed in directory.of_parts(manifest):
+        wanted = sorted(set(part.shards).intersection(shards))
+        if wanted and part.first != part.last:
+            numbers = listed["shard"].to_numpy()
+            rows = {
+                piece: int(((numbers >= piece.first) & (numbers <= piece.last)).sum())
+                for piece in _pieces(part, wanted)
+            }
+            rewrite(directory.uri, [part], rows, lambda _: None)
+
+
+def _pieces(part: Part, shards: list[int]) -> Iterator[Part]:
+    """A part cut so that each of some shards stands alone."""
+    begin = part.first
+    for shard in shards:
+        if begin < shard:
+            yield Part(begin, shard - 1)
+        yield Part(shard, shard)
+        begin = shard + 1
+    if begin <= part.last:
+        yield Part(begin, part.last)

@@ -1,0 +1,1 @@
+"""Looking at an output: reports, drawings, a page."""

@@ -1,0 +1,56 @@
+"""The photos that scikit-image carries, captioned: a first look that needs no network."""
+
+from collections.abc import Iterator
+from importlib import resources
+
+from captioner import storage
+from captioner.caption.job import caption_images
+from captioner.config import RunConfig
+from captioner.errors import InputError
+from captioner.review import gallery, rows
+
+__all__ = ["PHOTOS", "run_demo"]
+
+#: Those of scikit-image's pictures that are photographs of everyday things.
+PHOTOS = (
+    "astronaut.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+)
+
+
+def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
+    """Captions the photos, and draws where the model looked.
+
+    Args:
+        output: a directory: the photos go to ``photos/`` in it, the captions to ``captions/``, the
+            drawings to ``overlays/``, a page of all of them to ``gallery.html``.
+        model: a bundle's directory.
+
+    Yields:
+        The URI of each drawing and the caption.
+
+    Raises:
+        InputError: scikit-image is not installed.
+        CaptionerError: see :func:`captioner.caption.job.caption_images`.
+    """
+    try:
+        pictures = resources.files("skimage") / "data"
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "the photos come with scikit-image: install the extra demo (pip install -e '.[demo]')"
+        ) from error
+    photos, captions = storage.join(output, "photos"), storage.join(output, "captions")
+    for name in PHOTOS:
+        storage.write(storage.join(photos, name), (pictures / name).read_bytes())
+    caption_images(photos, captions, model, run=RunConfig(engine="local"), overwrite=True)
+    page = gallery.make_gallery(captions, order="listed")
+    storage.write(storage.join(output, "gallery.html"), page.encode())
+    for name in PHOTOS:
+        row = rows.find_row(captions, name)
+        target = storage.join(output, f"overlays/{name.rsplit('.', 1)[0]}.png")
+        storage.write(target, rows.draw(row))
+        yield target, row.caption

@@ -1,0 +1,114 @@
+"""A page to look through: photos, their captions, and where the model looked for each word."""
+
+import base64
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from captioner.errors import InputError, printable
+from captioner.output.attention import colour
+from captioner.output.directory import OutputDirectory
+from captioner.review.rows import attention_maps, read_photo
+from captioner.runtime.progress import progress_bar
+
+__all__ = ["Order", "make_gallery"]
+
+#: Which rows: drawn from all, those with the best or the worst scores, or the first ones.
+Order = Literal["random", "best", "worst", "listed"]
+
+_LONGEST_SIDE = 320  # of a photo, in pixels
+_READERS = 8  # threads: mostly waiting, for a bucket
+
+
+@dataclass
+class _Card:
+    """What the page shows of a row; pictures are ``data:`` URIs, None where there is none."""
+
+    uri: str
+    score: float | None
+    photo: str | None = None
+    ratio: float = 1.0  # of the photo's width to its height
+    words: list[tuple[str, float, str | None]] = field(default_factory=list)  # how likely, its map
+    mean_map: str | None = None
+    problem: str = ""
+
+
+def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed: int = 0) -> str:
+    """An HTML page that needs nothing beside itself: no script, no other file, no network.
+
+    Args:
+        output: a caption job's output directory, local or in a bucket.
+        count: rows to show at most.
+        order: which ones.
+        seed: of the draw, where ``order`` is random.
+
+    Raises:
+        InputError: ``count`` is below 1.
+        OutputError: ``output`` is no caption job's, or cannot be read.
+    """
+    if count < 1:
+        raise InputError(f"a gallery has at least one image, not {count}")
+    directory = OutputDirectory(output)
+    directory.read_json("run.json")
+    directory.settle()
+    generator = np.random.default_rng(seed)
+    ranks: dict[Order, Callable[[np.ndarray], np.ndarray]] = {
+        "random": lambda scores: generator.random(len(scores)),
+        "best": np.negative,
+        "worst": np.positive,
+        "listed": np.zeros_like,
+    }
+    rows = directory.lowest(ranks[order], count)
+    with (
+        ThreadPoolExecutor(_READERS) as pool,
+        progress_bar(len(rows), unit="image", description="gallery") as progress,
+    ):
+        cards = []
+        for card in pool.map(lambda row: _card(row, rows.schema), rows.to_pylist()):
+            cards.append(card)
+            progress.update()
+    template = (
+        resources.files("captioner.review").joinpath("gallery.html").read_text(encoding="utf-8")
+    )
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["printable"] = printable
+    return environment.from_string(template).render(output=output, order=order, cards=cards)
+
+
+def _card(row: dict[str, Any], schema: pa.Schema) -> _Card:
+    card = _Card(row["uri"], row["score"])
+    if row["status"] != "ok":
+        card.problem = f"{row['status']}: {row['error']}"
+        return card
+    try:
+        photo = read_photo(row["uri"], _LONGEST_SIDE)
+        card.photo = _data_uri(photo, "JPEG")
+        card.ratio = photo.width / photo.height
+    except InputError as error:
+        card.problem = str(error)
+    tokens = row["tokens"]
+    maps: list[str | None] = [None] * len(tokens)
+    if row["attention"]:
+        maps_TGG = attention_maps(row, schema)
+        card.mean_map = _data_uri(colour(maps_TGG.mean(0)), "PNG")
+        if len(maps_TGG) == len(tokens):  # a pixel a value: the page enlarges it
+            maps = [_data_uri(colour(map_GG), "PNG") for map_GG in maps_TGG]
+    probabilities = np.exp(row["token_logprobs"]).tolist()
+    card.words = list(zip(tokens, probabilities, maps, strict=True))
+    return card
+
+
+def _data_uri(image: Image.Image, kind: str) -> str:
+    sink = io.BytesIO()
+    image.save(sink, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(sink.getvalue()).decode()}"

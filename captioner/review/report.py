@@ -1,0 +1,90 @@
+"""What an output directory holds, for a person: counts, best and worst captions, overlays."""
+
+import heapq
+from dataclasses import dataclass
+
+import pyarrow.compute as pc
+
+from captioner.errors import OutputError
+from captioner.output.directory import OutputDirectory
+from captioner.output.manifest import Accounts
+from captioner.schema import STATUSES
+
+__all__ = [
+    "Report",
+    "summarise",
+]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts, the last run in a line, and captions by score: ``(score, caption, uri)``.
+
+    ``examples`` are by status a row that is not ok: ``(error, uri)``.
+    """
+
+    accounts: Accounts
+    examples: dict[str, tuple[str, str]]
+    last_run: str
+    worst: list[tuple[float, str, str]]
+    best: list[tuple[float, str, str]]
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        lines = [f"{self.accounts.images} images listed"]
+        for status in STATUSES:
+            if count := self.accounts.rows.get(status):
+                lines.append(f"  {count} {status}")
+                if status in self.examples:
+                    error, uri = self.examples[status]
+                    lines[-1] += f", as {uri}: {error}"
+        if self.last_run:
+            lines.append(self.last_run)
+        for title, captions in (("best", self.best), ("worst", self.worst)):
+            lines.append(f"{title} scores (mean log-probability of a word):")
+            lines += [f"  {score:7.3f}  {caption}  {uri}" for score, caption, uri in captions]
+        missing = self.accounts.missing
+        lines.append(f"{len(missing)} images have no row" + (":" if missing else ""))
+        lines += [f"  {uri}" for uri in missing[:20]]
+        return lines
+
+
+def summarise(output: str) -> Report:
+    """Reads an output directory.
+
+    Raises:
+        OutputError: it is no caption job's output, or a part of it cannot be read.
+    """
+    directory = OutputDirectory(output)
+    directory.read_json("run.json")
+    directory.settle()
+    accounts = directory.accounts()
+    last_run = _last_run(directory)
+    worst: list[tuple[float, str, str]] = []
+    best: list[tuple[float, str, str]] = []
+    examples: dict[str, tuple[str, str]] = {}
+    for some in directory.rows(["score", "caption", "uri", "status", "error"]):
+        for status in set(STATUSES) - {"ok", *examples}:
+            for row in some.filter(pc.equal(some["status"], status)).slice(0, 1).to_pylist():
+                examples[status] = (row["error"], row["uri"])
+        scored = some.filter(pc.is_valid(some["score"])).select(["score", "caption", "uri"])
+        rows = list(zip(*(scored[name].to_pylist() for name in scored.column_names), strict=True))
+        best = heapq.nlargest(_SHOWN, best + rows)
+        worst = heapq.nsmallest(_SHOWN, worst + rows)
+    return Report(accounts, examples, last_run, worst, best)
+
+
+def _last_run(directory: OutputDirectory) -> str:
+    if not (last := directory.read_summary()):
+        return ""
+    try:
+        if last["captioned"] == 0:
+            return f"last run: nothing captioned, ended {last['ended']}"
+        return (
+            f"last run: {last['captioned']:d} images in {last['seconds']:.1f} s, "
+            f"{last['images_per_second']:.1f} images/s, ended {last['ended']}"
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(f"the summary.json of {directory.uri} is damaged") from error

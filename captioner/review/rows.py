@@ -1,0 +1,145 @@
+"""Rows of an output: find one, and draw where the model looked."""
+
+import io
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from captioner import storage
+from captioner.data import images
+from captioner.errors import InputError, OutputError
+from captioner.output import attention
+from captioner.output.directory import OutputDirectory
+
+__all__ = ["CaptionedRow", "attention_maps", "draw", "find_row", "read_photo"]
+
+_LONGEST_SIDE = 480  # of an image in a drawing, in pixels
+
+
+_MOST_BYTES = 256_000_000  # of an image's file
+
+
+_TALLEST = 4  # times its width is a panel's height at most; a taller image has margins
+
+
+@dataclass(frozen=True)
+class CaptionedRow:
+    """A captioned image's row; ``maps_TGG`` has a map a word, or one for the whole caption."""
+
+    uri: str
+    caption: str
+    tokens: list[str]
+    maps_TGG: np.ndarray
+
+
+def find_row(output: str, uri: str) -> CaptionedRow:
+    """The row of an image.
+
+    Args:
+        output: an output directory.
+        uri: as listed, or its end after a slash where no other image's ends so.
+
+    Raises:
+        InputError: there is no such image, several, or it has no caption or no attention maps.
+        OutputError: the output cannot be read.
+    """
+    directory = OutputDirectory(output)
+    directory.read_json("run.json")
+    manifest = directory.manifest()
+    listed = storage.readable(uri if "://" in uri else os.path.normpath(uri))
+    match = pc.equal(manifest["uri"], listed)
+    if not pc.any(match).as_py():
+        end = listed.removeprefix("file://").lstrip("/")
+        match = pc.ends_with(manifest["uri"], f"/{end}")
+    found = manifest.filter(match)
+    if len(found) != 1:
+        raise InputError(f"{len(found) or 'no'} images of {output} are {uri}")
+    directory.settle()
+    part = directory.find_row(found["shard"][0].as_py(), found["row"][0].as_py())
+    if part is None:
+        raise InputError(f"{uri} has no row yet")
+    [values] = part.to_pylist()
+    if values["status"] != "ok":
+        raise InputError(f"{uri} has no caption: {values['status']}, {values['error']}")
+    if values["attention"] is None:
+        raise InputError(f"{uri} has no attention maps: the job ran with --attention none")
+    maps_TGG = attention_maps(values, part.schema)
+    return CaptionedRow(values["uri"], values["caption"], values["tokens"], maps_TGG)
+
+
+def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:
+    """The maps of a row of a part with this schema, ``(T, G, G)``.
+
+    Raises:
+        OutputError: they cannot be read.
+    """
+    try:
+        return attention.decode(
+            row["attention"],
+            row["attention_peak"],
+            grid=int(schema.metadata[b"captioner.attention.grid"]),
+            levels=int(schema.metadata[b"captioner.attention.levels"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        uri = row["uri"]
+        raise OutputError(f"the row of {uri} has attention maps that cannot be read") from error
+
+
+def read_photo(uri: str, longest_side: int) -> Image.Image:
+    """An image, to be shown to a person.
+
+    Args:
+        uri: where it is.
+        longest_side: of the result, in pixels.
+
+    Raises:
+        InputError: it cannot be read any more.
+    """
+    try:
+        data = storage.read(uri, _MOST_BYTES)
+        decoded = images.decode(data, longest_side, keep_aspect=True, max_bytes=_MOST_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {uri}: {error}") from error
+    if decoded.pixels_HW3 is None:
+        raise InputError(f"cannot decode {uri}: {decoded.error}")
+    return Image.fromarray(decoded.pixels_HW3)
+
+
+def draw(row: CaptionedRow) -> bytes:
+    """A PNG: the image, the mean of its maps over it, and each word's map over it.
+
+    Raises:
+        InputError: the image cannot be read any more.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    image = read_photo(row.uri, _LONGEST_SIDE)
+    panels = [("", image)]
+    if len(row.maps_TGG):
+        panels.append(
+            (f"mean of {len(row.maps_TGG)}", attention.overlay(image, row.maps_TGG.mean(0)))
+        )
+    if len(row.maps_TGG) == len(row.tokens):
+        words = zip(row.tokens, row.maps_TGG, strict=True)
+        panels += [(word, attention.overlay(image, map_GG)) for word, map_GG in words]
+    columns = min(len(panels), 5)
+    rows = math.ceil(len(panels) / columns)
+    height = 2.4 * min(image.height / image.width, _TALLEST) + 0.3
+    figure = Figure(figsize=(2.4 * columns, height * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(row.caption, parse_math=False)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (title, panel) in zip(figure.axes, panels, strict=False):
+        axes.imshow(panel)
+        axes.set_title(title, parse_math=False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=100)
+    return sink.getvalue()

@@ -1,0 +1,1 @@
+"""What runs underneath: devices, Ray, progress, signals, memory."""

@@ -1,0 +1,153 @@
+"""The batches of an epoch: which images, which captions, which views."""
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioner.config import ModelConfig, TrainConfig
+from captioner.data.dataset import CaptionedImage
+from captioner.data.views import load_view
+from captioner.model.vocabulary import PAD, Vocabulary
+from captioner.train.features import Features
+
+__all__ = ["Batch", "Source", "collate", "plan_batches"]
+
+
+def collate(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """The encoded captions of ``B`` images as padded ids ``(B·n, T)``, an image's rows together.
+
+    ``n`` is the largest number of captions of an image here; what an image lacks is all padding.
+    """
+    n = max(map(len, captions))
+    rows = [each[i] if i < len(each) else [] for each in captions for i in range(n)]
+    ids = np.full((len(rows), max(2, *map(len, rows))), PAD, dtype=np.int64)
+    for row, sequence in enumerate(rows):
+        ids[row, : len(sequence)] = sequence
+    return torch.from_numpy(ids)
+
+
+_SIDE = re.compile(r"(left|right)(most|wards?|hand|handed)?")
+
+
+_LETTERS = re.compile(r"[^\W\d_]+")
+
+
+def plan_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> list[list[int]]:
+    """The batches of an epoch: each image once, in batches whose sizes differ by one at most.
+
+    Where ``config.sort_batches`` is above 1, images with captions of like length come together, so
+    that less is padding; which, and in what order, still is random.
+    """
+    generator = random.Random(f"{config.seed} {epoch}")  # noqa: S311
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    if config.sort_batches > 1:
+        window = config.batch_size * config.sort_batches
+        windows = [order[begin : begin + window] for begin in range(0, len(order), window)]
+        order = [index for each in windows for index in sorted(each, key=lengths.__getitem__)]
+    count = math.ceil(len(order) / config.batch_size)
+    bounds = [len(order) * i // count for i in range(count + 1)]
+    batches = [order[begin:end] for begin, end in itertools.pairwise(bounds)]
+    if config.sort_batches > 1:
+        generator.shuffle(batches)
+    return batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images: ``inputs`` are features ``(B, h, w, C)`` or images ``(B, size, size, 3)``.
+
+    ``ids_RT`` are their captions and ``images`` their places in the source; an image that cannot be
+    read is black, or has features of zeros, and has captions of nothing but padding.
+    """
+
+    inputs: Tensor
+    ids_RT: Tensor
+    images: list[int]
+
+    @property
+    def readable(self) -> Tensor:
+        """Whether each image could be read: ``(B,)``."""
+        return (self.ids_RT.view(len(self.images), -1) != PAD).any(1)
+
+    @property
+    def words(self) -> int:
+        """How many words are predicted in the captions, their ends counted."""
+        return int((self.ids_RT[:, 1:] != PAD).sum())
+
+
+@dataclass
+class Source:
+    """The images of one side of the split.
+
+    ``views`` are the features of each view of them, where the encoder is frozen. ``unreadable`` are
+    the URIs of images that could not be read or decoded: with features those that lack a view, and
+    what others add; else those that were found so far. They stay in the plan of batches, so that it
+    is the same for all workers and after a resume, whatever each of them could read.
+    """
+
+    examples: Sequence[CaptionedImage]
+    views: list[Features] | None
+    model: ModelConfig
+    vocabulary: Vocabulary
+    captions: str = "all"
+    augmentation: str = "crops"
+    unreadable: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        chosen = [e.captions[:1] if self.captions == "first" else e.captions for e in self.examples]
+        encode = partial(self.vocabulary.encode, max_length=self.model.max_length)
+        self.ids = [[encode(text) for text in texts] for texts in chosen]
+        self.unsided = [
+            [ids for ids, text in zip(encoded, texts, strict=True) if not _names_a_side(text)]
+            for encoded, texts in zip(self.ids, chosen, strict=True)
+        ]
+        self.lengths = [max(map(len, encoded)) for encoded in self.ids]
+        for view in self.views or []:
+            decodable = zip(self.examples, view.decodable(), strict=True)
+            self.unreadable |= {example.uri for example, good in decodable if not good}
+
+    def choose(self, image: int, view: int) -> tuple[int, list[list[int]]]:
+        """The view to take in place of ``view``, and the captions that are true of it."""
+        if view % 2 == 0 or len(self.unsided[image]) == len(self.ids[image]):
+            return view, self.ids[image]
+        if self.unsided[image]:
+            return view, self.unsided[image]
+        return view - 1, self.ids[image]
+
+    def batch(self, chosen: Sequence[tuple[int, int]]) -> Batch:
+        """The images and views of ``chosen``."""
+        inputs, sequences = [], []
+        for image, view in chosen:
+            true_view, captions = self.choose(image, view)
+            values, readable = self._load(image, true_view)
+            inputs.append(values)
+            sequences.append(captions if readable else [[]])
+        images = [image for image, _ in chosen]
+        return Batch(torch.from_numpy(np.stack(inputs)), collate(sequences), images)
+
+    def _load(self, image: int, view: int) -> tuple[np.ndarray, bool]:
+        """Features or pixels, and whether the image could be read; without them zeros."""
+        uri = self.examples[image].uri
+        if self.views is not None:
+            features = self.views[view][image]
+            readable = uri not in self.unreadable
+            return (features, True) if readable else (np.zeros_like(features), False)
+        size = self.model.image_size
+        pixels = load_view(uri, size, view, self.augmentation)
+        if pixels is None:
+            self.unreadable.add(uri)
+            return np.zeros((size, size, 3), np.uint8), False
+        return pixels, True
+
+
+def _names_a_side(caption: str) -> bool:
+    return any(_SIDE.fullmatch(letters) for letters in _LETTERS.findall(caption.lower()))

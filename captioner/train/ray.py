@@ -1,0 +1,136 @@
+"""Training on Ray Train's workers."""
+
+import json
+import logging
+import os
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from captioner import storage
+from captioner.config import LaunchConfig
+from captioner.errors import CaptionerError, InputError
+from captioner.runtime.device import choose_device
+from captioner.train.journal import Epoch
+from captioner.train.loop import _CHECKPOINT, _Job, _train_loop, _Worker
+
+_logger = logging.getLogger(__name__)
+
+
+def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
+    """Runs the loop on Ray Train's workers, which go on from the last checkpoint when one dies."""
+    from captioner.runtime.cluster import connected
+
+    with connected(log_to_driver=True) as ray:
+        _fit(ray, job, launch)
+
+
+def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
+    from ray.exceptions import RayError
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = _uses_gpus(ray, launch)
+    devices = "a GPU each" if use_gpu else f"on {launch.device.replace('auto', 'cpu')}"
+    _logger.info("%d workers on Ray, %s", launch.workers, devices)
+    if launch.device == "auto":
+        job = replace(job, device="cuda" if use_gpu else "cpu")
+    filesystem, path = storage.arrow_filesystem(job.private("ray"))
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"job": ray.put(job)},
+        torch_config=TorchConfig(timeout_s=7200),  # a worker may wait for another's features
+        scaling_config=ScalingConfig(
+            num_workers=launch.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": launch.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="run",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=launch.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        causes = [error, *getattr(error, "worker_failures", {}).values()]
+        reason = " ".join(str(causes[-1]).split()) or type(error).__name__
+        raise CaptionerError(f"training failed: {reason[-500:]}") from error
+
+
+def _uses_gpus(ray: Any, launch: LaunchConfig) -> bool:
+    """Whether each worker gets a GPU.
+
+    Raises:
+        InputError: it is to have one, and there are too few.
+    """
+    from captioner.runtime.cluster import is_known_to_grow
+
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if launch.device.startswith("cuda:"):
+        raise InputError(f"Ray chooses the GPUs of its workers: --device cuda, not {launch.device}")
+    if launch.device == "cuda" and gpus < launch.workers and not is_known_to_grow(ray):
+        raise InputError(f"{launch.workers} workers need a GPU each: the cluster has {gpus:g}")
+    return launch.device == "cuda" or (launch.device == "auto" and gpus >= launch.workers)
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    import tempfile
+    from pathlib import Path
+
+    import ray
+    import ray.train
+    from torch import distributed
+
+    # One of Ray Train's loggers minds no level but the root's, and tells each report in full.
+    logging.getLogger().setLevel(logging.WARNING)
+    context = ray.train.get_context()
+    job = ray.get(settings["job"])
+    if choose_device(job.device).type == "cuda":
+        job = replace(job, device=str(ray.train.torch.get_device()))
+    elif job.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+
+    def gather(value: Any) -> list[Any]:
+        values = [None] * context.get_world_size()
+        distributed.all_gather_object(values, value)
+        return values
+
+    def report(number: int, epoch: Epoch | None) -> None:
+        if epoch is None:
+            ray.train.report({"epoch": number})
+            return
+        figures = {name: value for name, value in asdict(epoch).items() if name != "samples"}
+        # Ray's checkpoint says where ours is, which a run without Ray goes on from as well.
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, "checkpoint.json").write_text(
+                json.dumps({"uri": job.private(_CHECKPOINT)})
+            )
+            ray.train.report(
+                figures,
+                checkpoint=ray.train.Checkpoint.from_directory(directory),
+                checkpoint_dir_name=f"epoch-{number:04d}",
+            )
+
+    _train_loop(
+        job,
+        _Worker(
+            rank=context.get_world_rank(),
+            workers=context.get_world_size(),
+            local=(context.get_local_rank(), context.get_local_world_size()),
+            gather=gather,
+            report=report,
+        ),
+    )

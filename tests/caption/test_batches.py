@@ -1,0 +1,308 @@
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+import torch
+
+from captioner import storage
+from captioner.caption.batches import BatchCaptioner, caption_alone
+from captioner.caption.crash_log import Attempts
+from captioner.caption.steps import CaptionJob, Loaded, load_image
+from captioner.caption.timing import Work
+from captioner.config import DecodeConfig, RunConfig
+from captioner.model.native import Caption
+from captioner.output.manifest import Shard
+from captioner.schema import CaptionRow
+from conftest import write_photos
+
+JOB = CaptionJob(
+    output="", image_size=8, grid=0, decode=DecodeConfig(attention="none"), run=RunConfig()
+)
+
+
+def _images(count: int, unreadable: tuple[int, ...] = ()) -> list[Loaded]:
+    """Images whose pixels all have their number as value."""
+    return [
+        Loaded(CaptionRow(uri=str(number), status="unreadable"), None)
+        if number in unreadable
+        else Loaded(
+            CaptionRow(uri=str(number), status="ok"), np.full((8, 8, 3), number, dtype=np.uint8)
+        )
+        for number in range(count)
+    ]
+
+
+class _Model:
+    """Captions an image with its number; raises for some numbers, or for too many at once."""
+
+    def __init__(self, raises=None, bad: tuple[int, ...] = (), most: int = 1000):
+        self.raises, self.bad, self.most = raises, bad, most
+        self.sizes: list[int] = []
+
+    def __call__(self, images_BHW3: np.ndarray) -> list[Caption]:
+        numbers = images_BHW3[:, 0, 0, 0].tolist()
+        self.sizes.append(len(numbers))
+        if len(numbers) > self.most or set(numbers) & set(self.bad):
+            self.raises()
+        return [Caption([str(number)], [0.0], 0.0, None) for number in numbers]
+
+
+def _captioned(images: list[Loaded]) -> list[str | None]:
+    return [image.row.caption for image in images]
+
+
+def _raise_error() -> None:
+    raise ValueError("no such\nthing")
+
+
+def _run_out_of_host_memory() -> None:
+    torch.empty(10**15)
+
+
+def _run_out_of_device_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def _run_out_of_pythons_memory() -> None:
+    bytearray(2**62)
+
+
+def test_the_images_that_the_model_fails_on_are_found_and_the_others_captioned():
+    images = _images(20, unreadable=(4,))
+    captioner = BatchCaptioner(_Model(_raise_error, bad=(3, 11, 12)), DecodeConfig(), 8)
+    captioner(images)
+    for number, image in enumerate(images):
+        assert image.pixels_HW3 is None
+        if number in (3, 11, 12):
+            assert (image.row.status, image.row.caption) == ("failed", None)
+            assert image.row.error == "ValueError: no such thing"
+        elif number == 4:
+            assert (image.row.status, image.row.caption) == ("unreadable", None)
+        else:
+            assert (image.row.status, image.row.caption) == ("ok", str(number))
+    assert captioner.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    "raises", [_run_out_of_host_memory, _run_out_of_device_memory, _run_out_of_pythons_memory]
+)
+def test_batches_become_smaller_for_good_when_memory_runs_out(raises):
+    model = _Model(raises, most=3)
+    captioner = BatchCaptioner(model, DecodeConfig(), 16)
+    images = _images(32)
+    captioner(images)
+    assert _captioned(images) == [str(number) for number in range(32)]
+    assert captioner.batch_size == 2
+    before = len(model.sizes)
+    captioner(_images(8))
+    assert model.sizes[before:] == [2, 2, 2, 2]
+
+
+class _Timed(_Model):
+    """A model for which a batch takes as long as it says, by a clock that the test holds."""
+
+    def __init__(self, seconds, **settings):
+        super().__init__(**settings)
+        self.seconds, self.now = seconds, 0.0
+
+    def __call__(self, images_BHW3: np.ndarray) -> list[Caption]:
+        self.now += self.seconds(len(images_BHW3))
+        return super().__call__(images_BHW3)
+
+
+def _found(model: _Timed, monkeypatch: pytest.MonkeyPatch) -> BatchCaptioner:
+    """After shards of a hundred images, with the size of batches to be found."""
+    monkeypatch.setattr(time, "perf_counter", lambda: model.now)
+    captioner = BatchCaptioner(model, DecodeConfig(), "auto")
+    for _ in range(20):
+        images = _images(100)
+        captioner(images)
+        assert _captioned(images) == [str(number) for number in range(100)]
+    return captioner
+
+
+def test_batches_grow_until_the_device_is_busy(monkeypatch):
+    """It does up to 16 images at once in the time of one."""
+    model = _Timed(lambda count: max(1.0, count / 16))
+    assert _found(model, monkeypatch).batch_size == 16
+    assert model.sizes[:10] == [8, 8, 8, 16, 16, 16, 28, 32, 32, 32]
+    assert set(model.sizes[13:]) == {16, 4}
+
+
+def test_batches_grow_no_larger_than_a_shard(monkeypatch):
+    model = _Timed(lambda _: 1.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: model.now)
+    captioner = BatchCaptioner(model, DecodeConfig(), "auto", most=64)
+    for _ in range(20):
+        captioner(_images(64))
+    assert captioner.batch_size == 64
+    captioner.take_work()
+    captioner(_images(64))
+    work = captioner.take_work()
+    assert (work.batches, work.images, work.places) == (1, 64, 64)
+
+
+def test_batches_stop_growing_where_memory_ends(monkeypatch):
+    model = _Timed(lambda _: 1.0, raises=_run_out_of_device_memory, most=50)
+    assert _found(model, monkeypatch).batch_size == 32
+    assert set(model.sizes[-8:]) == {32, 4}
+
+
+def test_work_says_what_held_the_model_up():
+    assert Work().bottleneck is None
+    assert Work().figures()["model_busy"] is None
+    assert Work(model=3, starved=1, held=2).bottleneck == "model"
+    assert Work(decode=9, write=9, model=1, starved=2, held=1).bottleneck == "decode"
+    assert Work(model=1, held=2).bottleneck == "write"
+    work = Work(model=3, starved=1, images=9, places=12, batches=3)
+    assert (work.figures()["model_busy"], work.figures()["batch_fill"]) == (0.75, 0.75)
+    captioner = BatchCaptioner(_Model(), DecodeConfig(), 8)
+    captioner(_images(20, unreadable=(4,)))
+    work = captioner.take_work()
+    assert (work.images, work.batches, work.places) == (19, 3, 24)
+    assert work.model > 0
+    assert captioner.take_work() == Work()
+
+
+def test_an_image_that_does_not_fit_alone_has_failed():
+    captioner = BatchCaptioner(_Model(_run_out_of_device_memory, bad=(2,)), DecodeConfig(), 4)
+    images = _images(4)
+    captioner(images)
+    assert _captioned(images) == ["0", "1", None, "3"]
+    assert images[2].row.error.startswith("OutOfMemoryError: CUDA out of memory")
+    assert captioner.batch_size == 1
+
+
+def test_a_lost_device_fails_no_image():
+    def lose() -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    images = _images(4)
+    with pytest.raises(torch.AcceleratorError):
+        BatchCaptioner(_Model(lose, bad=(2,)), DecodeConfig(), 4)(images)
+    assert [image.row.status for image in images] == ["ok"] * 4
+
+
+def _alone(tmp_path: Path, shard: Shard, model: _Model) -> list[CaptionRow]:
+    captioner = BatchCaptioner(model, DecodeConfig(), 4)
+    return caption_alone(JOB, captioner, shard, Attempts(str(tmp_path)))
+
+
+def _shard(tmp_path: Path, count: int) -> Shard:
+    paths = write_photos(tmp_path / "photos", count)
+    return Shard(7, [str(path) for path in paths], [path.stat().st_size for path in paths])
+
+
+class _Killed(BaseException):
+    """Ends a process's work without a chance to tidy up."""
+
+
+def test_only_an_image_that_was_alone_twice_when_its_process_died_is_set_aside(tmp_path):
+    shard, attempts = _shard(tmp_path, 3), Attempts(str(tmp_path))
+    deadly = shard.uris[1]
+
+    def kill() -> None:
+        raise _Killed
+
+    class Deadly(_Model):
+        def __call__(self, images_BHW3):
+            self.sizes.append(len(images_BHW3))
+            if len(self.sizes) == 2:
+                kill()
+            return [Caption(["a"], [0.0], 0.0, None)]
+
+    attempts.begin(7)
+    for deaths in ({}, {deadly: 1}):
+        assert attempts.suspects() == {7}
+        assert attempts.deaths(7) == deaths
+        with pytest.raises(_Killed):
+            _alone(tmp_path, shard, Deadly())
+    assert attempts.deaths(7) == {deadly: 2}
+    rows = _alone(tmp_path, shard, _Model())
+    assert [row.status for row in rows] == ["ok", "failed", "ok"]
+    assert rows[1].error == "it killed the process that captioned it twice"
+    assert attempts.suspects() == set()
+    assert attempts.deaths(7) is None
+
+
+def test_machines_that_go_away_twice_cost_no_image(tmp_path):
+    """Once with the shard in hand, once with one image of it."""
+    shard, attempts = _shard(tmp_path, 3), Attempts(str(tmp_path))
+    attempts.begin(7)
+    attempts.begin(7, alone=shard.uris[0], deaths=attempts.deaths(7))
+    rows = _alone(tmp_path, shard, _Model())
+    assert [row.status for row in rows] == ["ok"] * 3
+
+
+def test_an_orderly_end_is_nobodys_fault(tmp_path):
+    attempts = Attempts(str(tmp_path))
+    attempts.begin(1)
+    attempts.begin(2, alone="b.jpg", deaths={"a.jpg": 1})
+    attempts.forgive()
+    assert attempts.suspects() == {2}
+    assert attempts.deaths(2) == {"a.jpg": 1}
+    attempts.clear()
+    assert attempts.suspects() == set()
+    attempts.clear()
+
+
+@pytest.mark.parametrize("data", [b"", b'{"alone": "b.j', b"\0"])
+def test_a_damaged_file_counts_no_deaths_and_one_of_another_name_is_none(tmp_path, data):
+    """Such as macOS leaves beside those on a share."""
+    attempts = Attempts(str(tmp_path))
+    folder = tmp_path / "__captioner" / "attempts"
+    folder.mkdir(parents=True)
+    (folder / "000001.json").write_bytes(data)
+    (folder / "._000001.json").write_bytes(b"\0\5\x16\7")
+    (folder / "000001 2.json").write_bytes(data)
+    assert attempts.suspects() == {1}
+    assert attempts.deaths(1) == {}
+    attempts.forgive()
+    assert attempts.suspects() == set()
+    assert attempts.deaths(1) is None
+
+
+# Reading.
+
+
+class _Flaky:
+    """Fails some times, then reads."""
+
+    def __init__(self, failures: int, problem: Exception):
+        self.left, self.problem, self.tries = failures, problem, 0
+
+    def __call__(self, path: str) -> BinaryIO:
+        self.tries += 1
+        if self.left:
+            self.left -= 1
+            raise self.problem
+        return open(path, "rb")
+
+
+@pytest.mark.parametrize(
+    ("problem", "tries"),
+    [
+        (OSError(5, "Input/output error"), 4),
+        (TimeoutError("the bucket does not answer"), 4),
+        (FileNotFoundError(2, "No such file"), 1),
+        (PermissionError(13, "Permission denied"), 1),
+        (IsADirectoryError(21, "Is a directory"), 1),
+        (OSError(36, "File name too long"), 1),
+    ],
+)
+def test_what_may_pass_is_tried_again(problem, tries, tmp_path, monkeypatch):
+    [path] = write_photos(tmp_path, 1)
+    waits: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    flaky = _Flaky(10, problem)
+    monkeypatch.setattr(storage, "_open_local", flaky)
+    image = load_image(JOB, str(path), None)
+    assert (image.row.status, flaky.tries) == ("unreadable", tries)
+    assert len(waits) == tries - 1
+    for number, wait in enumerate(waits):
+        assert 0.1 * 2**number <= wait <= 0.2 * 2**number
+    flaky = _Flaky(tries - 1, problem)
+    monkeypatch.setattr(storage, "_open_local", flaky)
+    assert load_image(JOB, str(path), None).row.status == "ok"

@@ -1,0 +1,268 @@
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from captioner.cli import main
+from captioner.config import DecodeConfig
+from captioner.data.views import load_view
+from captioner.evaluate import metrics
+from captioner.model import bundle
+from captioner.model.native import Captioner
+from conftest import write_photos
+
+
+def _run(*arguments: object):
+    return CliRunner().invoke(main, ["evaluate", *(str(each) for each in arguments)])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Eight photos with two captions each, in Flickr8k's layout."""
+    directory = tmp_path / "data"
+    paths = write_photos(directory / "Images", 8)
+    lines = ["image,caption"]
+    for path in paths:
+        lines += [f"{path.name},A dog runs on the grass .", f"{path.name},Two men in red water ."]
+    (directory / "captions.txt").write_text("\n".join(lines) + "\n")
+    (directory / "list.txt").write_text("\n".join(path.name for path in paths[2:]) + "\n")
+    return directory
+
+
+def _captions(data: Path, model_directory: Path, **decode: object) -> dict[str, str]:
+    captioner = Captioner(
+        bundle.load(str(model_directory)),
+        DecodeConfig(**decode),
+        device="cpu",
+        precision="fp32",
+    )
+    paths = sorted(str(path) for path in (data / "Images").iterdir())
+    pixels = [load_view(path, captioner.image_size, 0) for path in paths]
+    texts = [caption.text for caption in captioner(np.stack(pixels))]
+    return dict(zip(paths, texts, strict=True))
+
+
+def test_a_model_on_a_list_of_a_dataset(data: Path, tmp_path: Path, model_directory: Path):
+    arguments = ("--model", model_directory, "--list", data / "list.txt", "--beam=2")
+    arguments += ("--tokenizer=simple", "--device=cpu", "--precision=fp32", "--batch-size=4")
+    files = ("--json", tmp_path / "scores.json", "--per-image", tmp_path / "images.parquet")
+    result = _run(data, *arguments, *files)
+    assert result.exit_code == 0, result.output
+    parsed = json.loads((tmp_path / "scores.json").read_text())
+    captions = dict(list(_captions(data, model_directory, beam=2).items())[2:])
+    references = ["A dog runs on the grass .", "Two men in red water ."]
+    expected = metrics.score(list(captions.values()), [references] * 6, tokenizer="simple")
+    assert parsed["scores"] == expected.corpus
+    assert (parsed["images"], parsed["tokenizer"]) == (6, "simple")
+    assert parsed["settings"]["beam"] == 2
+    assert parsed["settings"]["precision"] == "float32"
+    assert parsed["left_out"] == {}
+    lines = result.stdout.splitlines()
+    assert len(set(map(len, lines))) == 1, "the table is aligned"
+    table = dict(re.split(" {2,}", line) for line in lines)
+    shown = {metrics.NAMES[name]: f"{100 * v:.1f}" for name, v in expected.corpus.items()}
+    assert {name: table.pop(name) for name in shown} == shown
+    assert table == {
+        "images": "6",
+        "tokenizer": "simple",
+        "beam": "2",
+        "length penalty": "1.0",
+        "max words": "none",
+        "allow unknown": "False",
+    }
+    assert result.stderr.splitlines() == ["left out: METEOR: it needs Java and the tokenizer ptb"]
+    rows = pq.read_table(tmp_path / "images.parquet")
+    assert rows.column_names == ["uri", "caption", "references", "bleu_4", "rouge_l", "cider"]
+    assert rows["cider"].to_pylist() == sorted(expected.images["cider"])
+    assert dict(zip(rows["uri"].to_pylist(), rows["caption"].to_pylist(), strict=True)) == captions
+    assert rows["references"].to_pylist() == [references] * 6
+
+
+def _trained_on(model_directory: Path, copy: Path, trained: list[str], validated: list[str]):
+    shutil.copytree(model_directory, copy)
+    seen = bundle.SeenImages(frozenset(trained), frozenset(validated))
+    bundle.save_images(str(copy), seen)
+    return copy
+
+
+def test_images_that_the_model_has_seen_are_told(data: Path, tmp_path: Path, model_directory: Path):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    model = _trained_on(model_directory, tmp_path / "model", [*names[:4], "gone.jpg"], names[3:6])
+    arguments = ("--model", model, "--tokenizer=simple", "--list", data / "list.txt")
+    for listed, known in {
+        (2, 8): "trained on 2 and validated on 2 of these 6",
+        (3, 4): "trained on 1 of these 1",
+        (5, 7): "validated on 1 of these 2",
+        (6, 8): None,
+    }.items():
+        (data / "list.txt").write_text("\n".join(names[slice(*listed)]))
+        result = _run(data, *arguments)
+        assert result.exit_code == 0, result.output
+        told = [line for line in result.stderr.splitlines() if "METEOR" not in line]
+        assert told == ([f"{model} was {known} images, by their names"] if known else [])
+
+
+def test_a_split_with_images_that_the_model_was_trained_on_is_refused(
+    data: Path, tmp_path: Path, model_directory: Path
+):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    sides = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    images = [
+        {"filename": name, "split": side, "sentences": [{"raw": "A dog ."}]}
+        for name, side in zip(names, sides, strict=True)
+    ]
+    (data / "dataset.json").write_text(json.dumps({"images": images}))
+    karpathy = (data / "dataset.json", "--images", data / "Images", "--tokenizer=simple")
+    own = _trained_on(model_directory, tmp_path / "own", names[:4], names[4:6])
+    other = _trained_on(model_directory, tmp_path / "other", names[1:5] + names[7:], [])
+    for model, split, count in (
+        (other, (), "1 of these 2"),
+        (other, ("--split=test",), "1 of these 2"),
+        (other, ("--split=val",), "1 of these 2"),
+        (other, ("--split=train",), None),
+        (own, (), None),
+        (own, ("--split=val",), None),
+        (own, ("--split=train",), None),
+        (model_directory, (), None),
+    ):
+        result = _run(*karpathy, "--model", model, *split)
+        assert result.exit_code == (2 if count else 0), (model, split, result.output)
+        if count:
+            assert result.output == (
+                f"captioner: {model} was trained on {count} images, by their names: "
+                "its split was another; name images with --list\n"
+            )
+
+
+def test_the_test_images_of_a_split_may_be_there_alone(data: Path, model_directory: Path):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    images = [
+        {"filename": name, "split": side, "sentences": [{"raw": "A dog ."}]}
+        for name, side in [("gone.jpg", "train"), ("gone too.jpg", "val"), (names[0], "test")]
+    ]
+    (data / "dataset.json").write_text(json.dumps({"images": images}))
+    karpathy = (data / "dataset.json", "--images", data / "Images", "--tokenizer=simple")
+    result = _run(*karpathy, "--model", model_directory, "--split=test")
+    assert result.exit_code == 0, result.output
+    result = _run(*karpathy, "--model", model_directory, "--split=val")
+    assert (result.exit_code, result.output) == (
+        2,
+        "captioner: the dataset has no images to val: use --list\n",
+    )
+
+
+def test_an_image_of_another_folder_is_not_one_that_was_trained_on(
+    data: Path, tmp_path: Path, model_directory: Path
+):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    (data / "Images" / "sub").mkdir()
+    shutil.copy(data / "Images" / names[0], data / "Images" / "sub" / names[0])
+    with (data / "captions.txt").open("a") as captions:
+        captions.write(f"sub/{names[0]},A cat .\n")
+    model = _trained_on(model_directory, tmp_path / "model", names[:4], [])
+    (data / "list.txt").write_text(f"sub/{names[0]}")
+    result = _run(data, "--model", model, "--tokenizer=simple", "--list", data / "list.txt")
+    assert result.exit_code == 0, result.output
+    assert "trained on" not in result.stderr
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out(data: Path, model_directory: Path):
+    broken = data / "Images" / "photo-0003.jpg"
+    broken.write_bytes(b"no image")
+    arguments = ("--model", model_directory, "--list", data / "list.txt", "--tokenizer=simple")
+    result = _run(data, *arguments, "--json=-")
+    assert result.exit_code == 0, result.output
+    parsed = json.loads(result.stdout)
+    assert parsed["images"] == 5
+    assert parsed["left_out"] == {"images that cannot be read or decoded": [str(broken)]}
+    assert f"left out: 1 images that cannot be read or decoded: {broken}" in result.stderr
+    (data / "list.txt").write_text(broken.name)
+    result = _run(data, *arguments)
+    assert result.exit_code == 2
+    assert "no image has both a caption and references" in result.stderr
+
+
+@pytest.fixture
+def output(data: Path, tmp_path: Path, model_directory: Path) -> Path:
+    """The captions of the photos and of one more, made where they have other paths."""
+    photos = write_photos(tmp_path / "photos", 9)
+    photos[0].write_bytes(b"no image")
+    arguments = ("caption", photos[0].parent, tmp_path / "out", "--model", model_directory)
+    arguments += ("--engine=local", "--device=cpu", "--precision=fp32", "--max-words=5")
+    arguments += ("--max-error-rate=0.2",)
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
+    return tmp_path / "out"
+
+
+def test_an_output_against_references(data: Path, output: Path, tmp_path: Path, model_directory):
+    parquet = tmp_path / "images.parquet"
+    result = _run(
+        output, "--references", data, "--tokenizer=simple", "--json=-", "--per-image", parquet
+    )
+    assert result.exit_code == 0, result.output
+    parsed = json.loads(result.stdout)
+    assert parsed["images"] == 7
+    assert parsed["settings"]["max_words"] == 5
+    assert parsed["left_out"] == {
+        "images without a caption": [str(data / "Images" / "photo-0000.jpg")],
+        "captions without references": [str(tmp_path / "photos" / "photo-0008.jpg")],
+    }
+    captions = _captions(data, model_directory, max_words=5)
+    rows = pd.read_parquet(io.BytesIO(parquet.read_bytes()))
+    assert len(rows) == 7
+    for uri, caption in zip(rows["uri"], rows["caption"], strict=True):
+        assert captions[uri] == caption
+    result = _run(output, "--references", data, "--tokenizer=simple", "--list", data / "list.txt")
+    assert result.exit_code == 0, result.output
+    assert "left out: 2 captions without references" in result.stderr
+    assert re.search(r"^images +6$", result.stdout, re.MULTILINE)
+
+
+def test_a_file_name_that_several_share_joins_nothing(data: Path, output: Path, model_directory):
+    table = pq.read_table(output / "part-000000.parquet")
+    uris = table["uri"].to_pylist()
+    uris[2] = "/elsewhere/photo-0001.jpg"  # as its neighbour is called
+    uris[3] = str(data / "Images" / "photo-0003.jpg")  # by its URI
+    column = table.schema.get_field_index("uri")
+    changed = table.set_column(column, table.schema.field("uri"), [uris])
+    pq.write_table(changed, output / "part-000000.parquet")
+    result = _run(output, "--references", data, "--tokenizer=simple", "--json=-")
+    assert result.exit_code == 0, result.output
+    left_out = json.loads(result.stdout)["left_out"]
+    names = [Path(uri).name for uri in left_out["images without a caption"]]
+    assert names == ["photo-0000.jpg", "photo-0001.jpg", "photo-0002.jpg"]
+    assert len(left_out["captions without references"]) == 3
+
+
+def test_mistakes_get_one_line_and_exit_code_2(data: Path, output: Path, model_directory: Path):
+    listed = ("--list", data / "list.txt")
+    cases = {
+        "give one of --model and --references": (data,),
+        "one of --model and": (data, "--model", model_directory, "--references", data),
+        "give one of --split and --list": (
+            data,
+            "--model",
+            model_directory,
+            "--split=val",
+            *listed,
+        ),
+        "--beam goes with --model": (output, "--references", data, "--beam=3"),
+        "too few": (data, "--model", model_directory),
+        "has no run.json": (data, "--references", data),
+        "has no captions.txt": (output, "--references", output),
+        "has no config.json": (data, "--model", data, *listed),
+        "no device 'gpu'": (data, "--model", model_directory, *listed, "--device=gpu"),
+    }
+    for message, arguments in cases.items():
+        result = _run(*arguments, "--tokenizer=simple")
+        assert result.exit_code == 2, (message, result.output)
+        assert message in result.output
+        assert len(result.output.splitlines()) == 1, result.output

@@ -1,0 +1,342 @@
+"""Training on several workers: but for dropout and samples the same steps, and no run lost."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from torch import distributed, multiprocessing
+
+from captioner.cli import main
+from captioner.config import LaunchConfig, TrainConfig
+from captioner.data import dataset
+from captioner.data.dataset import Split
+from captioner.model import bundle
+from captioner.model.network import CaptionModel
+from captioner.model.vocabulary import EOS, PAD, START, Vocabulary
+from captioner.train import run as training
+from captioner.train import trainer as trainer_module
+from captioner.train.batches import Source
+from captioner.train.trainer import Trainer
+from conftest import TINY, tiny_model, write_photos
+
+NO_DROPOUT = dataclasses.replace(
+    TINY, embedding_dropout=0, attention_dropout=0, residual_dropout=0, head_dropout=0
+)
+CONFIG = TrainConfig(
+    epochs=2,
+    batch_size=31,  # an epoch is one step; it does not divide into two equal shares
+    captions="all",
+    views=2,
+    sort_batches=2,
+    minimum_count=1,
+    learning_rate=1e-3,
+    clip_norm=1.0,
+    label_smoothing=0.1,
+    average=0.9,
+    fine_tune_from=3,
+    precision="fp32",
+)
+
+
+def write_data(directory: Path, images: int) -> Path:
+    """Photos whose captions differ in number and length."""
+    paths = write_photos(directory / "Images", images)
+    words = ["a", "red", "dog", "runs", "over", "the", "green", "grass", "with", "two", "men"]
+    lines = ["image,caption"]
+    for index, path in enumerate(paths):
+        lengths = [2 + (index + n) % 9 for n in range(1 + index % 3)]
+        lines += [f"{path.name},{' '.join(words[:length])}" for length in lengths]
+    (directory / "captions.txt").write_text("\n".join(lines) + "\n")
+    names = [path.name for path in paths]
+    (directory / "train.txt").write_text("\n".join(names[: images * 3 // 4]))
+    (directory / "val.txt").write_text("\n".join(names[images * 3 // 4 :]))
+    return directory
+
+
+def read_split(directory: Path) -> Split:
+    lists = str(directory / "train.txt"), str(directory / "val.txt")
+    return dataset.read_dataset(str(directory)).split(*lists)
+
+
+def _samples(_: object, features_BhwC: torch.Tensor, samples: int, longest: int) -> torch.Tensor:
+    """For each image the same: one word, two, …"""
+    words = range(4, 4 + samples)
+    rows = [[START, *words[: n + 1], EOS, *[PAD] * samples][: samples + 2] for n in range(samples)]
+    return torch.tensor(rows * len(features_BhwC))
+
+
+def _take_steps(rank: int, workers: int, port: int, data: Path, result: Path) -> None:
+    """Three steps, one of them in parts, one self-critical; leaves what came of them."""
+    torch.set_num_threads(1)
+    if workers > 1:
+        distributed.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers
+        )
+    split = read_split(data)
+    texts = [text for each in split.train for text in each.captions]
+    vocabulary = Vocabulary.from_captions(texts, minimum_count=1)
+    model_config = dataclasses.replace(NO_DROPOUT, vocabulary_size=len(vocabulary))
+    model = tiny_model(**dataclasses.asdict(model_config))
+    trainer = Trainer(model, vocabulary, CONFIG, device="cpu", rank=rank, workers=workers)
+    training_source = Source(split.train, None, model_config, vocabulary)
+    losses, gradients = [], []
+    trainer.reward_for(split.train)
+    for epoch, accumulate in ((1, 1), (2, 3), (3, 1)):
+        trainer.config = dataclasses.replace(CONFIG, accumulate=accumulate)
+        with mock.patch.object(trainer_module, "sample", _samples):  # each worker draws others
+            losses.append(trainer.train_epoch(training_source, epoch, lambda *_: None))
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        gradients.append([p.grad.clone() for p in trained])
+    validation = Source(split.validation, None, model_config, vocabulary)
+    loss, captions = trainer.validate(validation)
+    torch.save(
+        {
+            "gradients": gradients,
+            "kept": list(trainer.kept.parameters()),
+            "losses": [*losses, loss],
+            "captions": captions,
+        },
+        result / f"{workers}-{rank}.pt",
+    )
+    if workers > 1:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_workers_take_the_same_steps_as_one(tmp_path: Path):
+    data = write_data(tmp_path / "data", 42)
+    for index in (3, 35):  # one to train on, one to validate on
+        (data / "Images" / f"photo-{index:04d}.jpg").write_bytes(b"no image")
+    _take_steps(0, 1, 0, data, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_take_steps, (2, port, data, tmp_path), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for alone, together in zip(one["gradients"], first["gradients"], strict=True):
+        assert sum(float(gradient.abs().sum()) for gradient in alone) > 0.1
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(first["kept"], second["kept"], rtol=0, atol=0)
+    assert first["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert {**first["captions"], **second["captions"]} == one["captions"]
+    assert len(one["captions"]) == 10
+
+
+def _save_model_without_dropout(data: Path, directory: Path) -> None:
+    """A new model for these data, to go on with."""
+    texts = [text for each in read_split(data).train for text in each.captions]
+    vocabulary = Vocabulary.from_captions(texts, minimum_count=1)
+    model = CaptionModel(dataclasses.replace(NO_DROPOUT, vocabulary_size=len(vocabulary)))
+    bundle.save(str(directory), model, vocabulary)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_workers(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Begun in this process and killed, ended by two workers, then made longer by two and none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = write_data(tmp_path / "data", 30)
+    _save_model_without_dropout(data, tmp_path / "model")
+
+    def run(name: str, workers: int, scst_epochs: int = 0) -> list[dict[str, object]]:
+        epochs = training.train(
+            read_split(data),
+            str(tmp_path / name),
+            model_config=NO_DROPOUT,
+            config=dataclasses.replace(CONFIG, epochs=3, scst_epochs=scst_epochs),
+            launch=LaunchConfig(workers=workers, device="cpu"),
+            begin_with=str(tmp_path / "model"),
+        )
+        return [dataclasses.asdict(each) for each in epochs]
+
+    whole = run("whole", 0)
+    real = Trainer.validate
+    calls = iter([real])
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", lambda *arguments: next(calls)(*arguments))
+        with pytest.raises(StopIteration):
+            run("killed", 0)
+    begun = json.loads((tmp_path / "killed" / "epochs.json").read_text())
+    ended = run("killed", 2)
+    assert ended[:1] == begun  # its seconds, too: it was not computed again
+    for figure in ("train_loss", "validation_loss", "validation_cider"):
+        expected = [each[figure] for each in whole]
+        assert [each[figure] for each in ended] == pytest.approx(expected, rel=1e-5)
+    private = tmp_path / "killed/_training"
+    pointers = sorted((private / "ray/run").glob("epoch-*/checkpoint.json"))
+    assert [path.parent.name for path in pointers] == ["epoch-0002", "epoch-0003"]
+    assert json.loads(pointers[-1].read_text()) == {"uri": str(private / "checkpoint.pt")}
+    longer = run("killed", 2, scst_epochs=1)
+    assert longer[:3] == ended
+    assert len(longer) == 4
+    longest = run("killed", 0, scst_epochs=2)
+    assert longest[:4] == longer
+    assert len(longest) == 5
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Ray head of its own with two logical CPUs: the environment to reach it with."""
+    sockets = [socket.socket() for _ in range(4)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    temporary = tempfile.mkdtemp(prefix="ray-")  # a socket's path must be short
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}"]
+    command += [f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}"]
+    command += [f"--ray-client-server-port={ports[3]}", "--node-ip-address=127.0.0.1"]
+    command += ["--disable-usage-stats", "--object-store-memory=200000000"]
+    command += [f"--temp-dir={temporary}"]
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{ports[1]}"
+    try:
+        _wait_until(lambda: _answers(f"{address}/api/version"), seconds=120)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": address}
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # by itself it takes over 20 seconds to end
+        process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _wait_until(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def _submit(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    """``ray job submit`` of ``jobs/train.py``, from the checkout."""
+    root = Path(__file__).resolve().parents[2]
+    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", "."]
+    command += ["--", sys.executable, "jobs/train.py", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def _pids(command: str, below: str) -> list[int]:
+    """Processes of that command, with that in their environment: only those that we started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            ours = below in (path / "environ").read_bytes().decode()
+        except OSError:
+            continue
+        if line.startswith(command) and ours:
+            found.append(int(path.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_submitted_job_whose_processes_are_killed_ends_as_one_that_was_left_alone(
+    head: dict[str, str], tmp_path: Path
+):
+    """Two workers: one is killed, then the driver; the same command goes on and ends.
+
+    It is compared with a run in this process: without dropout two workers take the same steps.
+    """
+    data = write_data(tmp_path / "data", 30)
+    _save_model_without_dropout(data, tmp_path / "model")
+    options = ["--train-list", str(data / "train.txt"), "--val-list", str(data / "val.txt")]
+    options += ["--model", str(tmp_path / "model"), "--warmup-steps", "2", "--epochs", "12"]
+    options += ["--views", "1", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
+    marker = head["XDG_CACHE_HOME"]
+
+    def epochs(output: Path) -> list[dict[str, object]]:
+        path = output / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    output = tmp_path / "killed"
+    arguments = [str(data), str(output), *options, "--workers", "2"]
+    job = _submit(head, *arguments)
+    _wait_until(lambda: len(epochs(output)) >= 1, seconds=200)
+    os.kill(_pids("ray::RayTrainWorker", marker)[0], signal.SIGKILL)
+    _wait_until(lambda: len(epochs(output)) >= 3, seconds=200)
+    [driver] = _pids(f"{sys.executable} jobs/train.py", marker)
+    os.kill(driver, signal.SIGKILL)
+    printed, _ = job.communicate(timeout=100)
+    assert job.returncode != 0, printed
+    assert len(epochs(output)) < 12
+    job = _submit(head, *arguments)
+    printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, printed
+    assert "epoch 1/12" not in printed
+    assert "epoch 12/12" in printed
+
+    whole = tmp_path / "whole"
+    assert CliRunner().invoke(main, ["train", str(data), str(whole), *options]).exit_code == 0
+    for figure in ("train_loss", "validation_loss", "validation_cider"):
+        expected = [each[figure] for each in epochs(whole)]
+        assert [each[figure] for each in epochs(output)] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_submitted_jobs_outlive_a_node(tmp_path: Path):
+    """A head and workers of their own processes; one worker's raylet is killed in each job."""
+    write_photos(tmp_path / "photos", 160)
+    data = write_data(tmp_path / "data", 80)
+    weights = timm.create_model("tf_efficientnet_lite2").state_dict()
+    torch.save(weights, tmp_path / "encoder.pth")
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / "benchmarks" / "cluster_jobs.py")]
+    command += [str(tmp_path / "photos"), str(data), "--encoder-weights"]
+    command += [str(tmp_path / "encoder.pth"), "--train-list", str(data / "train.txt")]
+    command += ["--val-list", str(data / "val.txt")]
+    soon = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=root, env={**os.environ, **soon}
+    )
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads(ran.stdout.splitlines()[-1])
+    caption, train = results["caption"], results["train"]
+    assert (caption["status"], caption["exit_code"]) == ("SUCCEEDED", 0)
+    assert (caption["images"], caption["rows"], caption["missing"]) == (160, {"ok": 160}, 0)
+    assert 2 <= caption["parts_before_the_kill"] < 10
+    assert (train["status"], train["exit_code"], train["epochs"]) == ("SUCCEEDED", 0, 3)
+    assert 1 <= train["epochs_before_the_kill"] < 3
