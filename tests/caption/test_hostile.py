@@ -280,7 +280,7 @@ def test_damaged_and_odd_files_are_decoded_or_explained_without_a_word(capfd):
 
 def test_damaged_files_are_the_same_with_warnings_as_errors_and_without():
     code = """
-import sys, test_hostile
+import sys; sys.path.insert(0, ".."); import test_hostile
 for name, data in test_hostile.damaged_files(150, seed=2).items():
     decoded = test_hostile._outcome(data)
     print(name, decoded.status, decoded.error)
@@ -289,7 +289,7 @@ for name, data in test_hostile.damaged_files(150, seed=2).items():
     for option in ("error", "always"):
         ran = subprocess.run(
             [sys.executable, "-W", option, "-W", "ignore::DeprecationWarning", "-c", code],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
             check=True,
@@ -306,7 +306,7 @@ def test_bombs_cost_little_memory_and_time(tmp_path, capsys):
     # Its own process, whose largest memory can be reset before each file.
     code = """
 import gc, json, pathlib, resource, sys, time
-from captioner import images
+from captioner.data import images
 
 def memory(name):
     [line] = [x for x in open("/proc/self/status") if x.startswith(name)]

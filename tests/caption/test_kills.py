@@ -22,7 +22,7 @@ from conftest import write_photos
 
 pytestmark = pytest.mark.slow
 
-FAULTS = Path(__file__).with_name("faults.py")
+FAULTS = Path(__file__).parents[1] / "faults.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
 # Small images in small shards, so that there is much to be killed in.
 SMALL = ["--shard-size", "6", "--batch-size", "3", "--device", "cpu", "--attention", "mean"]

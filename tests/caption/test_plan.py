@@ -180,7 +180,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path: Path, model_di
 
 def test_a_ray_jobs_log_has_lines_and_other_output_is_quiet():
     code = """
-from captioner import progress
+from captioner.runtime import progress
 progress._SECONDS = 0
 for logged in (None, False):
     bar = progress.progress_bar(9, unit="image", initial=1, description="epoch", logged=logged)

@@ -647,7 +647,8 @@ def _decoded_in_a_process(*files: bytes) -> list[tuple[DecodedImage, int, int]]:
     """Outcomes in a process that keeps freed memory, as jobs do; the MiB each took, and left."""
     code = """
 import pickle, sys
-from captioner import images, memory
+from captioner.data import images
+from captioner.runtime import memory
 
 def mebibytes(name):
     [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
@@ -959,7 +960,7 @@ def test_decoding_in_threads_works_from_the_first_image_on():
     code = """
 import io, sys
 from concurrent.futures import ThreadPoolExecutor
-from captioner import images
+from captioner.data import images
 files = [bytes.fromhex(line) for line in sys.stdin]
 with ThreadPoolExecutor(8) as pool:
     print(*pool.map(lambda data: images.decode(data, 8).error, files * 4))

@@ -163,7 +163,7 @@ def test_without_java(monkeypatch: pytest.MonkeyPatch, tmp_path):
 def test_without_the_extra():
     code = (
         "import sys; sys.modules['pycocoevalcap'] = None\n"
-        "from captioner import errors, metrics\n"
+        "from captioner import errors; from captioner.evaluate import metrics\n"
         "try: metrics.score(['a'], [['a']])\n"
         "except errors.InputError as error: assert 'captioner[eval]' in str(error)\n"
         "else: sys.exit(1)"

@@ -25,12 +25,13 @@ from captioner.data.views import load_view
 from captioner.errors import CaptionerError, InputError, OutputError
 from captioner.evaluate.cider import ConsensusReward
 from captioner.model import bundle
+from captioner.model.build import build_model
 from captioner.model.native import Captioner
 from captioner.model.network import ImageEncoder
 from captioner.model.vocabulary import EOS, PAD, START
 from captioner.train import features as features_module
+from captioner.train import loop, trainer
 from captioner.train import run as training
-from captioner.train import trainer
 from captioner.train.batches import collate
 from captioner.train.features import compute_features
 from captioner.train.journal import Epoch
@@ -193,7 +194,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
     }
     whole = training.train(_split(data), str(tmp_path / "whole"), **arguments)
     output = tmp_path / "killed"
-    real_validate, real_write = training.Trainer.validate, storage.write
+    real_validate, real_write = trainer.Trainer.validate, storage.write
 
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
@@ -209,7 +210,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
             training.train(_split(data), str(output), **arguments)
     calls = iter([real_validate, dies])
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "validate", lambda *args: next(calls)(*args))
+        patch.setattr(trainer.Trainer, "validate", lambda *args: next(calls)(*args))
         with pytest.raises(KeyboardInterrupt):
             training.train(_split(data), str(output), **arguments)
     resumed = training.train(_split(data), str(output), **arguments)
@@ -521,9 +522,9 @@ def test_of_epochs_with_the_same_cider_the_one_with_the_lower_loss_is_the_best()
         Epoch(epoch=n, validation_loss=loss, validation_cider=0.0, samples=[], **figures)
         for n, loss in losses.items()
     ]
-    assert training.best_of(epochs).epoch == 2
+    assert loop.best_of(epochs).epoch == 2
     better = dataclasses.replace(epochs[0], validation_cider=0.1)
-    assert training.best_of([better, *epochs[1:]]).epoch == 1
+    assert loop.best_of([better, *epochs[1:]]).epoch == 1
 
 
 def test_a_model_whose_validation_loss_is_not_finite_is_not_kept(
@@ -773,8 +774,8 @@ def test_an_image_that_any_worker_lacks_in_any_view_is_left_out(
     def gather(value: object) -> list[object]:
         return [value, others if isinstance(value, set) else None]
 
-    worker = training._Worker(0, 2, (0, 1), gather, lambda *_: None)
-    source, _ = training._sources(split, own, worker)
+    worker = loop._Worker(0, 2, (0, 1), gather, lambda *_: None)
+    source, _ = loop._sources(split, own, worker)
     assert source.unreadable == {examples[2].uri, examples[4].uri}
     assert len(source.lengths) == 6
     printed = capsys.readouterr().err
@@ -830,7 +831,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path):
 
     torch.save({"weight": Hostile()}, tmp_path / "weights.pth")
     with pytest.raises(InputError, match=r"weights\.pth is not a state dict$"):
-        training.build_model(TINY, str(tmp_path / "weights.pth"))
+        build_model(TINY, str(tmp_path / "weights.pth"))
     assert not marker.exists()
 
 
@@ -847,7 +848,7 @@ def test_a_file_that_holds_no_weights_is_one_line(tmp_path: Path):
     }.items():
         path.write_bytes(content)
         with pytest.raises(InputError, match=message) as error:
-            training.build_model(TINY, str(path))
+            build_model(TINY, str(path))
         assert not re.search("weights_only|\n", str(error.value))
     with pytest.raises(InputError, match=rf"^cannot read {tmp_path}: Is a directory$"):
-        training.build_model(TINY, str(tmp_path))
+        build_model(TINY, str(tmp_path))
