@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from captioner import storage
@@ -29,11 +29,20 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image and what people wrote about it; ``name`` is what the table calls it."""
+    """An image and the captions that people wrote for it.
+
+    Attributes:
+        uri: where the image is.
+        captions: one text a caption.
+        name: the image's name in the table of captions.
+        tokens: the words of each caption, in the order of ``captions``, as the dataset splits
+            them (Karpathy's ``tokens``); None where the dataset does not give them for all.
+    """
 
     uri: str
     captions: list[str]
     name: str = ""
+    tokens: list[list[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,8 @@ class Split:
     test: list[CaptionedImage]
 
     def __post_init__(self) -> None:
-        sides = {"train": self.train, "validation": self.validation, "test": self.test}
-        for (one, first), (other, second) in itertools.combinations(sides.items(), 2):
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        for (one, first), (other, second) in itertools.combinations(splits.items(), 2):
             uris = {image.uri for image in first}
             if shared := sum(image.uri in uris for image in second):
                 raise InputError(f"{shared} images are in both {one} and {other}")
@@ -56,15 +65,15 @@ class Split:
 class Dataset:
     """All captioned images in the order of the table, and what had to be left out.
 
-    ``sides`` says of each image whether it is for ``train``, ``val`` or ``test``, where the data
-    do; else it is None.
+    ``splits`` is each image's split, ``train``, ``val`` or ``test``; None where the dataset has no
+    splits of its own.
     """
 
     images: list[CaptionedImage]
     empty_captions: int
     without_image: int
     without_caption: int
-    sides: list[str] | None = None
+    splits: list[str] | None = None
 
     def validated_by(self, other: "Dataset") -> "Dataset":
         """Both together: these images are for training, the other's for validation.
@@ -72,14 +81,14 @@ class Dataset:
         Raises:
             InputError: one of the two is split already.
         """
-        if self.sides is not None or other.sides is not None:
+        if self.splits is not None or other.splits is not None:
             raise InputError("Karpathy's split says itself what to validate on: leave --val-data")
         return Dataset(
             images=self.images + other.images,
             empty_captions=self.empty_captions + other.empty_captions,
             without_image=self.without_image + other.without_image,
             without_caption=self.without_caption + other.without_caption,
-            sides=["train"] * len(self.images) + ["val"] * len(other.images),
+            splits=["train"] * len(self.images) + ["val"] * len(other.images),
         )
 
     def split(
@@ -101,8 +110,8 @@ class Dataset:
             return Split(self.listed(train_list), self.listed(validation_list), test)
         if any(each is not None for each in (train_list, validation_list, test_list)):
             raise InputError("--train-list and --val-list go together")
-        if self.sides is not None:
-            split = Split(*map(self.on_side, ("train", "val", "test")))
+        if self.splits is not None:
+            split = Split(*map(self.of_split, ("train", "val", "test")))
             if not (split.train and split.validation):
                 raise InputError("the file's own split has nothing to train or to validate on")
             return split
@@ -115,10 +124,10 @@ class Dataset:
         images = self.images
         return Split(images[:-held_out], images[-held_out:-_TEST], images[-_TEST:])
 
-    def on_side(self, side: str) -> list[CaptionedImage]:
-        """The images that are for ``train``, ``val`` or ``test`` by what the data say."""
-        sides = self.sides or itertools.repeat(None)
-        return [image for image, own in zip(self.images, sides, strict=False) if own == side]
+    def of_split(self, split: str) -> list[CaptionedImage]:
+        """The images of the dataset's own split ``train``, ``val`` or ``test``."""
+        splits = self.splits or itertools.repeat(None)
+        return [image for image, own in zip(self.images, splits, strict=False) if own == split]
 
     def describe(self, split: Split) -> str:
         """What is trained and validated on, and what was left out: one line for a person."""
@@ -193,37 +202,61 @@ def read_dataset(source: str, images_directory: str | None = None) -> Dataset:
     files = [listed.uri for listed in storage.find(directory, ListingConfig().endings)]
     find = _locator(directory, files)
     kept: dict[str, CaptionedImage] = {}
-    sides: dict[str, str | None] = {}
+    splits: dict[str, str | None] = {}
     missing: set[str] = set()
     # A folder's images are all meant to have captions. Those of a JSON file may stand among others.
     silent = set() if is_json else set(files)
     empty = 0
     for entry in entries:
-        captions = [caption for caption in entry.captions if _is_text(caption)]
-        empty += len(entry.captions) - len(captions)
         uri = find(entry.name)
-        if not captions:
+        image = _captioned(uri or "", entry)
+        empty += len(entry.captions) - len(image.captions)
+        if not image.captions:
             silent.add(uri or entry.name)
         elif uri is None:
             missing.add(entry.name)
         elif uri not in kept:
-            kept[uri] = CaptionedImage(uri, captions, entry.name)
-            sides[uri] = entry.side
-        elif sides[uri] != entry.side:
-            raise InputError(f"{table}: {entry.name} is on two sides of the split")
+            kept[uri], splits[uri] = image, entry.split
+        elif splits[uri] != entry.split:
+            raise InputError(f"{table}: {entry.name} is in two splits")
         else:
-            kept[uri].captions.extend(captions)
+            kept[uri] = _merged(kept[uri], image)
     if not kept:
         hint = "" if images_directory else " (--images says where they are)"
         raise InputError(f"no image in {directory} has a caption in {table}{hint}")
-    own = [side for side in sides.values() if side is not None]
+    own = [split for split in splits.values() if split is not None]
     return Dataset(
         images=list(kept.values()),
         empty_captions=empty,
         without_image=len(missing),
         without_caption=len(silent - kept.keys() - missing),
-        sides=own or None,
+        splits=own or None,
     )
+
+
+def _captioned(uri: str, entry: tables.Entry) -> CaptionedImage:
+    """An entry's image, with its captions that are text."""
+    tokens = entry.tokens or [None] * len(entry.captions)
+    texts, words = [], []
+    for caption, each in zip(entry.captions, tokens, strict=True):
+        if _is_text(caption):
+            texts.append(caption)
+            words.append(each)
+    return CaptionedImage(uri, texts, entry.name, _all_given(words))
+
+
+def _all_given(words: list[list[str] | None]) -> list[list[str]] | None:
+    given = [each for each in words if each is not None]
+    return given if given and len(given) == len(words) else None
+
+
+def _merged(first: CaptionedImage, second: CaptionedImage) -> CaptionedImage:
+    """One image with the captions of two entries."""
+    tokens = None
+    if first.tokens is not None and second.tokens is not None:
+        tokens = first.tokens + second.tokens
+    captions = first.captions + second.captions
+    return replace(first, captions=captions, tokens=tokens)
 
 
 def _is_text(caption: object) -> TypeGuard[str]:

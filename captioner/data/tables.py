@@ -12,20 +12,27 @@ from captioner.errors import InputError
 
 __all__ = ["Entry", "read_csv", "read_json"]
 
-_SIDES = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
 class Entry:
     """An image as a table names it: a path from the images' directory, or the end of one.
 
-    ``captions`` are what stands there, text or not; ``side`` is ``train``, ``val`` or ``test``,
-    None where the table makes no split. A table may have several entries of an image.
+    A table may have several entries of an image.
+
+    Attributes:
+        name: the image's name in the table.
+        captions: the values in the place of captions, text or not.
+        split: ``train``, ``val`` or ``test``; None where the table has no splits.
+        tokens: the words of each caption, in the order of ``captions``; None where the table has
+            no words for a caption.
     """
 
     name: str
     captions: list[object]
-    side: str | None = None
+    split: str | None = None
+    tokens: list[list[str] | None] | None = None
 
 
 def read_csv(uri: str) -> list[Entry]:
@@ -87,14 +94,23 @@ def _coco(parsed: dict[str, Any]) -> list[Entry]:
 def _karpathy(parsed: dict[str, Any]) -> list[Entry]:
     entries = []
     for image in _objects(parsed, "images"):
-        name, side = _text(image, "filename"), _text(image, "split")
-        if side not in _SIDES:
-            raise ValueError(f"there is no split {side!r}")
+        name, split = _text(image, "filename"), _text(image, "split")
+        if split not in _SPLITS:
+            raise ValueError(f"there is no split {split!r}")
         if image.get("filepath"):
             name = storage.join(_text(image, "filepath"), name)
-        captions = [sentence.get("raw") for sentence in _objects(image, "sentences")]
-        entries.append(Entry(name, captions, _SIDES[side]))
+        sentences = _objects(image, "sentences")
+        captions = [sentence.get("raw") for sentence in sentences]
+        tokens = [_words(sentence.get("tokens")) for sentence in sentences]
+        entries.append(Entry(name, captions, _SPLITS[split], tokens))
     return entries
+
+
+def _words(tokens: object) -> list[str] | None:
+    """The words of a caption; None where there are none, or where one is not text."""
+    if isinstance(tokens, list) and tokens and all(isinstance(word, str) for word in tokens):
+        return tokens
+    return None
 
 
 def _objects(record: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -77,8 +77,8 @@ def choose_images(data: Dataset, *, split: str | None, names: str | None) -> lis
         return data.listed(names)
     if split is None:
         return data.images
-    if data.sides is not None:
-        images = data.on_side(split)
+    if data.splits is not None:
+        images = data.of_split(split)
     else:
         parts = data.split()
         images = {"train": parts.train, "val": parts.validation, "test": parts.test}[split]

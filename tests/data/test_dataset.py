@@ -22,9 +22,9 @@ def _karpathy(names: list[tuple[str, str]], **changes: Any) -> dict[str, Any]:
     return {
         "dataset": "flickr8k",
         "images": [
-            {"filename": name, "split": side, "sentences": [{"raw": f"A {name} .", "tokens": []}]}
+            {"filename": name, "split": split, "sentences": [{"raw": f"A {name} .", "tokens": []}]}
             | changes
-            for name, side in names
+            for name, split in names
         ],
     }
 
@@ -63,6 +63,33 @@ def test_karpathys_split(photos: Path, tmp_path: Path):
     ]
 
 
+def test_karpathys_tokens_come_with_the_captions(photos: Path, tmp_path: Path):
+    names = [f"photo-{i:04d}.jpg" for i in range(5)]
+    content = _karpathy([(name, "train") for name in names], filepath="b")
+    sentences: list[list[dict[str, object]]] = [
+        [
+            {"raw": "A dog's ball.", "tokens": ["a", "dog", "'s", "ball"]},
+            {"raw": " ", "tokens": []},
+        ],
+        [{"raw": "Two men.", "tokens": ["two", "men"]}, {"raw": "A dog."}],
+        [{"raw": "A dog.", "tokens": ["a", 3]}],
+        [{"raw": "A cat.", "tokens": "a cat"}],
+        [],
+    ]
+    for image, each in zip(content["images"], sentences, strict=True):
+        image["sentences"] = each
+    images = read_dataset(_json(tmp_path / "dataset.json", content), str(photos)).images
+    assert [image.tokens for image in images] == [[["a", "dog", "'s", "ball"]], None, None, None]
+    # Two entries of one image: its tokens are those of both, or of none.
+    content["images"] = [content["images"][0]] * 2
+    [image] = read_dataset(_json(tmp_path / "twice.json", content), str(photos)).images
+    assert image.tokens == [["a", "dog", "'s", "ball"]] * 2
+    assert image.captions == ["A dog's ball."] * 2
+    content["images"][1] = content["images"][1] | {"sentences": [{"raw": "A dog ."}]}
+    [image] = read_dataset(_json(tmp_path / "without.json", content), str(photos)).images
+    assert (image.tokens, len(image.captions)) == (None, 2)
+
+
 def test_cocos_captions(photos: Path, tmp_path: Path):
     names = ["photo-0003.jpg", "a/photo-0000.jpg", "gone.jpg", "photo-0001.jpg"]
     read = read_dataset(_json(tmp_path / "captions.json", _coco(names)), str(photos))
@@ -97,7 +124,7 @@ def test_data_in_a_bucket(photos: Path):
     names = [("y.jpg", "restval"), ("gone.jpg", "test")]
     fs.pipe("/flickr/Images/dataset.json", json.dumps(_karpathy(names)).encode())
     read = read_dataset("memory://flickr/Images/dataset.json")
-    assert (len(read.images), read.sides, read.without_image) == (1, ["train"], 1)
+    assert (len(read.images), read.splits, read.without_image) == (1, ["train"], 1)
 
 
 def test_an_image_is_not_taken_from_another_folder(photos: Path, tmp_path: Path):
@@ -302,14 +329,14 @@ def test_the_captions_of_an_image_that_is_listed_twice_are_put_together(
         read_dataset(_json(tmp_path / "captions.json", content), str(photos))
 
 
-def test_an_image_on_two_sides_is_refused(photos: Path, tmp_path: Path):
+def test_an_image_in_two_splits_is_refused(photos: Path, tmp_path: Path):
     names = [("photo-0000.jpg", "train"), ("photo-0000.jpg", "val")]
     content = _karpathy(names, filepath="a")
-    with pytest.raises(InputError, match="two sides"):
+    with pytest.raises(InputError, match="is in two splits"):
         read_dataset(_json(tmp_path / "dataset.json", content), str(photos))
     # Two ways to name one image are no way around it.
     names = [("b/photo-0004.jpg", "train"), ("photo-0004.jpg", "test")]
-    with pytest.raises(InputError, match="two sides"):
+    with pytest.raises(InputError, match="is in two splits"):
         read_dataset(_json(tmp_path / "dataset.json", _karpathy(names)), str(photos))
     image = CaptionedImage("x", ["a"])
     for split in ([image], [image], []), ([image], [], [image]), ([], [image], [image]):
