@@ -27,6 +27,7 @@ __all__ = [
     "OutputError",
     "StoppedError",
     "first_of",
+    "one_line",
     "printable",
 ]
 
@@ -80,6 +81,11 @@ class StoppedError(CaptionerError):
 def printable(text: str) -> str:
     """One line that a terminal shows as it is, whatever a file name holds."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
 
 
 def first_of(names: Sequence[str], most: int) -> str:

@@ -93,6 +93,16 @@ def memory_bucket() -> Iterator[str]:
     fs.pseudo_dirs[:] = [""]
 
 
+def break_bucket(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
+    """Makes methods of the file system in memory fail, as without a network."""
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise OSError("no connection")
+
+    for method in methods:
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), method, fail)
+
+
 @pytest.fixture(params=["local", "memory"])
 def place(request: pytest.FixtureRequest) -> str:
     """The URI of an empty directory: on the disk, and in a bucket of a kind."""

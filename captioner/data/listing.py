@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 
 from captioner import storage
 from captioner.config import ListingConfig
-from captioner.errors import InputError, first_of
-from captioner.output.directory import _one_line
-from captioner.output.parts import PartFile
+from captioner.errors import InputError, first_of, one_line
 from captioner.storage import Listed
 
 __all__ = ["list_source"]
@@ -43,7 +42,7 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
     try:
         is_list = source.lower().endswith(_TABLES) and not storage.is_directory(source)
     except OSError as error:
-        raise InputError(f"cannot read {source}: {_one_line(error)}") from error
+        raise InputError(f"cannot read {source}: {one_line(error)}") from error
     if is_list:
         images = _read_list(source)
         if not images:
@@ -80,7 +79,7 @@ def _read_list(source: str) -> list[Listed]:
             if empty := sum(not uri for uri in uris):
                 _logger.warning("left out: %d rows of %s without a URI", empty, source)
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-        raise InputError(f"cannot read {source}: {_one_line(error)}") from error
+        raise InputError(f"cannot read {source}: {one_line(error)}") from error
     absolute = [_from(source, uri) for uri in uris if uri]
     listed = [Listed(uri, None) for uri in dict.fromkeys(absolute)]
     if len(listed) < len(absolute):
@@ -104,9 +103,10 @@ def _read_csv(data: bytes, choose: Callable[[list[str]], str]) -> pa.ChunkedArra
 
 def _read_parquet(data: bytes, choose: Callable[[list[str]], str]) -> pa.ChunkedArray:
     """A column, and nothing of the others, which may be many or large."""
-    file = PartFile(io.BytesIO(data))
-    name = choose(file.schema.names)
-    return file.read([name])[name]
+    # Arrow's own threads may outlive Python's last moment, which aborts the process.
+    file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
+    name = choose(file.schema_arrow.names)
+    return file.read([name], use_threads=False)[name]
 
 
 def _uri_column(names: list[str], source: str) -> str:

@@ -1,14 +1,11 @@
-import csv
 import hashlib
 import io
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,14 +13,13 @@ import pytest
 
 from captioner import __version__, storage
 from captioner.caption.crash_log import Attempts
-from captioner.config import ListingConfig
-from captioner.data.listing import list_source
-from captioner.errors import FingerprintError, InputError, OutputError
+from captioner.errors import FingerprintError, OutputError
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import Accounts, Shard
 from captioner.output.parts import part_name
 from captioner.schema import COLUMNS, MANIFEST, CaptionRow, rows_to_table
 from captioner.storage import Listed
+from conftest import break_bucket
 
 SETTINGS = {"model": "0" * 64, "vocabulary": "1" * 64, "beam": 1, "length_penalty": 1.0}
 
@@ -34,10 +30,6 @@ def output(place: str) -> OutputDirectory:
     directory = OutputDirectory(f"{place}/out [1]")
     directory.begin(SETTINGS)
     return directory
-
-
-def _uris(source: object, **listing: object) -> list[str]:
-    return [listed.uri for listed in list_source(str(source), ListingConfig(**listing))]
 
 
 def _listed(*numbers: int) -> list[Listed]:
@@ -62,327 +54,6 @@ def _contents(directory: str) -> dict[str, bytes]:
         name = listed.uri.split("/out [1]/")[1]
         found[name] = storage.read(listed.uri)
     return found
-
-
-# Sources.
-
-
-def test_a_directory_is_listed_recursively_in_order(place):
-    for name in ("b.jpg", "a/c.PNG", "a.txt", "d.avif"):
-        storage.write(f"{place}/{name}", b"123")
-    listed = list_source(place, ListingConfig())
-    root = place.rsplit("/", 1)[1]
-    assert [each.uri.split(f"/{root}/")[1] for each in listed] == ["a/c.PNG", "b.jpg"]
-    assert [each.size for each in listed] == [3, 3]
-    assert [uri.split(f"/{root}/")[1] for uri in _uris(place, extensions="avif")] == ["d.avif"]
-    assert _uris(place, limit=1) == [listed[0].uri]
-
-
-def test_a_directory_without_images_is_refused(place):
-    storage.write(f"{place}/notes.md", b"")
-    with pytest.raises(InputError, match=r" holds no images \(jpg,png\)$"):
-        list_source(place, ListingConfig(extensions="jpg,png"))
-
-
-@pytest.mark.parametrize("name", ["none", "none.txt", "none.csv", "none.parquet"])
-def test_a_source_that_is_not_there_is_refused(place, name):
-    with pytest.raises(InputError, match=rf"/{name} does not exist$"):
-        list_source(f"{place}/{name}", ListingConfig())
-
-
-def test_a_source_of_another_kind_is_refused(place):
-    storage.write(f"{place}/photo.jpg", b"")
-    with pytest.raises(InputError, match=r"/photo\.jpg is one file, and no directory of images$"):
-        list_source(f"{place}/photo.jpg", ListingConfig())
-
-
-def test_files_of_other_endings_are_counted(place, caplog):
-    for name in (
-        "a.jpg",
-        "b.HEIC",
-        "c/d.heic",
-        "e.txt",
-        "README",
-        "f/LICENSE",
-        "Makefile",
-        ".hidden",
-    ):
-        storage.write(f"{place}/photos/{name}", b"")
-    with caplog.at_level("INFO"):
-        assert _uris(f"{place}/photos") == [f"{place}/photos/a.jpg"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "files of other endings passed over: 3 without one, 2 .heic, 1 .txt"
-    ]
-
-
-@pytest.mark.parametrize("name", ["photos.txt", "photos.csv", "photos.parquet"])
-def test_a_directory_may_be_called_like_a_list(tmp_path, name):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "a.jpg").touch()
-    assert _uris(tmp_path / name) == [f"{tmp_path}/{name}/a.jpg"]
-
-
-def _as_txt(uris: list[str]) -> bytes:
-    return "".join(f"{uri}\n" for uri in uris).encode()
-
-
-def _as_csv(uris: list[str]) -> bytes:
-    sink = io.StringIO()
-    csv.writer(sink).writerows([["label", "uri"], *([i, uri] for i, uri in enumerate(uris))])
-    return sink.getvalue().encode()
-
-
-def _as_parquet(uris: list[str], **columns: list) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.table({**columns, "uri": uris}), sink)
-    return sink.getvalue()
-
-
-LISTS = {"txt": _as_txt, "csv": _as_csv, "parquet": _as_parquet}
-
-
-@pytest.mark.parametrize("kind", LISTS)
-def test_a_list_is_taken_in_its_order_and_each_image_once(place, kind):
-    uris = ["z.jpg", "/abs/a.jpg", "s3://bucket/k%20.png", "sub/b.gif", "z.jpg", "/abs/a.jpg"]
-    storage.write(f"{place}/lists/my.{kind}", LISTS[kind](uris))
-    base = f"{place}/lists"
-    expected = [f"{base}/z.jpg", "/abs/a.jpg", "s3://bucket/k%20.png", f"{base}/sub/b.gif"]
-    listed = list_source(f"{place}/lists/my.{kind}", ListingConfig())
-    assert listed == [Listed(uri, None) for uri in expected]
-    assert _uris(f"{place}/lists/my.{kind}", limit=2) == expected[:2]
-
-
-@pytest.mark.parametrize("kind", LISTS)
-@pytest.mark.parametrize(
-    "name",
-    ["two words.jpg", "100%.jpg", "a,b.jpg", 'quote".jpg', "🐕.jpg", "a::b.jpg", "\u2028.jpg"],
-)
-def test_a_list_names_any_file(tmp_path, kind, name):
-    (tmp_path / name).write_bytes(b"pixels")
-    (tmp_path / f"list.{kind}").write_bytes(LISTS[kind]([name]))
-    [uri] = _uris(tmp_path / f"list.{kind}")
-    assert uri == f"{tmp_path}/{name}"
-    assert storage.read(uri) == b"pixels"
-
-
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_names_files_with_line_breaks(tmp_path, kind):
-    (tmp_path / f"list.{kind}").write_bytes(LISTS[kind](["line\nbreak.jpg"]))
-    assert _uris(tmp_path / f"list.{kind}") == [f"{tmp_path}/line\nbreak.jpg"]
-
-
-def test_a_long_table_names_files_with_line_breaks(tmp_path):
-    names = [f"line\nbreak {number}.jpg" for number in range(100_000)]
-    (tmp_path / "list.csv").write_bytes(_as_csv(names))
-    assert (tmp_path / "list.csv").stat().st_size > 2**21, "more than it is read in at a time"
-    assert _uris(tmp_path / "list.csv") == [f"{tmp_path}/{name}" for name in names]
-
-
-def test_a_relative_list_starts_from_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "list.txt").write_text("a.jpg\n../b.jpg\n")
-    monkeypatch.chdir(tmp_path)
-    assert _uris("list.txt") == [f"{tmp_path}/a.jpg", f"{tmp_path.parent}/b.jpg"]
-    assert _uris("./list.txt") == _uris("list.txt")
-
-
-def test_a_list_at_the_root_starts_from_there():
-    storage.write("memory://list.txt", b"a.jpg\n")
-    try:
-        assert _uris("memory://list.txt") == ["memory://a.jpg"]
-    finally:
-        storage.delete("memory://list.txt")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"a.jpg\nb.jpg",
-        b"a.jpg\r\nb.jpg\r\n",
-        b"\n  a.jpg\t\n\n \n b.jpg\n",
-        b"\xef\xbb\xbfa.jpg\nb.jpg\n",
-    ],
-)
-def test_lines_may_end_and_begin_as_any_editor_has_it(tmp_path, text):
-    (tmp_path / "list.txt").write_bytes(text)
-    assert _uris(tmp_path / "list.txt") == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
-
-
-def test_what_looks_like_a_number_is_a_name(tmp_path):
-    names = ["0001", "1e3", "1.50", "true", "2020-01-01", "NULL", "nan"]
-    (tmp_path / "list.csv").write_text("uri\n" + "\n".join(names))
-    assert _uris(tmp_path / "list.csv") == [f"{tmp_path}/{name}" for name in names]
-
-
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
-        (b"path\na.jpg\n", None),
-        (b"\xef\xbb\xbfpath\na.jpg\n", None),
-        (b"uri,uri2\na.jpg,b.jpg\n", None),
-        (b"path,label\na.jpg,1\n", "must have one column uri, not path, label$"),
-        (b"uri;label\na.jpg;1\n", "must have commas between its columns, not 'uri;label'$"),
-        (b"uri\tlabel\na.jpg\t1\n", r"must have commas between its columns, not 'uri\\tlabel'$"),
-        (b"uri\n", "lists no images"),
-        (b'uri\n""\n', "lists no images"),
-        (b"", "Empty CSV file"),
-        (b"uri,n\na.jpg,1\nb.jpg\n", "Expected 2 columns, got 1"),
-        (b"uri\n\xff.jpg\n", "invalid UTF8 data"),
-        (b"uri,uri\na.jpg,b.jpg\n", "must have one column uri, not uri, uri$"),
-        (b"a.JPG\nb.jpg\n", "begins with an image, a.JPG, and not with the column's name"),
-        (b"s3://bucket/a\ns3://bucket/b\n", "begins with an image, s3://bucket/a, and not"),
-        (b"a.avif\nb.avif\n", r"begins with an image, a\.avif, and not"),
-        (b"IMG_1\nIMG_2\n", "begins with an image, IMG_1, and not"),
-        (b"IMG_0\na.jpg\n", None),  # no image that there is
-        (b"folder\na.jpg\n", None),
-        (b"zero\0byte\na.jpg\n", None),
-    ],
-)
-def test_the_column_uri_or_the_only_one_counts(tmp_path, data, problem):
-    (tmp_path / "list.csv").write_bytes(data)
-    (tmp_path / "IMG_1").touch()
-    (tmp_path / "folder").mkdir()
-    if problem is None:
-        assert _uris(tmp_path / "list.csv") == [f"{tmp_path}/a.jpg"]
-    else:
-        with pytest.raises(InputError, match=problem) as caught:
-            list_source(f"{tmp_path}/list.csv", ListingConfig())
-        assert str(caught.value).isprintable()
-
-
-def test_what_a_list_has_twice_or_leaves_empty_is_told(place, caplog):
-    storage.write(f"{place}/list.csv", b'uri,n\na.jpg,1\n"",2\na.jpg,3\nb.jpg,4\n"",5\n./a.jpg,6\n')
-    assert _uris(f"{place}/list.csv") == [f"{place}/a.jpg", f"{place}/b.jpg"]
-    assert [record.getMessage() for record in caplog.records] == [
-        f"left out: 2 rows of {place}/list.csv without a URI",
-        f"left out: 2 URIs of {place}/list.csv that stand there before",
-    ]
-
-
-def test_the_only_column_of_a_parquet_file_is_not_called_like_an_image(place):
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"a.heic": ["b.heic"]}), sink)
-    storage.write(f"{place}/list.parquet", sink.getvalue())
-    with pytest.raises(InputError, match=r"begins with an image, a\.heic, and not"):
-        _uris(f"{place}/list.parquet")
-
-
-def test_only_the_column_uri_of_a_parquet_file_is_read(tmp_path):
-    """Shown by another one, whose data are damaged."""
-    path = tmp_path / "list.parquet"
-    path.write_bytes(_as_parquet(["a.jpg"], pixels=[b"pixels" * 1000]))
-    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
-    with path.open("r+b") as file:
-        file.seek(column.dictionary_page_offset)
-        file.write(b"\xff" * column.total_compressed_size)
-    with pytest.raises(OSError, match=r"."):
-        pq.read_table(path)
-    assert _uris(path) == [f"{tmp_path}/a.jpg"]
-
-
-@pytest.mark.parametrize("kind", LISTS)
-def test_a_list_in_a_bucket_may_name_its_own_folder_and_those_above(memory_bucket, kind):
-    uris = ["./a.jpg", "../b.jpg", "x/./../../lists/c//d.jpg", "..jpg", "e/.."]
-    storage.write(f"{memory_bucket}/lists/my.{kind}", LISTS[kind](uris))
-    names = ["lists/a.jpg", "b.jpg", "lists/c//d.jpg", "lists/..jpg", "lists"]
-    assert _uris(f"{memory_bucket}/lists/my.{kind}") == [f"{memory_bucket}/{n}" for n in names]
-
-
-@pytest.mark.parametrize("name", ["../../a.jpg", "x/../../../bucket/a.jpg"])
-def test_a_list_in_a_bucket_names_nothing_outside_of_it(memory_bucket, name):
-    storage.write(f"{memory_bucket}/lists/my.txt", _as_txt([name]))
-    message = rf"^{memory_bucket}/lists/my\.txt lists {name}, which is outside of the bucket$"
-    with pytest.raises(InputError, match=message):
-        _uris(f"{memory_bucket}/lists/my.txt")
-
-
-@pytest.mark.parametrize("kind", LISTS)
-def test_a_list_given_as_a_file_uri_is_the_one_at_its_path(tmp_path, kind):
-    """Names in it are names, also where they have percent signs."""
-    folder = tmp_path / "a b"
-    folder.mkdir()
-    (folder / "50%25 off.jpg").write_bytes(b"pixels")
-    (folder / f"list.{kind}").write_bytes(LISTS[kind](["50%25 off.jpg", "../b.jpg"]))
-    uris = _uris(f"file://{tmp_path}/a%20b/list.{kind}")
-    assert (
-        uris == _uris(folder / f"list.{kind}") == [f"{folder}/50%25 off.jpg", f"{tmp_path}/b.jpg"]
-    )
-    assert storage.read(uris[0]) == b"pixels"
-
-
-def test_a_list_in_a_folder_whose_name_is_no_text(tmp_path):
-    folder = os.fsencode(tmp_path) + b"/\xff"
-    os.mkdir(folder)
-    with open(folder + b"/list.txt", "w") as file:
-        file.write("a b.jpg\n")
-    [listed] = list_source(os.fsdecode(folder + b"/list.txt"), ListingConfig())
-    assert listed.uri == f"file://{tmp_path}/%FF/a%20b.jpg"
-    assert storage.is_local(listed.uri)
-
-
-@pytest.mark.parametrize("name", ["photos", "photos.txt"])
-def test_a_source_that_cannot_be_asked_for_is_refused(memory_bucket, name, monkeypatch):
-    _break(monkeypatch, "isdir", "find", "cat_file")
-    with pytest.raises(InputError, match=rf"^cannot \w+ {memory_bucket}/{name}: no connection$"):
-        list_source(f"{memory_bucket}/{name}", ListingConfig())
-
-
-def _break(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
-    """Takes the network away from a bucket of a kind."""
-
-    def fail(*arguments: object, **keywords: object) -> None:
-        raise OSError("no connection")
-
-    for method in methods:
-        monkeypatch.setattr(type(fsspec.filesystem("memory")), method, fail)
-
-
-def test_columns_of_a_table_that_are_no_text(tmp_path):
-    for column, problem in (
-        (pa.array([1, None]), r"/list\.parquet are not text, but int64$"),
-        (pa.array([[1]]), "Unsupported cast from list"),
-        (pa.array([b"\xff"]), "invalid UTF8|Invalid UTF8"),
-    ):
-        pq.write_table(pa.table({"n": column}), tmp_path / "list.parquet")
-        with pytest.raises(InputError, match=problem):
-            _uris(tmp_path / "list.parquet")
-    pq.write_table(
-        pa.table({"dictionary": pa.array(["a"] * 3).dictionary_encode()}), tmp_path / "d.parquet"
-    )
-    assert _uris(tmp_path / "d.parquet") == [f"{tmp_path}/a"]
-
-
-def test_an_empty_list_is_refused(place):
-    storage.write(f"{place}/list.txt", b"\n \n")
-    with pytest.raises(InputError, match=r"/list\.txt lists no images$"):
-        list_source(f"{place}/list.txt", ListingConfig())
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "list.txt").write_bytes(b"a.jpg\n\xff.jpg\n")
-    with pytest.raises(InputError, match=r"^cannot read .+/list\.txt: 'utf-8' codec"):
-        list_source(f"{tmp_path}/list.txt", ListingConfig())
-
-
-def test_a_damaged_table_is_refused(tmp_path):
-    """Damage may also go unnoticed, but it is never a crash."""
-    path = tmp_path / "list.parquet"
-    sound = _as_parquet([f"{number}.jpg" for number in range(50)])
-    generator = random.Random(0)
-    damaged = [sound[: len(sound) * step // 20] for step in range(20)]
-    for _ in range(200):
-        flipped = bytearray(sound)
-        flipped[generator.randrange(len(sound))] ^= 1 << generator.randrange(8)
-        damaged.append(bytes(flipped))
-    problems = []
-    for data in damaged:
-        path.write_bytes(data)
-        try:
-            list_source(str(path), ListingConfig())
-        except InputError as error:
-            problems.append(str(error))
-    assert len(problems) > 100
-    assert all(problem.startswith(f"cannot read {path}: ") for problem in problems)
-    assert not any("\n" in problem for problem in problems)
 
 
 # Beginning a job.
@@ -650,7 +321,7 @@ def test_books_that_cannot_be_reached_are_an_output_error(memory_bucket, monkeyp
     output.begin({})
     attempts = Attempts(output.uri)
     attempts.begin(3)
-    _break(monkeypatch, "ls", "cat_file")
+    break_bucket(monkeypatch, "ls", "cat_file")
     asked = (output.manifest, output.parts, output.delete_held, output.accounts)
     for ask in (*asked, attempts.suspects, attempts.forgive, lambda: attempts.deaths(3)):
         with pytest.raises(OutputError, match=r"^cannot .* memory://bucket/out.*no connection"):
