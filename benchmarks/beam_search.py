@@ -13,12 +13,12 @@ import torch
 from captioner import storage
 from captioner.config import DecodeConfig
 from captioner.data.dataset import read_dataset
-from captioner.evaluate import metrics
+from captioner.evaluation import metrics
 from captioner.model import bundle
 from captioner.model.generate import generate
 from captioner.runtime.device import choose_device, choose_dtype
 from captioner.runtime.memory import keep_freed_memory
-from captioner.train.features import compute_features
+from captioner.training.features import compute_features
 
 BATCH = 50  # images
 

@@ -38,9 +38,9 @@ from captioner.model.vocabulary import PAD
 from captioner.runtime.cluster import connected
 from captioner.runtime.device import choose_device, choose_dtype
 from captioner.runtime.memory import keep_freed_memory
-from captioner.train import run as training
-from captioner.train.batches import Source, plan_batches
-from captioner.train.features import compute_features
+from captioner.training import run as training
+from captioner.training.batches import Source, plan_batches
+from captioner.training.features import compute_features
 
 
 def train(split: Split, config: TrainConfig, workers: int = 0) -> float:

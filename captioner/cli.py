@@ -221,8 +221,8 @@ def train(
     with _importing():
         from captioner import storage
         from captioner.data import dataset
-        from captioner.train import loop
-        from captioner.train import run as training
+        from captioner.training import loop
+        from captioner.training import run as training
 
     output = storage.absolute(output)
     captioned = dataset.read_dataset(data, images)
@@ -461,7 +461,7 @@ def evaluate(
     with _importing():
         from captioner import storage
         from captioner.data import dataset
-        from captioner.evaluate import evaluation, metrics
+        from captioner.evaluation import evaluation, metrics
 
     chosen = metrics.choose_tokenizer(tokenizer)
     split = split or ("test" if model and not names else None)

@@ -37,7 +37,7 @@ from captioner.errors import InputError, OutputError
 from captioner.output.compaction import compact, expose
 from captioner.output.directory import OutputDirectory
 from captioner.storage import Listed
-from captioner.train import run as training
+from captioner.training import run as training
 from conftest import TINY, tiny_model, write_photos
 from test_storage import NAMES
 

@@ -15,7 +15,7 @@ from captioner.cli import main
 from captioner.config import LaunchConfig, RunConfig
 from captioner.errors import InputError
 from captioner.output.manifest import Shard
-from captioner.train.ray import _uses_gpus
+from captioner.training.ray import _uses_gpus
 from conftest import write_photos
 
 

@@ -20,8 +20,8 @@ from captioner.data import dataset
 from captioner.data.dataset import CaptionedImage, Dataset
 from captioner.data.views import load_view
 from captioner.errors import InputError, first_of
-from captioner.evaluate import metrics
-from captioner.evaluate.metrics import Scores
+from captioner.evaluation import metrics
+from captioner.evaluation.metrics import Scores
 from captioner.model import bundle
 from captioner.model.native import Captioner
 from captioner.output.directory import OutputDirectory
@@ -265,7 +265,7 @@ class Evaluation:
 
 
 def evaluate(captioned: Captioned, *, tokenizer: str = "auto", spice: bool = False) -> Evaluation:
-    """Scores captions; see :func:`captioner.evaluate.metrics.score`.
+    """Scores captions; see :func:`captioner.evaluation.metrics.score`.
 
     Raises:
         InputError: there is nothing to score, or see there.

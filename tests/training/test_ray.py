@@ -28,10 +28,10 @@ from captioner.data.dataset import Split
 from captioner.model import bundle
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import EOS, PAD, START, Vocabulary
-from captioner.train import run as training
-from captioner.train import trainer as trainer_module
-from captioner.train.batches import Source
-from captioner.train.trainer import Trainer
+from captioner.training import run as training
+from captioner.training import trainer as trainer_module
+from captioner.training.batches import Source
+from captioner.training.trainer import Trainer
 from conftest import TINY, tiny_model, write_photos
 
 NO_DROPOUT = dataclasses.replace(

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from captioner.cli import main
 from captioner.config import DecodeConfig
 from captioner.data.views import load_view
-from captioner.evaluate import metrics
+from captioner.evaluation import metrics
 from captioner.model import bundle
 from captioner.model.native import Captioner
 from conftest import write_photos

@@ -17,14 +17,14 @@ from captioner import storage
 from captioner.config import TrainConfig
 from captioner.data.dataset import Split
 from captioner.errors import CaptionerError, InputError, first_of, printable
-from captioner.evaluate.cider import ConsensusReward, content_words
+from captioner.evaluation.cider import ConsensusReward, content_words
 from captioner.model import bundle
 from captioner.model.bundle import SeenImages
 from captioner.runtime.progress import progress_bar
-from captioner.train.batches import Source
-from captioner.train.features import compute_features
-from captioner.train.journal import Epoch, write_journal
-from captioner.train.trainer import Trainer
+from captioner.training.batches import Source
+from captioner.training.features import compute_features
+from captioner.training.journal import Epoch, write_journal
+from captioner.training.trainer import Trainer
 
 __all__ = ["best_of"]
 

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from captioner.errors import InputError
-from captioner.evaluate import metrics
-from captioner.evaluate.metrics import score, tokenize
+from captioner.evaluation import metrics
+from captioner.evaluation.metrics import score, tokenize
 from conftest import shared_data
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java here")
@@ -163,7 +163,7 @@ def test_without_java(monkeypatch: pytest.MonkeyPatch, tmp_path):
 def test_without_the_extra():
     code = (
         "import sys; sys.modules['pycocoevalcap'] = None\n"
-        "from captioner import errors; from captioner.evaluate import metrics\n"
+        "from captioner import errors; from captioner.evaluation import metrics\n"
         "try: metrics.score(['a'], [['a']])\n"
         "except errors.InputError as error: assert 'captioner[eval]' in str(error)\n"
         "else: sys.exit(1)"

@@ -12,8 +12,8 @@ from captioner import storage
 from captioner.config import LaunchConfig
 from captioner.errors import CaptionerError, InputError
 from captioner.runtime.device import choose_device
-from captioner.train.journal import Epoch
-from captioner.train.loop import _CHECKPOINT, _Job, _train_loop, _Worker
+from captioner.training.journal import Epoch
+from captioner.training.loop import _CHECKPOINT, _Job, _train_loop, _Worker
 
 _logger = logging.getLogger(__name__)
 

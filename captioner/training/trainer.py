@@ -29,14 +29,14 @@ from torch.optim.swa_utils import AveragedModel
 from captioner.config import DecodeConfig, TrainConfig
 from captioner.data.dataset import CaptionedImage
 from captioner.errors import InputError
-from captioner.evaluate.cider import ConsensusReward, content_words
+from captioner.evaluation.cider import ConsensusReward, content_words
 from captioner.model.generate import generate, sample
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import EOS, PAD, SPECIAL, START, UNKNOWN, Vocabulary
 from captioner.runtime import prefetch
 from captioner.runtime.device import choose_device, choose_dtype
 from captioner.runtime.memory import keep_freed_memory
-from captioner.train.batches import Batch, Source, plan_batches
+from captioner.training.batches import Batch, Source, plan_batches
 
 __all__ = ["Trainer", "caption_loss", "learning_rate_factor"]
 

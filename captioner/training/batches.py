@@ -16,7 +16,7 @@ from captioner.config import ModelConfig, TrainConfig
 from captioner.data.dataset import CaptionedImage
 from captioner.data.views import load_view
 from captioner.model.vocabulary import PAD, Vocabulary
-from captioner.train.features import Features
+from captioner.training.features import Features
 
 __all__ = ["Batch", "Source", "collate", "plan_batches"]
 

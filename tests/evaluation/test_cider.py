@@ -3,7 +3,7 @@ import random
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
-from captioner.evaluate.cider import ConsensusReward, content_words
+from captioner.evaluation.cider import ConsensusReward, content_words
 
 WORDS = ["a", "the", "dog", "cat", "man", "runs", "on", "in", "red", "grass", "two", "with"]
 

@@ -23,18 +23,18 @@ from captioner.data import dataset
 from captioner.data.dataset import CaptionedImage, Split
 from captioner.data.views import load_view
 from captioner.errors import CaptionerError, InputError, OutputError
-from captioner.evaluate.cider import ConsensusReward
+from captioner.evaluation.cider import ConsensusReward
 from captioner.model import bundle
 from captioner.model.build import build_model
 from captioner.model.native import Captioner
 from captioner.model.network import ImageEncoder
 from captioner.model.vocabulary import EOS, PAD, START
-from captioner.train import features as features_module
-from captioner.train import loop, trainer
-from captioner.train import run as training
-from captioner.train.batches import collate
-from captioner.train.features import compute_features
-from captioner.train.journal import Epoch
+from captioner.training import features as features_module
+from captioner.training import loop, trainer
+from captioner.training import run as training
+from captioner.training.batches import collate
+from captioner.training.features import compute_features
+from captioner.training.journal import Epoch
 from conftest import TINY, tiny_model, write_photos
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}

@@ -22,9 +22,9 @@ from captioner.model.bundle import Bundle, SeenImages
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import Vocabulary
 from captioner.runtime.progress import in_ray_job
-from captioner.train.journal import Epoch
-from captioner.train.loop import _PRIVATE, _Job, _train_loop, _Worker
-from captioner.train.ray import _train_on_ray
+from captioner.training.journal import Epoch
+from captioner.training.loop import _PRIVATE, _Job, _train_loop, _Worker
+from captioner.training.ray import _train_on_ray
 
 __all__ = ["train"]
 
@@ -46,7 +46,7 @@ def train(
     """Trains a model, and writes the one with the highest validation CIDEr as a bundle.
 
     Beside the bundle stand the last epoch's in ``last/``, and what
-    :mod:`captioner.train.journal` writes.
+    :mod:`captioner.training.journal` writes.
     Both have a list of the images that they have seen: those of ``begin_with`` too.
     The same call goes on where a run that was killed stopped. The settings of self-critical
     training may have changed meanwhile, where none of it is done; ``scst_epochs`` always.
