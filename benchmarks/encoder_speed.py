@@ -26,9 +26,9 @@ from caption_speed import describe_machine
 from torch import nn
 
 from captioner.config import PRESETS
+from captioner.model import encoder as model
+from captioner.model.encoder import ImageEncoder
 from captioner.model.folding import fold_batch_norm
-from captioner.model.network import ImageEncoder
-from captioner.model.network import network as model
 from captioner.runtime.device import choose_dtype
 from captioner.runtime.memory import keep_freed_memory
 
@@ -85,7 +85,7 @@ def tuning(images: torch.Tensor) -> dict[str, Callable[[], object]]:
     config = PRESETS["small"].model
     dtype = choose_dtype("auto", torch.device("cpu"))
     ours = ImageEncoder(config)
-    with patch.object(model, "quicken", lambda _: None):
+    with patch.object(model, "replace_depthwise_convolutions", lambda _: None):
         theirs = ImageEncoder(config)
     for encoder in (ours, theirs):
         encoder.train()

@@ -32,8 +32,7 @@ from torch.nn import functional as F
 from captioner import storage
 from captioner.config import PRESETS, LaunchConfig, TrainConfig
 from captioner.data.dataset import Split, read_dataset
-from captioner.model import bundle
-from captioner.model.network import network as model
+from captioner.model import bundle, layers
 from captioner.model.vocabulary import PAD
 from captioner.runtime.cluster import connected
 from captioner.runtime.device import choose_device, choose_dtype
@@ -70,7 +69,7 @@ def plain(split: Split, config: TrainConfig, *, cached: bool, fused: bool = Fals
         )
     if fused:
         for module in network.modules():
-            if isinstance(module, model.Dropout):
+            if isinstance(module, layers.Dropout):
                 module.shared = False
     source = Source(split.train, views, settings, loaded.vocabulary, config.captions)
     network.train()
@@ -137,7 +136,7 @@ def main(
     for number in range(rounds):
         note("captioner", train(split, config))
         note("plain", plain(split, config, cached=True))
-        with patch.object(model, "_attend", fused_attention):
+        with patch.object(layers, "_attend", fused_attention):
             note("fused", plain(split, config, cached=True, fused=True))
         note("re-encoding", plain(few, config, cached=False))
         with connected():  # only now: Ray's own processes take a share of the cores

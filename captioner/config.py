@@ -290,7 +290,7 @@ class DecodeConfig(_Checked):
         127, "steps between 0 and a map's largest value"
     )
 
-    def of_model(self, model: ModelConfig) -> "DecodeConfig":
+    def with_model_defaults(self, model: ModelConfig) -> "DecodeConfig":
         """These settings, with the model's beam where none is asked for."""
         return self if self.beam else dataclasses.replace(self, beam=model.beam)
 

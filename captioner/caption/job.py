@@ -261,7 +261,7 @@ def _settings(bundle: Bundle, decode: DecodeConfig) -> dict[str, Any]:
         "vocabulary": bundle.digests["tokenizer.json"],
         "preprocessing version": images.PREPROCESSING_VERSION,
         "schema version": SCHEMA_VERSION,
-        **asdict(decode.of_model(bundle.config)),
+        **asdict(decode.with_model_defaults(bundle.config)),
     }
 
 

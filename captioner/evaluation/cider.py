@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-__all__ = ["ConsensusReward", "content_words"]
+__all__ = ["CiderD", "content_words"]
 
 _LONGEST = 4  # words of an n-gram
 _SIGMA = 6.0  # of the length penalty
@@ -25,7 +25,7 @@ def content_words(caption: str) -> list[str]:
     return [word for word in caption.lower().split() if any(c.isalnum() for c in word)]
 
 
-class ConsensusReward:
+class CiderD:
     """Scores captions of known images."""
 
     def __init__(self, references: Sequence[Sequence[Sequence[str]]]):

@@ -138,7 +138,7 @@ def caption_dataset(
     if run.batch_size == "auto":
         raise InputError("batch_size must be a number to evaluate: auto is for caption jobs")
     loaded = bundle.load(model)
-    decode = decode.of_model(loaded.config)
+    decode = decode.with_model_defaults(loaded.config)
     captioner = Captioner(loaded, decode, device=run.device, precision=run.precision)
     load = partial(load_view, size=captioner.image_size, view=0)
     threads = run.decoders or os.cpu_count() or 1

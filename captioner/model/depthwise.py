@@ -1,9 +1,9 @@
-"""Depthwise convolutions whose gradient is quick on a CPU.
+"""Depthwise convolutions with a fast gradient on CPUs.
 
-oneDNN's gradient of a depthwise convolution with kernels of 5×5 and more takes some thirty times
-as long as the convolution. It is two convolutions itself, which oneDNN computes quickly: the
-input's gradient is one with the flipped kernel; the kernel's gradient correlates each channel of
-each image with its output's gradient, a depthwise convolution of ``B·C`` channels.
+oneDNN's gradient of a depthwise convolution with a kernel of 5×5 or more takes about thirty times
+as long as the convolution. The gradient is itself two convolutions, which oneDNN computes fast: the
+input's gradient is a convolution with the flipped kernel; the kernel's gradient correlates each
+channel of each image with its output's gradient, a depthwise convolution of ``B·C`` channels.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DepthwiseConv2d", "quicken"]
+__all__ = ["DepthwiseConv2d", "replace_depthwise_convolutions"]
 
 
 class _Depthwise(torch.autograd.Function):
@@ -42,11 +42,11 @@ class _Depthwise(torch.autograd.Function):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise ``nn.Conv2d`` of stride 1, the same but for how its gradient is computed."""
+    """A depthwise ``nn.Conv2d`` of stride 1 that differs only in how its gradient is computed."""
 
     @classmethod
     def like(cls, other: nn.Conv2d) -> "DepthwiseConv2d":
-        """With the weights of ``other``, which it shares."""
+        """Makes a convolution that shares the weights of ``other``."""
         own = cls(
             other.in_channels,
             other.out_channels,
@@ -69,15 +69,15 @@ class DepthwiseConv2d(nn.Conv2d):
         return output if bias is None else output + bias[:, None, None]
 
 
-def quicken(network: nn.Module) -> None:
-    """Puts :class:`DepthwiseConv2d` in the places of convolutions that it is quicker than."""
+def replace_depthwise_convolutions(network: nn.Module) -> None:
+    """Replaces the convolutions that :class:`DepthwiseConv2d` has a faster gradient for."""
     for name, module in list(network.named_modules()):
-        if _fits(module):
+        if _is_replaceable(module):
             parent, _, own = name.rpartition(".")
             setattr(network.get_submodule(parent), own, DepthwiseConv2d.like(module))
 
 
-def _fits(module: nn.Module) -> bool:
+def _is_replaceable(module: nn.Module) -> bool:
     if type(module) is not nn.Conv2d:
         return False
     height, width = module.kernel_size

@@ -1,28 +1,27 @@
-"""BatchNorm folded into the convolutions before it: the same features, a pass over them less."""
+"""Fold BatchNorm layers into the convolutions before them, which saves a pass over the features."""
 
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from captioner.model.network import ImageEncoder
+from captioner.model.encoder import ImageEncoder
 
 __all__ = ["fold_batch_norm"]
 
-_TOLERANCE = 1e-3  # of the largest feature
+_TOLERANCE = 1e-3  # relative to the largest feature
 
 
 @torch.no_grad()
 def fold_batch_norm(encoder: ImageEncoder, image_size: int) -> None:
-    """Folds every BatchNorm of a backbone that normalises what a convolution gave.
+    """Folds every BatchNorm layer whose input is a convolution's output into that convolution.
 
-    Which ones do is seen by encoding an image. Whether the features stay what they were is seen by
-    encoding it again: a backbone that does more with a convolution's output than to normalise it
-    is left as it was.
+    Encoding a random image finds these layers. Encoding it again compares the features: a backbone
+    whose features change, because it uses a convolution's output elsewhere too, is left unfolded.
 
     Args:
         encoder: in eval mode and in float32.
-        image_size: height and width of its images.
+        image_size: height and width of its images, in pixels.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (1, image_size, image_size, 3)
@@ -50,7 +49,7 @@ def fold_batch_norm(encoder: ImageEncoder, image_size: int) -> None:
 def _convolutions_with_norms(
     encoder: ImageEncoder, image: Tensor
 ) -> tuple[list[tuple[str, str]], Tensor]:
-    """The names of each convolution and of the BatchNorm that gets its output; the features."""
+    """The names of each convolution and the BatchNorm that takes its output; the features."""
     outputs: list[tuple[str, Tensor]] = []
     pairs: list[tuple[str, str]] = []
     calls: dict[str, int] = {}
@@ -82,5 +81,5 @@ def _convolutions_with_norms(
     finally:
         for handle in handles:
             handle.remove()
-    # A module that is called twice may be followed by something else the second time.
+    # A module that is called twice may have another successor the second time.
     return [pair for pair in pairs if all(calls[name] == 1 for name in pair)], features

@@ -1,14 +1,15 @@
-"""Greedy and beam search over a batch of images, log-probabilities and attention carried along.
+"""Greedy search, beam search and sampling over a batch of images.
 
-Greedy search is beam search of width 1: one loop serves both. Keys and values of the image are
-projected once, those of the words are cached, and images that are done leave the batch.
+Greedy search is beam search of width 1. The image's keys and values are projected once, the words'
+keys and values are cached, and finished images leave the batch.
 
-A beam that chooses ``<eos>`` is a finished hypothesis and gives up its place, so the beam narrows
-until none is left (Sutskever et al. 2014; in captioning, Xu et al. 2015). With width 1 this is the
-greedy rule; with a width that holds every prefix it is exhaustive. Hypotheses are ranked by the sum
-of their log-probabilities over ``length ** length_penalty``, the end counted.
+A beam that chooses ``<eos>`` becomes a finished hypothesis and its place stays empty, so the beam
+narrows until no beam is left (Sutskever et al. 2014; for captions Xu et al. 2015). A beam that is
+wide enough for every prefix makes the search exhaustive. Hypotheses are ranked by the sum of their
+log-probabilities divided by ``length ** length_penalty``; the length includes the end.
 
-Shapes in names: as in :mod:`captioner.model.network`, and ``K`` beams, ``S`` steps.
+Shapes in names: as in :mod:`captioner.model.layers`, and ``V`` words of the vocabulary, ``K``
+beams, ``S`` steps.
 """
 
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from captioner.config import DecodeConfig
-from captioner.model.network import CaptionDecoder, KeyValueCache, Memory
+from captioner.model.decoder import CaptionDecoder
+from captioner.model.layers import CrossAttentionCache, SelfAttentionCache
 from captioner.model.vocabulary import EOS, PAD, START, UNKNOWN
 
 __all__ = ["Hypothesis", "generate", "sample"]
 
-# Copying the images' keys and values costs about as much as one step that reads them, so done
-# images stay until they are this share of the batch.
+# Copying the images' keys and values costs about as much as one step. Finished images therefore
+# stay in the batch until they are this share of it.
 _DONE_SHARE = 0.25
 
 
@@ -32,9 +34,9 @@ _DONE_SHARE = 0.25
 class Hypothesis:
     """A generated caption.
 
-    ``ids`` are its words without ``<eos>``. ``logprobs`` (natural) and ``attention_SP`` have an
-    entry for each choice: one more than there are words where the caption ``ended`` by itself,
-    that of ``<eos>``. ``attention_SP`` is None where it was not asked for.
+    ``ids`` are its words without ``<eos>``. ``ended`` says whether the model chose ``<eos>`` before
+    the length limit. ``logprobs`` (natural) and ``attention_SP`` have an entry for each word, and
+    one for ``<eos>`` if the caption ended. ``attention_SP`` is None if it was not requested.
     """
 
     ids: list[int]
@@ -47,16 +49,19 @@ class Hypothesis:
 def generate(
     decoder: CaptionDecoder, features_BhwC: Tensor, config: DecodeConfig | None = None
 ) -> list[Hypothesis]:
-    """The best hypothesis for each image.
+    """Searches for the best caption of each image.
 
     Args:
         decoder: in eval mode.
         features_BhwC: the encoder's features, in the decoder's dtype and on its device.
         config: beam width, length penalty, length limit, whether ``<unk>`` may be chosen.
+
+    Returns:
+        The best hypothesis for each image, in order.
     """
-    config = (config or DecodeConfig()).of_model(decoder.config)
-    memory = decoder.memory(features_BhwC)
-    search = _Search(decoder, memory, len(features_BhwC), config)
+    config = (config or DecodeConfig()).with_model_defaults(decoder.config)
+    image_cache = decoder.project_image(features_BhwC)
+    search = _Search(decoder, image_cache, len(features_BhwC), config)
     for step in range(search.limit):
         search.advance(step)
         if not len(search.live):
@@ -68,27 +73,29 @@ def generate(
 def sample(
     decoder: CaptionDecoder, features_BhwC: Tensor, samples: int, longest: int | None = None
 ) -> Tensor:
-    """Captions drawn from the model: ids ``(B·samples, T)``, an image's rows together.
-
-    Each row begins with ``<start>``, ends with ``<eos>`` where it ended by itself, and is padded.
+    """Samples captions from the model.
 
     Args:
         decoder: in eval mode.
         features_BhwC: the encoder's features, in the decoder's dtype and on its device.
-        samples: captions an image.
-        longest: words, the end counted; none: what the decoder knows.
+        samples: captions per image.
+        longest: most words, including the end; None: the decoder's limit.
+
+    Returns:
+        Ids ``(B·samples, T)``, an image's rows together. Each row begins with ``<start>`` and is
+        padded; it ends with ``<eos>`` unless it reached the limit.
     """
-    memory = decoder.memory(features_BhwC)
+    image_cache = decoder.project_image(features_BhwC)
     rows = len(features_BhwC) * samples
     limit = min(longest or decoder.config.max_length, decoder.config.max_length) - 1
-    cache = KeyValueCache(decoder.config, rows, limit, memory.keys[0])
+    word_cache = SelfAttentionCache(decoder.config, rows, limit, image_cache.keys[0])
     device = features_BhwC.device
     ids_RT = torch.full((rows, limit + 1), PAD, device=device)
     ids_RT[:, 0] = START
     forbidden = torch.tensor([PAD, START, UNKNOWN], device=device)
     ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
     for step in range(limit):
-        logits_RV, _ = decoder.step(ids_RT[:, step], memory, cache)
+        logits_RV, _ = decoder.step(ids_RT[:, step], image_cache, word_cache)
         logits_RV = logits_RV.float().index_fill(1, forbidden, -torch.inf)
         chosen_R = _draw(logits_RV)
         ids_RT[:, step + 1] = chosen_R.masked_fill(ended_R, PAD)
@@ -99,31 +106,38 @@ def sample(
 
 
 def _draw(logits_RV: Tensor) -> Tensor:
-    """A word of each row, drawn from the softmax: one random number a row, not one a word."""
+    """Draws a word of each row from the softmax, with one random number per row."""
     cumulative_RV = logits_RV.softmax(-1).cumsum(-1)
-    share_R1 = 1 - torch.rand_like(
-        cumulative_RV[:, :1]
-    )  # above 0: a word of no chance has no share
+    # Above 0, so a word of probability 0 is never drawn.
+    share_R1 = 1 - torch.rand_like(cumulative_RV[:, :1])
     return torch.searchsorted(cumulative_RV, share_R1 * cumulative_RV[:, -1:])[:, 0]
 
 
 class _Search:
-    """The state of a search: the live images' beams, and the history that they grew from."""
+    """The state of a search: the beams of the live images, and the history of all steps."""
 
-    def __init__(self, decoder: CaptionDecoder, memory: Memory, images: int, config: DecodeConfig):
-        self.decoder, self.memory, self.config = decoder, memory, config
+    def __init__(
+        self,
+        decoder: CaptionDecoder,
+        image_cache: CrossAttentionCache,
+        images: int,
+        config: DecodeConfig,
+    ):
+        self.decoder, self.image_cache, self.config = decoder, image_cache, config
         longest = decoder.config.max_length
         self.limit = min(config.max_words or longest, longest)
-        device = memory.keys[0].device
+        device = image_cache.keys[0].device
         K = config.beam or 1
         self.live = torch.arange(images, device=device)  # the image of each row group
         self.ids_R = torch.full((images * K,), START, device=device)
-        self.cache = KeyValueCache(decoder.config, images * K, self.limit, memory.keys[0])
-        # All beams but the first begin hopeless: the first step fills them.
+        self.word_cache = SelfAttentionCache(
+            decoder.config, images * K, self.limit, image_cache.keys[0]
+        )
+        # The beams of an image begin alike, so only the first one counts in the first step.
         self.sums_BK = torch.full((images, K), -torch.inf, device=device)
         self.sums_BK[:, 0] = 0
         self.open_B = torch.full((images,), K, device=device)  # beams not yet finished
-        # Of all images, live or done: the best finished hypothesis, by its last step and beam.
+        # For all images, live or finished: the last step and beam of the best hypothesis so far.
         self.best_B = torch.full((images,), -torch.inf, device=device)
         self.best_step_B = torch.zeros(images, dtype=torch.long, device=device)
         self.best_beam_B = torch.zeros(images, dtype=torch.long, device=device)
@@ -136,9 +150,9 @@ class _Search:
         )
 
     def advance(self, step: int) -> None:
-        """Adds a word to every live beam, and takes out the images that are done."""
+        """Adds a word to every live beam and removes finished images."""
         b, K = self.sums_BK.shape
-        logits_RV, attention_RP = self.decoder.step(self.ids_R, self.memory, self.cache)
+        logits_RV, attention_RP = self.decoder.step(self.ids_R, self.image_cache, self.word_cache)
         logits_RV = logits_RV.float().index_fill(1, self.forbidden, -torch.inf)
         logprobs_BKV = logits_RV.log_softmax(-1).view(b, K, -1)
         totals_BKV = self.sums_BK[:, :, None] + logprobs_BKV
@@ -159,7 +173,7 @@ class _Search:
         self._keep_best(step, sums_BK.masked_fill(~finished_BK, -torch.inf))
         self.sums_BK = sums_BK.masked_fill(finished_BK, -torch.inf)
         self.open_B = self.open_B - finished_BK.sum(1)
-        # A log-probability only falls: the best that a live beam can still come to.
+        # The best score that a live beam can still reach: its sum of log-probabilities only falls.
         bound_B = self.sums_BK.amax(1) / self.limit**self.config.length_penalty
         alive_B = bound_B > self.best_B[self.live]
         self._select(alive_B, parents_BK, words_BK)
@@ -175,7 +189,7 @@ class _Search:
         score_B, beam_B = (finished_BK / (step + 1) ** self.config.length_penalty).max(1)
         best_B = self.best_B[self.live]
         better_B = score_B > best_B
-        # Chosen by torch.where, and not by a mask as an index: a GPU would have to be waited for.
+        # torch.where instead of indexing by a mask, which would wait for the GPU.
         for kept, new, old in (
             (self.best_B, score_B, best_B),
             (self.best_step_B, step, self.best_step_B[self.live]),
@@ -184,7 +198,7 @@ class _Search:
             kept[self.live] = torch.where(better_B, new, old)
 
     def _select(self, alive_B: Tensor, parents_BK: Tensor, words_BK: Tensor) -> None:
-        """Makes the chosen words the next rows; enough done images are taken out."""
+        """Makes the chosen words the next rows; removes finished images once they are many."""
         b, K = parents_BK.shape
         alive = int(alive_B.sum())
         groups = torch.arange(b, device=alive_B.device)
@@ -193,14 +207,36 @@ class _Search:
             self.live, self.open_B = self.live[groups], self.open_B[groups]
             self.sums_BK = self.sums_BK[groups]
             if alive:
-                self.memory = self.memory.select(groups)
+                self.image_cache = self.image_cache.select(groups)
         if K > 1 or len(groups) < b:
             rows = (groups[:, None] * K + parents_BK[groups]).flatten()
-            self.cache.select(rows)
+            self.word_cache.select(rows)
         self.ids_R = words_BK[groups].flatten()
 
     def hypotheses(self) -> list[Hypothesis]:
-        """Follows the best hypothesis of each image back to its first word."""
+        """The best hypothesis of each image."""
+        words_SB, logprobs_SB, attention_SBP = self._trace_back()
+        hypotheses = []
+        for image, last in enumerate(self.best_step_B.tolist()):
+            ids = words_SB[: last + 1, image].tolist()
+            ended = ids[-1] == EOS
+            maps = None if attention_SBP is None else attention_SBP[: last + 1, image]
+            hypotheses.append(
+                Hypothesis(
+                    ids=ids[:-1] if ended else ids,
+                    logprobs=logprobs_SB[: last + 1, image].tolist(),
+                    attention_SP=maps,
+                    ended=ended,
+                )
+            )
+        return hypotheses
+
+    def _trace_back(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Follows the best hypotheses back to their first words.
+
+        Returns:
+            ``words_SB``, ``logprobs_SB`` and, if maps are kept, ``attention_SBP``.
+        """
         last_B = self.best_step_B.cpu().numpy()
         beam_B = self.best_beam_B.cpu().numpy()
         steps, images = int(last_B.max(initial=0)) + 1, np.arange(len(last_B))
@@ -213,7 +249,7 @@ class _Search:
             words_SB[step] = words_SBK[step, images, beam_B]
             logprobs_SB[step] = logprobs_SBK[step, images, beam_B]
             parent_B = parents_SBK[step, images, beam_B]
-            # A word was chosen from its parent's row: that row's attention belongs to it.
+            # A word is chosen from its parent's row, so that row holds its attention.
             rows_SB[step] = parent_B
             beam_B = np.where(step <= last_B, parent_B, beam_B)
         attention_SBP = None
@@ -221,18 +257,4 @@ class _Search:
             step_S1, image_B = torch.arange(steps)[:, None], torch.from_numpy(images)
             chosen = self.attention_SBKP[step_S1, image_B, torch.from_numpy(rows_SB)]
             attention_SBP = chosen.cpu().numpy()
-        hypotheses = []
-        for image, last in enumerate(last_B):
-            ids = words_SB[: last + 1, image].tolist()
-            ended = ids[-1] == EOS
-            hypotheses.append(
-                Hypothesis(
-                    ids=ids[:-1] if ended else ids,
-                    logprobs=logprobs_SB[: last + 1, image].tolist(),
-                    attention_SP=None
-                    if attention_SBP is None
-                    else attention_SBP[: last + 1, image],
-                    ended=ended,
-                )
-            )
-        return hypotheses
+        return words_SB, logprobs_SB, attention_SBP

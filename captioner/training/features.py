@@ -27,7 +27,7 @@ from captioner.data import images
 from captioner.data.dataset import CaptionedImage
 from captioner.data.views import _decode_view
 from captioner.errors import OutputError
-from captioner.model.network import ImageEncoder
+from captioner.model.encoder import ImageEncoder
 from captioner.runtime.prefetch import ahead
 from captioner.runtime.progress import progress_bar
 
@@ -134,7 +134,7 @@ def _check_room(
     if not missing:
         return
     with torch.inference_mode():
-        needed = missing * 2 * encoder.of_blank().numel()
+        needed = missing * 2 * encoder.encode_blank_image().numel()
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise OutputError(

@@ -17,7 +17,7 @@ from captioner import storage
 from captioner.config import TrainConfig
 from captioner.data.dataset import Split
 from captioner.errors import CaptionerError, InputError, first_of, printable
-from captioner.evaluation.cider import ConsensusReward, content_words
+from captioner.evaluation.cider import CiderD, content_words
 from captioner.model import bundle
 from captioner.model.bundle import SeenImages
 from captioner.runtime.progress import progress_bar
@@ -83,7 +83,7 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
     training, validation = _sources(job.split, trainer, worker)
     if config.scst_epochs:
         trainer.reward_for(training.examples)
-    judge = ConsensusReward(
+    judge = CiderD(
         [[content_words(text) for text in each.captions] for each in validation.examples]
     )
     reported = training.unreadable | validation.unreadable

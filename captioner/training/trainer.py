@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 from captioner.config import DecodeConfig, TrainConfig
 from captioner.data.dataset import CaptionedImage
 from captioner.errors import InputError
-from captioner.evaluation.cider import ConsensusReward, content_words
+from captioner.evaluation.cider import CiderD, content_words
 from captioner.model.generate import generate, sample
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import EOS, PAD, SPECIAL, START, UNKNOWN, Vocabulary
@@ -96,7 +96,7 @@ class Trainer:
         self.model = model.to(self.device)
         self.model.encoder.fine_tune(config.fine_tune_from)
         if config.drop_path:
-            self.model.encoder.drop_paths(config.drop_path)
+            self.model.encoder.use_stochastic_depth(config.drop_path)
         self.parallel: nn.Module = self.model
         if workers > 1:
             self.parallel = DistributedDataParallel(self.model)
@@ -105,7 +105,7 @@ class Trainer:
             self.average = AveragedModel(model, multi_avg_fn=partial(_move, config.average))
         self.writer = copy.deepcopy(model.decoder).to(self.dtype).eval()
         self.begin_phase()
-        self.reward: ConsensusReward | None = None
+        self.reward: CiderD | None = None
 
     @property
     def kept(self) -> CaptionModel:
@@ -280,7 +280,7 @@ class Trainer:
     def reward_for(self, examples: Sequence[CaptionedImage]) -> None:
         """Prepares self-critical training on these images."""
         end = [SPECIAL[EOS]]
-        self.reward = ConsensusReward(
+        self.reward = CiderD(
             [[content_words(text) + end for text in each.captions] for each in examples]
         )
 

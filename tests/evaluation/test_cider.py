@@ -3,7 +3,7 @@ import random
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
-from captioner.evaluation.cider import ConsensusReward, content_words
+from captioner.evaluation.cider import CiderD, content_words
 
 WORDS = ["a", "the", "dog", "cat", "man", "runs", "on", "in", "red", "grass", "two", "with"]
 
@@ -15,7 +15,7 @@ def test_it_is_pycocoevalcaps_cider():
         for n in (5, 5, 1, 3, 2, 5)
     ]
     hypotheses = ["a dog runs on the grass", "unheard of", "", "a", *(r[0] for r in references[4:])]
-    reward = ConsensusReward([[text.split() for text in texts] for texts in references])
+    reward = CiderD([[text.split() for text in texts] for texts in references])
     scores = [reward.score(i, text.split()) for i, text in enumerate(hypotheses)]
     _, expected = Cider().compute_score(
         dict(enumerate(references)), {i: [text] for i, text in enumerate(hypotheses)}

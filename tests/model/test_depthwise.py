@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from captioner.model.depthwise import DepthwiseConv2d, quicken
+from captioner.model.depthwise import DepthwiseConv2d, replace_depthwise_convolutions
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -57,7 +57,7 @@ def test_only_what_it_can_compute_is_replaced():
         }
     )
     before = network.state_dict()
-    quicken(network)
+    replace_depthwise_convolutions(network)
     assert [n for n, m in network.items() if isinstance(m, DepthwiseConv2d)] == ["depthwise"]
     after = network.state_dict()
     assert list(after) == list(before)
@@ -68,7 +68,7 @@ def test_a_backbone_gives_the_same_features():
     torch.manual_seed(0)
     theirs = timm.create_model("tf_efficientnet_lite0", num_classes=0, global_pool="").eval()
     ours = copy.deepcopy(theirs)
-    quicken(ours)
+    replace_depthwise_convolutions(ours)
     assert any(isinstance(module, DepthwiseConv2d) for module in ours.modules())
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(theirs.forward_features(images), ours.forward_features(images))

@@ -8,9 +8,9 @@ from torch import nn
 
 from captioner.model import native as captioning
 from captioner.model.bundle import Bundle
+from captioner.model.encoder import ImageEncoder
 from captioner.model.folding import fold_batch_norm
 from captioner.model.native import Captioner
-from captioner.model.network import ImageEncoder
 from conftest import TINY, tiny_model
 
 

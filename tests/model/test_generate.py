@@ -6,7 +6,7 @@ import torch
 
 from captioner.config import DecodeConfig
 from captioner.model.generate import _draw, generate, sample
-from captioner.model.network import KeyValueCache
+from captioner.model.layers import SelfAttentionCache
 from captioner.model.vocabulary import EOS, PAD, START, UNKNOWN
 from conftest import tiny_model
 from oracle import greedy, oracle_of
@@ -185,7 +185,7 @@ def test_attention_is_not_kept_when_it_is_not_asked_for(model, features):
 
 def test_the_cache_selects_rows_in_any_order(model):
     like = torch.zeros(1)
-    cache = KeyValueCache(model.config, 3, 4, like)
+    cache = SelfAttentionCache(model.config, 3, 4, like)
     cache.keys.copy_(torch.arange(3.0)[None, :, None, None, None].expand_as(cache.keys))
     cache.length = 2
     cache.select(torch.tensor([2, 2, 0]))

@@ -7,13 +7,9 @@ from torch.nn import functional as F
 
 from captioner.config import PRESETS, ModelConfig
 from captioner.errors import InputError
-from captioner.model.network import (
-    CaptionModel,
-    ImageEncoder,
-    KeyValueCache,
-    Words,
-    pooling_matrix,
-)
+from captioner.model.encoder import ImageEncoder
+from captioner.model.layers import PackedWords, SelfAttentionCache, pooling_matrix
+from captioner.model.network import CaptionModel
 from conftest import TINY, tiny_model
 from oracle import greedy, oracle_of
 
@@ -86,16 +82,16 @@ def test_a_word_at_a_time_equals_all_words_at_once(changes):
     ids, _ = _captions(2, 7, TINY.vocabulary_size)
     ids[ids == 0] = 5
     logits, attention = (each.unflatten(0, (2, 7)) for each in model.decoder(ids, features))
-    memory = model.decoder.memory(features)
-    cache = KeyValueCache(model.config, 2, 7, memory.keys[0])
+    image_cache = model.decoder.project_image(features)
+    word_cache = SelfAttentionCache(model.config, 2, 7, image_cache.keys[0])
     for position in range(7):
-        step_logits, step_attention = model.decoder.step(ids[:, position], memory, cache)
+        step_logits, step_attention = model.decoder.step(ids[:, position], image_cache, word_cache)
         torch.testing.assert_close(step_logits, logits[:, position], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(step_attention, attention[:, position], atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_captions_of_an_image_share_its_memory():
+def test_captions_of_an_image_share_its_keys_and_values():
     model = tiny_model()
     features = torch.rand(2, 2, 2, model.encoder.channels)
     ids, _ = _captions(6, 7, TINY.vocabulary_size)
@@ -153,7 +149,7 @@ def test_dropout_trains_with_and_without_a_shared_mask(shared):
     dropout = tiny_model(shared_dropout=shared, embedding_dropout=0.5).train().decoder
     counted = torch.rand(40, 9) < 0.7
     for places in (None, counted.flatten().nonzero()[:, 0]):
-        words = Words(40, 9, places)
+        words = PackedWords(40, 9, places)
         x = torch.ones(360 if places is None else len(places), 32)
         dropped = dropout.embedding_dropout(x, words)
         zero = dropped == 0
@@ -205,7 +201,7 @@ def test_fine_tuning_from_a_stage_is_the_notebooks():
     assert trained == {"layer2", "layer3", "layer4"}
     encoder.fine_tune(None)
     assert encoder.frozen
-    with pytest.raises(InputError, match="last stage is 4"):
+    with pytest.raises(InputError, match=r"last stage of resnet50\.tv_in1k is 4"):
         encoder.fine_tune(5)
 
 
@@ -235,5 +231,5 @@ def test_published_weights_load_by_name_or_by_order(renamed):
 def test_weights_of_another_network_are_refused():
     other = timm.create_model("resnet10t", pretrained=False).state_dict()
     encoder = ImageEncoder(ModelConfig(backbone="tf_efficientnet_lite0"))
-    with pytest.raises(InputError, match="not weights of tf_efficientnet_lite0"):
+    with pytest.raises(InputError, match="not those of tf_efficientnet_lite0"):
         encoder.load_published_weights(other)

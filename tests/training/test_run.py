@@ -23,11 +23,11 @@ from captioner.data import dataset
 from captioner.data.dataset import CaptionedImage, Split
 from captioner.data.views import load_view
 from captioner.errors import CaptionerError, InputError, OutputError
-from captioner.evaluation.cider import ConsensusReward
+from captioner.evaluation.cider import CiderD
 from captioner.model import bundle
 from captioner.model.build import build_model
+from captioner.model.encoder import ImageEncoder
 from captioner.model.native import Captioner
-from captioner.model.network import ImageEncoder
 from captioner.model.vocabulary import EOS, PAD, START
 from captioner.training import features as features_module
 from captioner.training import loop, trainer
@@ -306,13 +306,13 @@ def test_bad_images_are_left_out(
     for name in ("05.png", "36.png"):
         (data / "Images" / name).write_bytes(b"no image")
     judged = []
-    real_score = ConsensusReward.score
+    real_score = CiderD.score
 
-    def score(self: ConsensusReward, image: int, words: list[str]) -> float:
+    def score(self: CiderD, image: int, words: list[str]) -> float:
         judged.append(image)
         return real_score(self, image, words)
 
-    monkeypatch.setattr(ConsensusReward, "score", score)
+    monkeypatch.setattr(CiderD, "score", score)
     [epoch] = training.train(
         _split(data),
         str(tmp_path / "model"),
@@ -465,7 +465,7 @@ def test_branches_are_dropped_in_training_only(backbone):
     with torch.no_grad():
         before = encoder.eval()(images)
         torch.testing.assert_close(encoder.train()(images), before)
-        encoder.drop_paths(0.5)
+        encoder.use_stochastic_depth(0.5)
         torch.testing.assert_close(encoder.eval()(images), before)
         assert not torch.allclose(encoder.train()(images), before)
     assert encoder.state_dict().keys() == names
@@ -473,8 +473,8 @@ def test_branches_are_dropped_in_training_only(backbone):
 
 def test_a_backbone_without_branches_has_none_to_drop():
     encoder = ImageEncoder(dataclasses.replace(TINY, backbone="vgg11"))
-    with pytest.raises(InputError, match=r"^vgg11 has no branches to drop$"):
-        encoder.drop_paths(0.1)
+    with pytest.raises(InputError, match=r"^--drop-path: vgg11 has no residual branches to drop$"):
+        encoder.use_stochastic_depth(0.1)
 
 
 def test_the_loss_is_the_notebooks():
@@ -580,7 +580,7 @@ def test_all_that_is_trained_of_an_encoder_has_a_gradient(backbone: str):
     assert {name.split(".")[1] for name in unused} <= {"conv_head", "head"}, unused
     assert bool(unused) == (backbone != "resnet10t")
     assert not encoder.training
-    encoder.of_blank().sum().backward()
+    encoder.encode_blank_image().sum().backward()
     assert all(
         each.grad is not None for name, each in encoder.named_parameters() if name in trained
     )
