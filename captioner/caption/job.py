@@ -248,7 +248,7 @@ def _run(
             written.update(counts)
             work += some
             if bad := sum(written.values()) - written["ok"]:
-                progress.set_postfix(bad=bad, refresh=False)
+                progress.set_postfix(bad=bad)
             progress.update(sum(counts.values()))
             signals.check()
 

@@ -14,13 +14,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from captioner import storage
 from captioner.data import images
@@ -29,7 +28,7 @@ from captioner.data.views import _decode_view
 from captioner.errors import OutputError
 from captioner.model.encoder import ImageEncoder
 from captioner.runtime.prefetch import ahead
-from captioner.runtime.progress import progress_bar
+from captioner.runtime.progress import Progress, progress_bar
 
 __all__ = ["Features", "compute_features"]
 
@@ -187,7 +186,7 @@ def _encode(
     examples: Sequence[CaptionedImage],
     load: Callable[[CaptionedImage], tuple[np.ndarray, int]],
     batch_size: int,
-    progress: "tqdm[NoReturn]",
+    progress: Progress,
 ) -> dict[str, np.ndarray]:
     """What a file holds: ``features`` ``(images, h, w, C)`` and the ``statuses`` of the images."""
     device = next(encoder.parameters()).device

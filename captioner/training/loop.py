@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from captioner.errors import CaptionerError, InputError, first_of, printable
 from captioner.evaluation.cider import CiderD, content_words
 from captioner.model import bundle
 from captioner.model.bundle import SeenImages
-from captioner.runtime.progress import progress_bar
+from captioner.runtime.progress import Progress, progress_bar
 from captioner.training.batches import Source
 from captioner.training.features import compute_features
 from captioner.training.journal import Epoch, write_journal
@@ -137,9 +137,9 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
         worker.report(number, epochs[-1])
 
 
-def _advance(progress: "tqdm[NoReturn]", images: int, value: float) -> None:
+def _advance(progress: Progress, images: int, value: float) -> None:
     progress.update(images)
-    progress.set_postfix(value=f"{value:.3f}", refresh=False)
+    progress.set_postfix(value=f"{value:.3f}")
 
 
 def _as_json(epochs: Sequence[Epoch]) -> str:

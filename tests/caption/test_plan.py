@@ -178,24 +178,6 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path: Path, model_di
     assert (result.exit_code, "other settings: beam was 1" in result.output) == (2, True)
 
 
-def test_a_ray_jobs_log_has_lines_and_other_output_is_quiet():
-    code = """
-from captioner.runtime import progress
-progress._SECONDS = 0
-for logged in (None, False):
-    bar = progress.progress_bar(9, unit="image", initial=1, description="epoch", logged=logged)
-    with bar:
-        bar.update(4)
-"""
-    for variables, lines in (({}, 0), ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, 2)):
-        ran = subprocess.run(
-            [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
-        )
-        written = ran.stderr.splitlines()
-        assert len(written) >= lines if lines else not written
-        assert not lines or written[-1].startswith("epoch: 5 of 9 images, ")
-
-
 @pytest.mark.parametrize(
     ("settings", "images", "expected"),
     [
