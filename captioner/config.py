@@ -1,7 +1,7 @@
-"""Settings: frozen, keyword-only dataclasses, checked once, when they are made.
+"""Settings: frozen, keyword-only dataclasses, validated when they are made.
 
-A field carries its one line of help; the command line's options and ``config.json`` are both made
-from the fields, so that nothing is written twice. Torch and Ray are not needed to read settings.
+A field carries its help, limits and group. The command-line options (:mod:`captioner.options`)
+and ``config.json`` both come from the fields. Reading settings needs neither torch nor Ray.
 """
 
 import dataclasses
@@ -40,14 +40,40 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     option: str | None = None,
+    group: str | None = None,
+    unset: str | None = None,
 ) -> Any:
-    """A dataclass field: its default, line of help, least and greatest value, option's name."""
-    metadata = {"help": text, "minimum": minimum, "maximum": maximum, "option": option}
-    return field(default=default, metadata=metadata)
+    """A dataclass field that can become a command-line option.
+
+    Args:
+        default: the field's default.
+        text: what the setting does and its unit, in one or two short sentences.
+        minimum: the smallest value allowed.
+        maximum: the largest value allowed.
+        option: the option's name, where it is not ``--field-name``.
+        group: the heading that ``--help`` lists the option under, where it is not the class's.
+        unset: what happens where the value is None, for ``--help``: "the model's own".
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": text,
+            "minimum": minimum,
+            "maximum": maximum,
+            "option": option,
+            "group": group,
+            "unset": unset,
+        },
+    )
 
 
 class _Checked:
-    """Checks every field against its annotation and limits when the settings are made."""
+    """Checks every field against its annotation and limits when the settings are made.
+
+    ``GROUP`` is the heading that ``--help`` lists the options under.
+    """
+
+    GROUP: typing.ClassVar[str] = "Options"
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -144,42 +170,42 @@ def from_mapping(config: type[Config], values: Mapping[str, Any]) -> Config:
 class ModelConfig(_Checked):
     """The encoder-decoder. The defaults are the notebook's model."""
 
-    backbone: str = setting("resnet50.tv_in1k", "name of the image encoder in timm")
+    backbone: str = setting("resnet50.tv_in1k", "Name of the image encoder in timm.")
     image_size: int = setting(
-        256, "height and width that images are resized to", minimum=32, maximum=2048
+        256, "Height and width that images are resized to.", minimum=32, maximum=2048
     )
     mean: tuple[float, float, float] = setting(
-        (0.485, 0.456, 0.406), "mean of the red, green and blue values, of 1"
+        (0.485, 0.456, 0.406), "Mean of the red, green and blue values, of 1."
     )
     std: tuple[float, float, float] = setting(
-        (0.229, 0.224, 0.225), "standard deviation of the red, green and blue values, of 1"
+        (0.229, 0.224, 0.225), "Standard deviation of the red, green and blue values, of 1."
     )
     grid: int | None = setting(
         14,
-        "the feature map is average-pooled to grid×grid; null keeps its own grid",
+        "The feature map is average-pooled to grid×grid; null keeps its own grid.",
         minimum=1,
         maximum=128,
     )
-    vocabulary_size: int = setting(4, "entries of the vocabulary", minimum=4)
-    max_length: int = setting(50, "positions the decoder knows", minimum=2, maximum=1024)
-    width: int = setting(1024, "width of the decoder", minimum=1)
-    layers: int = setting(6, "blocks of the decoder", minimum=1, maximum=128)
-    heads: int = setting(8, "attention heads of a block", minimum=1)
-    embedding_dropout: float = setting(0.2, "dropout after the embeddings", minimum=0, maximum=1)
-    attention_dropout: float = setting(0.2, "dropout after both attentions", minimum=0, maximum=1)
+    vocabulary_size: int = setting(4, "Entries of the vocabulary.", minimum=4)
+    max_length: int = setting(50, "Positions the decoder knows.", minimum=2, maximum=1024)
+    width: int = setting(1024, "Width of the decoder.", minimum=1)
+    layers: int = setting(6, "Blocks of the decoder.", minimum=1, maximum=128)
+    heads: int = setting(8, "Attention heads of a block.", minimum=1)
+    embedding_dropout: float = setting(0.2, "Dropout after the embeddings.", minimum=0, maximum=1)
+    attention_dropout: float = setting(0.2, "Dropout after both attentions.", minimum=0, maximum=1)
     residual_dropout: float = setting(
-        0.2, "dropout in and after the feed-forward", minimum=0, maximum=1
+        0.2, "Dropout in and after the feed-forward.", minimum=0, maximum=1
     )
     head_dropout: float = setting(
-        0.2, "dropout before the language model head", minimum=0, maximum=1
+        0.2, "Dropout before the language model head.", minimum=0, maximum=1
     )
-    pre_norm: bool = setting(False, "normalise before each sublayer instead of after it")
-    tied_embeddings: bool = setting(False, "the head's weight is the embedding's")
+    pre_norm: bool = setting(False, "Normalise before each sublayer instead of after it.")
+    tied_embeddings: bool = setting(False, "The head's weight is the embedding's.")
     shared_dropout: bool = setting(
-        False, "one dropout mask for all words of a caption (Gal and Ghahramani 2016)"
+        False, "One dropout mask for all words of a caption (Gal and Ghahramani 2016)."
     )
     beam: int = setting(
-        1, "beam width of a job that does not ask for another", minimum=1, maximum=100
+        1, "Beam width of a job that does not ask for another.", minimum=1, maximum=100
     )
 
     def __post_init__(self) -> None:
@@ -194,56 +220,122 @@ class ModelConfig(_Checked):
 class TrainConfig(_Checked):
     """How a model is trained. The defaults are the notebook's."""
 
-    epochs: int = setting(4, "passes over the training images", minimum=0)
-    batch_size: int = setting(64, "images a step", minimum=1)
+    GROUP = "Training"
+
+    epochs: int = setting(4, "Passes over the training images.", minimum=0)
+    batch_size: int = setting(64, "Images per step, over all workers.", minimum=1)
     accumulate: int = setting(
-        1, "parts that a worker computes its share of a step in, to save memory", minimum=1
+        1,
+        "Parts into which a worker splits its share of a step; more parts need less memory.",
+        minimum=1,
     )
-    captions: Literal["first", "all"] = setting("first", "which captions of an image to train on")
+    captions: Literal["first", "all"] = setting(
+        "first", "Which captions of an image to train on.", group="Data"
+    )
     views: int = setting(
-        1, "versions of an image: itself, its mirror image, then random crops", minimum=1
+        1,
+        "Versions of each image: the image, its mirror image, then random crops.",
+        minimum=1,
+        group="Data",
     )
     augmentation: Literal["crops", "strong"] = setting(
-        "crops", "strong: crops also of other brightness, contrast, saturation, and a part erased"
+        "crops",
+        "How crops are changed; strong also varies brightness, contrast and saturation, and "
+        "erases a part.",
+        group="Data",
     )
     sort_batches: int = setting(
-        1, "batches whose images are sorted by caption length together; 1 sorts none", minimum=1
+        1,
+        "Batches sorted together by caption length, which saves computation; 1 disables sorting.",
+        minimum=1,
     )
-    minimum_count: int = setting(5, "a word needs this many occurrences", minimum=1)
-    learning_rate: float = setting(1e-4, "AdamW's learning rate after the warm-up", minimum=0)
-    weight_decay: float = setting(0.01, "AdamW's weight decay", minimum=0)
+    minimum_count: int = setting(
+        5,
+        "Occurrences in the training captions that a word needs to enter the vocabulary.",
+        minimum=1,
+        group="Data",
+    )
+    learning_rate: float = setting(
+        1e-4,
+        "Peak learning rate of AdamW, reached after the warm-up.",
+        minimum=0,
+        group="Optimiser",
+    )
+    weight_decay: float = setting(0.01, "Weight decay of AdamW.", minimum=0, group="Optimiser")
     weight_decay_of: Literal["all", "matrices"] = setting(
-        "all", "weights that decay; matrices: not biases, nor the scales of normalisations"
+        "all",
+        "Weights that decay; matrices leaves out biases and normalisation scales.",
+        group="Optimiser",
     )
-    warmup_steps: int = setting(0, "steps over which the learning rate rises", minimum=0)
-    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warm-up")
+    warmup_steps: int = setting(
+        0,
+        "Steps over which the learning rate rises from 0 to its peak.",
+        minimum=0,
+        group="Optimiser",
+    )
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant",
+        "Learning rate after the warm-up: constant, or cosine decay to 0.",
+        group="Optimiser",
+    )
     label_smoothing: float = setting(
-        0.0, "share of the target spread over all words", minimum=0, maximum=1
-    )
-    clip_norm: float | None = setting(None, "largest norm of the gradient", minimum=0)
-    average: float = setting(
         0.0,
-        "decay a step of the weights' moving average, which is kept; 0: none",
+        "Share of the target probability that is spread over all words, 0 to 1.",
         minimum=0,
         maximum=1,
+        group="Optimiser",
+    )
+    clip_norm: float | None = setting(
+        None, "Largest norm of the gradient; none disables clipping.", minimum=0, group="Optimiser"
+    )
+    average: float = setting(
+        0.0,
+        "Decay per step of the exponential moving average of the weights, which becomes the "
+        "model; 0 disables it.",
+        minimum=0,
+        maximum=1,
+        group="Optimiser",
     )
     scst_epochs: int = setting(
-        0, "more epochs, of self-critical training on CIDEr (Rennie et al. 2017)", minimum=0
+        0,
+        "Epochs of self-critical training on CIDEr (Rennie et al. 2017), after the others.",
+        minimum=0,
+        group="Self-critical training",
     )
-    scst_learning_rate: float = setting(3e-5, "learning rate of these epochs", minimum=0)
-    scst_samples: int = setting(5, "captions sampled an image in these epochs", minimum=2)
+    scst_learning_rate: float = setting(
+        3e-5,
+        "Learning rate of the self-critical epochs.",
+        minimum=0,
+        group="Self-critical training",
+    )
+    scst_samples: int = setting(
+        5,
+        "Captions sampled per image in the self-critical epochs.",
+        minimum=2,
+        group="Self-critical training",
+    )
     fine_tune_from: int | None = setting(
-        2, "first encoder stage to train, 0 is the stem; none freezes the encoder", minimum=0
+        2,
+        "First encoder stage to train; 0 is the stem, none freezes the encoder.",
+        minimum=0,
+        group="Encoder fine-tuning",
     )
     drop_path: float = setting(
         0.0,
-        "how often a trained encoder goes without its last residual branch; earlier ones less",
+        "Stochastic depth: probability of dropping the last residual branch of a trained "
+        "encoder; lower for earlier branches.",
         minimum=0,
         maximum=0.9,
+        group="Encoder fine-tuning",
     )
-    precision: Precision = setting("auto", "bf16 computes matrix products in bfloat16")
+    precision: Precision = setting(
+        "auto", "Precision of matrix products; auto takes bf16 where the hardware computes in it."
+    )
     seed: int = setting(
-        0, "seed of the weights, the shuffling and dropout", minimum=0, maximum=2**32 - 1
+        0,
+        "Seed of the initial weights, shuffling, dropout and sampling.",
+        minimum=0,
+        maximum=2**32 - 1,
     )
 
     def __post_init__(self) -> None:
@@ -259,11 +351,19 @@ class LaunchConfig(_Checked):
     Dropout and the samples of self-critical training differ with the number of workers.
     """
 
-    workers: int = setting(0, "Ray Train workers; 0 trains in this process, without Ray", minimum=0)
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
-    cpus_per_worker: float = setting(0.75, "logical CPUs that Ray sets aside a worker", minimum=0)
+    GROUP = "Where it runs"
+
+    workers: int = setting(
+        0, "Ray Train workers; 0 trains in this process, without Ray.", minimum=0
+    )
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."
+    )
+    cpus_per_worker: float = setting(0.75, "Logical CPUs that Ray reserves per worker.", minimum=0)
     max_failures: int = setting(
-        3, "times that dead workers are replaced; training goes on from the last epoch", minimum=0
+        3,
+        "Times that failed workers are replaced; training resumes from the last epoch.",
+        minimum=0,
     )
 
 
@@ -271,23 +371,34 @@ class LaunchConfig(_Checked):
 class DecodeConfig(_Checked):
     """What decides a caption besides the model: part of a job's fingerprint."""
 
+    GROUP = "Captions"
+
     beam: int | None = setting(
-        None, "beam width; 1 is greedy; none: the model's own, see its config.json", minimum=1
+        None,
+        "Beam width, in captions; 1 is greedy search.",
+        minimum=1,
+        unset="the model's own; 3 for the bundled model",
     )
     length_penalty: float = setting(
-        1.0, "beams are ranked by log-probability over length to this power", minimum=0, maximum=10
+        1.0,
+        "Beams are ranked by log-probability divided by length to this power.",
+        minimum=0,
+        maximum=10,
     )
     max_words: int | None = setting(
-        None, "longest caption, its end counted; none: what the model knows", minimum=1
+        None,
+        "Longest caption, in words, its end included.",
+        minimum=1,
+        unset="the longest that the model knows",
     )
     allow_unknown: bool = setting(
-        False, "let <unk>, <pad> and <start> be chosen, as the notebook does"
+        False, "Allow <unk>, <pad> and <start> in captions, as the notebook does."
     )
     attention: Literal["tokens", "mean", "none"] = setting(
-        "tokens", "maps to keep: one a word, their mean, or none"
+        "tokens", "Attention maps to keep: one per word, their mean, or none."
     )
     attention_levels: Literal[15, 31, 63, 127, 255] = setting(
-        127, "steps between 0 and a map's largest value"
+        127, "Steps between 0 and the largest value of an attention map; fewer compress better."
     )
 
     def with_model_defaults(self, model: ModelConfig) -> "DecodeConfig":
@@ -299,11 +410,18 @@ class DecodeConfig(_Checked):
 class ListingConfig(_Checked):
     """Which images of a source are captioned."""
 
+    GROUP = "Images"
+
     extensions: str = setting(
-        "jpg,jpeg,png,webp,bmp,gif,tif,tiff", "endings of the files to list", option="--ext"
+        "jpg,jpeg,png,webp,bmp,gif,tif,tiff",
+        "Extensions of the image files in a folder, separated by commas.",
+        option="--ext",
     )
     limit: int | None = setting(
-        None, "list only the first N images, those that are captioned already too", minimum=1
+        None,
+        "List only the first N images, including those already captioned.",
+        minimum=1,
+        unset="all images",
     )
 
     def __post_init__(self) -> None:
@@ -322,56 +440,97 @@ class ListingConfig(_Checked):
 class RunConfig(_Checked):
     """How a caption job runs. None of this changes a caption, so a resumed job may change it."""
 
+    GROUP = "Speed"
+
     engine: Literal["auto", "local", "ray"] = setting(
-        "auto", "local: in this process; ray: on the cluster"
+        "auto",
+        "Where the job runs: local, in this process, or ray, on a cluster; auto takes ray in "
+        "a Ray job, where RAY_ADDRESS is set, and with several GPUs.",
     )
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
-    precision: Precision = setting("auto", "auto: bf16 where the hardware computes in it")
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."
+    )
+    precision: Precision = setting(
+        "auto", "Precision of matrix products; auto takes bf16 where the hardware computes in it."
+    )
     compile: Literal["auto", "on", "off"] = setting(
-        "auto", "compile the encoder; auto: on a CPU, where the job is long enough for it to pay"
+        "auto",
+        "Compile the encoder, which takes seconds; auto compiles on a CPU for 10000 images "
+        "and more.",
     )
     batch_size: int | Literal["auto"] = setting(
         64,
-        "images a forward pass; auto: doubled from 8 on while that is faster",
+        "Images per forward pass; auto starts with 8 and doubles while that is faster.",
         minimum=1,
         maximum=1_000_000,
     )
     shard_size: int = setting(
-        256, "images a shard, which is one part file", minimum=1, maximum=1_000_000
+        256, "Images per shard; each shard becomes one part file.", minimum=1, maximum=1_000_000
     )
     decoders: int | None = setting(
         None,
-        "threads that read and decode images, on Ray those of a task; none: one a CPU, on Ray 4",
+        "Threads that read and decode images; on Ray, per decode task.",
         minimum=1,
+        unset="one per CPU; on Ray 4",
     )
     actors: str | None = setting(
-        None, "captioning processes on Ray: N, or MIN:MAX to scale; none: by the cluster's size"
+        None,
+        "Captioning processes: N, or MIN:MAX to scale.",
+        unset="one per GPU, or one per 8 CPUs",
+        group="Ray cluster",
     )
     cpus_per_actor: float | None = setting(
         None,
-        "logical CPUs of an actor, without a GPU its threads too; none: they share the cluster's",
+        "Logical CPUs per actor; without a GPU also its threads.",
         minimum=0.1,
+        unset="an equal share of the cluster",
+        group="Ray cluster",
     )
     gpus_per_actor: float | None = setting(
-        None, "GPUs of an actor, fractions too; none: 1 where the cluster has any", minimum=0
+        None,
+        "GPUs per actor; fractions share a GPU.",
+        minimum=0,
+        unset="1 where the cluster has GPUs, else 0",
+        group="Ray cluster",
     )
     cpus_per_decode: float = setting(
-        0.5, "logical CPUs of a task on Ray that reads and decodes a shard", minimum=0
+        0.5, "Logical CPUs per task that reads and decodes a shard.", minimum=0, group="Ray cluster"
     )
     wait_for_nodes: bool = setting(
-        False, "where the cluster has no room for the actors yet, wait for it to grow"
+        False,
+        "Wait for the cluster to grow where it has no room for the actors yet.",
+        group="Ray cluster",
     )
     max_pixels: int = setting(
-        256_000_000, "an image with more pixels is rejected unread", minimum=1
+        256_000_000,
+        "Largest image, in pixels; a larger one is rejected without decoding it.",
+        minimum=1,
+        group="Limits and failures",
     )
-    max_bytes: int = setting(256_000_000, "a larger file is rejected unread", minimum=1)
-    retries: int = setting(3, "tries after the first to read an image", minimum=0)
-    retry_failed: bool = setting(False, "caption again the images whose rows are not ok")
+    max_bytes: int = setting(
+        256_000_000,
+        "Largest file, in bytes; a larger one is rejected without reading it.",
+        minimum=1,
+        group="Limits and failures",
+    )
+    retries: int = setting(
+        3,
+        "Retries after the first failure to read an image.",
+        minimum=0,
+        group="Limits and failures",
+    )
+    retry_failed: bool = setting(
+        False, "Caption again the images whose status is not ok.", group="Limits and failures"
+    )
     profile: str | None = setting(
-        None, "file for a trace of what torch does in three batches, which Chrome opens (local)"
+        None, "File for a Chrome trace of three batches; local engine only.", unset="no trace"
     )
     max_error_rate: float = setting(
-        0.1, "exit with 3 if more than this share of OUTPUT's rows is not ok", minimum=0, maximum=1
+        0.1,
+        "Exit with 3 if more than this share of the rows in OUTPUT is not ok, 0 to 1.",
+        minimum=0,
+        maximum=1,
+        group="Limits and failures",
     )
 
     def __post_init__(self) -> None:

@@ -212,13 +212,19 @@ def test_the_notebooks_preset_is_the_notebook():
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=NAMES)
-def test_every_field_has_a_line_of_help(kind, field):
+def test_every_field_has_help_of_one_or_two_sentences(kind, field):
     text = field.metadata["help"]
     assert text == text.strip()
-    assert text
     assert text.isprintable()
-    assert not text.endswith(".")
-    assert len(text) <= 100
+    assert text[0].isupper()
+    assert text.endswith(".")
+    assert len(text) <= 150
+
+
+@pytest.mark.parametrize(("kind", "field"), FIELDS, ids=NAMES)
+def test_a_setting_without_a_value_says_what_happens_then(kind, field):
+    if kind is not TrainConfig:  # each preset gives a value, or `none`, which the help explains
+        assert (field.default is None) == (field.metadata["unset"] is not None)
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=NAMES)
