@@ -19,6 +19,7 @@ from captioner import __version__
 from captioner.config import (
     PRESETS,
     DecodeConfig,
+    ExportConfig,
     LaunchConfig,
     ListingConfig,
     RunConfig,
@@ -362,6 +363,36 @@ def report_command(output: str, missing: bool) -> None:
         click.echo(printable(line))
     if summary.accounts.missing:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("output")
+@click.argument("destination", required=False)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["sidecar", "jsonl", "csv", "coco", "webdataset", "hf"]),
+    required=True,
+    help="What to write.",
+)
+@_options(ExportConfig)
+def export(output: str, destination: str | None, form: Any, **options: Any) -> None:
+    """Export the captions in OUTPUT to DESTINATION in the format of another tool.
+
+    sidecar: a text file for each image, in DESTINATION or, without it, beside the image. jsonl,
+    csv: a table. coco: a results file for COCO's evaluation. webdataset: tar files of images and
+    captions. hf: a folder that Hugging Face datasets reads as "imagefolder".
+
+    Only rows whose status is ok are exported. Run the command again to export what has changed.
+    """
+    config = _configure(ExportConfig(), options)
+    with _importing():
+        from captioner import storage
+        from captioner.output import exports
+
+    target = None if destination is None else storage.absolute(destination)
+    summary = exports.export(storage.absolute(output), target, form=form, config=config)
+    click.echo(printable(summary.describe()))
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]

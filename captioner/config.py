@@ -19,6 +19,7 @@ from captioner.errors import InputError
 __all__ = [
     "PRESETS",
     "DecodeConfig",
+    "ExportConfig",
     "LaunchConfig",
     "ListingConfig",
     "ModelConfig",
@@ -596,3 +597,32 @@ PRESETS = {
         ),
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(_Checked):
+    """What an export holds, and how it looks."""
+
+    where: str | None = setting(
+        None, 'export only rows for which an SQL condition holds, for example "score > -0.5"'
+    )
+    columns: str | None = setting(
+        None, "columns to export, between commas; none: those that the format needs"
+    )
+    prefix: str = setting("", "text before every caption")
+    suffix: str = setting("", "text after every caption")
+    existing: Literal["keep", "overwrite", "append", "prepend"] = setting(
+        "keep",
+        "a file that the export did not write: keep it and exit with 2, overwrite it, or add the "
+        "caption after or before its text (sidecar)",
+    )
+    extension: str = setting("txt", "file name extension of a sidecar")
+    root: str | None = setting(
+        None, "folder that sidecars' paths start from; none: the deepest one that holds all images"
+    )
+    id: str | None = setting(
+        None, "column of COCO's image ids; none: the number at the end of each file name"
+    )
+    shard_images: int = setting(
+        10_000, "images per tar file of a webdataset", minimum=1, maximum=1_000_000
+    )

@@ -1,7 +1,7 @@
 """Look-ahead: work in other threads, a few items before they are needed."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def ahead(
-    function: Callable[[Item], Result], items: Sequence[Item], threads: int
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> Iterator[Result]:
     """``map``, computed by threads a few items ahead of where it is consumed; in order."""
     with ThreadPoolExecutor(threads) as pool:

@@ -1,0 +1,75 @@
+"""One export, from its settings to its summary."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from captioner.config import ExportConfig
+from captioner.errors import InputError
+from captioner.output.directory import OutputDirectory
+from captioner.output.exports import imagefolder, sidecars, tables, webdataset
+from captioner.output.exports.job import ExportJob, ExportSummary
+from captioner.output.exports.ledger import Ledger
+from captioner.output.exports.rows import Rows
+from captioner.runtime.progress import progress_bar
+
+__all__ = ["FORMATS", "Format", "export"]
+
+Format = Literal["sidecar", "jsonl", "csv", "coco", "webdataset", "hf"]
+
+#: The writer of each format.
+FORMATS: dict[str, Callable[[ExportJob], None]] = {
+    "sidecar": sidecars.write,
+    "jsonl": tables.write_jsonl,
+    "csv": tables.write_csv,
+    "coco": tables.write_coco,
+    "webdataset": webdataset.write,
+    "hf": imagefolder.write,
+}
+
+
+def export(
+    output: str,
+    destination: str | None,
+    *,
+    form: Format,
+    config: ExportConfig | None = None,
+) -> ExportSummary:
+    """Exports the rows of a caption job's output whose status is ``ok``.
+
+    Args:
+        output: the caption job's output directory, local or in a bucket.
+        destination: the file or folder to write, local or in a bucket; None, for sidecars only,
+            puts each sidecar beside its image.
+        form: what to write.
+        config: what it holds, and how it looks.
+
+    Returns:
+        The number of images written, and left out by reason.
+
+    Raises:
+        InputError: a setting does not fit the format or the output's columns; or a file that the
+            export did not write was in the way and is kept.
+        OutputError: ``output`` is not a caption job's output, or a file cannot be written.
+    """
+    config = config or ExportConfig()
+    if destination is None and form != "sidecar":
+        raise InputError(f"--format {form} needs a DESTINATION to write to")
+    if config.existing in ("append", "prepend") and form != "sidecar":
+        raise InputError(f"--existing {config.existing} is for --format sidecar, not {form}")
+    directory = OutputDirectory(output)
+    rows = Rows(directory, where=config.where, columns=config.columns)
+    ledger = Ledger(directory, destination or "")
+    summary = ExportSummary(destination or output)
+    with progress_bar(rows.total, unit="image") as progress:
+        job = ExportJob(rows, destination or "", config, ledger, summary, progress.update)
+        try:
+            FORMATS[form](job)
+        finally:
+            ledger.save()
+    summary.filtered, summary.not_ok = rows.filtered, rows.not_ok
+    if summary.kept:
+        examples = ", ".join(summary.kept_examples)
+        raise InputError(
+            f"{summary.describe()} ({examples}): --existing says what becomes of such files"
+        )
+    return summary

@@ -1,0 +1,74 @@
+"""What one export works with, and what it counts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from captioner import storage
+from captioner.config import ExportConfig
+from captioner.output.exports.ledger import Ledger
+from captioner.output.exports.rows import Rows
+
+__all__ = ["ExportJob", "ExportSummary"]
+
+_EXAMPLES = 5  # files named in a message
+
+
+@dataclass
+class ExportSummary:
+    """What an export wrote and what it left out, counted in images."""
+
+    destination: str
+    written: int = 0
+    unchanged: int = 0
+    filtered: int = 0
+    not_ok: int = 0
+    unreadable: int = 0
+    kept: int = 0
+    kept_examples: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line for a person."""
+        counts = {
+            "unchanged": self.unchanged,
+            "left out by --where": self.filtered,
+            "left out because their status is not ok": self.not_ok,
+            "left out because they cannot be read": self.unreadable,
+            "not exported because a file is in the way": self.kept,
+        }
+        rest = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        return f"{self.destination}: {self.written} images written{rest}"
+
+    def keep(self, target: str, images: int = 1) -> None:
+        """Counts images that are not exported because ``target`` is in the way."""
+        self.kept += images
+        if len(self.kept_examples) < _EXAMPLES:
+            self.kept_examples.append(target)
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What the writer of a format is given.
+
+    ``destination`` is a file or a folder, empty where sidecars go beside their images; ``advance``
+    is told how many images were gone through.
+    """
+
+    rows: Rows
+    destination: str
+    config: ExportConfig
+    ledger: Ledger
+    summary: ExportSummary
+    advance: Callable[[int], object]
+
+    def text(self, caption: str) -> str:
+        """A caption as it is exported."""
+        return f"{self.config.prefix}{caption}{self.config.suffix}"
+
+    def may_write(self, target: str) -> bool:
+        """Whether a file is not there, was written by this export, or may be replaced."""
+        version = storage.version(target)
+        return (
+            not version
+            or self.config.existing == "overwrite"
+            or self.ledger.version(target) == version
+        )

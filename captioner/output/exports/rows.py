@@ -1,0 +1,88 @@
+"""The rows that an export goes through: those with a caption that its condition selects."""
+
+import re
+from collections.abc import Iterator
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.errors import InputError
+from captioner.output.directory import OutputDirectory
+
+__all__ = ["Rows"]
+
+_WINDOW = re.compile(r"\bover\s*\(", re.IGNORECASE)
+_MAPS = ("attention", "attention_peak")  # left unread unless an export asks for them
+
+
+class Rows:
+    """Rows of an output whose status is ``ok``, in listing order, a row group at a time.
+
+    Args:
+        directory: the output.
+        where: an SQL condition over the output's columns, in DuckDB's dialect.
+        columns: the columns that the export shall hold, between commas.
+
+    Raises:
+        InputError: the condition cannot be evaluated, or there is no such column.
+        OutputError: it is not a caption job's output.
+    """
+
+    def __init__(self, directory: OutputDirectory, *, where: str | None, columns: str | None):
+        if where is not None and _WINDOW.search(where):
+            raise InputError(f"--where {where}: window functions are not supported")
+        directory.read_json("run.json")  # refuses what is not an output
+        self._directory = directory
+        self._where = where
+        #: rows of the output, those that are not exported too
+        self.total = len(directory.manifest())
+        #: rows left out by the condition, and by their status
+        self.filtered = self.not_ok = 0
+        schema = next(directory.rows()).schema if directory.parts() else None
+        if schema is None:
+            raise InputError(f"{directory.uri} holds no captions yet: nothing to export")
+        self.columns = [name.strip() for name in columns.split(",")] if columns else None
+        for name in self.columns or []:
+            if name not in schema.names:
+                known = ", ".join(schema.names)
+                raise InputError(f"--columns {name}: there is no such column; there are {known}")
+        self._read = [name for name in schema.names if name not in _MAPS or name in self._wanted]
+        # The condition is the user's own, about rows: it reads no file and opens no connection.
+        self._connection = duckdb.connect(config={"enable_external_access": "false"})
+        self._connection.execute("SET threads = 1")
+        self._select(schema.empty_table().select(self._read))
+
+    @property
+    def _wanted(self) -> list[str]:
+        return self.columns or []
+
+    def chosen(self, default: list[str]) -> list[str]:
+        """The columns that were asked for, or else these."""
+        return self.columns if self.columns is not None else default
+
+    def tables(self) -> Iterator[tuple[int, pa.Table]]:
+        """The selected rows, some at a time, each time with how many rows were gone through."""
+        self.filtered = self.not_ok = 0
+        for table in self._directory.rows(self._read):
+            ok = table.filter(pc.equal(table["status"], "ok"))
+            selected = self._select(ok)
+            self.not_ok += len(table) - len(ok)
+            self.filtered += len(ok) - len(selected)
+            yield len(table), selected
+
+    def _select(self, table: pa.Table) -> pa.Table:
+        if self._where is None:
+            return table
+        try:
+            self._connection.register("captions", table)
+            # A subquery of its own, so that the condition cannot add clauses to the outer query.
+            query = f"SELECT ({self._where})::BOOLEAN AS selected FROM captions"  # noqa: S608
+            result: pa.Table = self._connection.sql(query).to_arrow_table()
+        except duckdb.Error as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"--where {self._where}: {reason}") from error
+        selected = result["selected"]
+        if len(selected) != len(table):
+            raise InputError(f"--where {self._where}: not a condition on single rows")
+        return table.filter(selected)
