@@ -11,6 +11,7 @@ import sys
 import typing
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -156,6 +157,13 @@ def main(debug: bool) -> None:
     logger.propagate = False
 
 
+_allow_missing = click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Accept a dataset, or a list of names, of which more than half of the images are missing.",
+)
+
+
 @main.command()
 @click.argument("data")
 @click.argument("output")
@@ -178,6 +186,7 @@ def main(debug: bool) -> None:
 )
 @click.option("--train-list", metavar="FILE", help="Names of the images to train on, a line each.")
 @click.option("--val-list", metavar="FILE", help="Names of the images to validate on.")
+@_allow_missing
 @click.option(
     "--encoder-weights",
     metavar="FILE",
@@ -195,6 +204,7 @@ def train(
     val_data: str | None,
     train_list: str | None,
     val_list: str | None,
+    allow_missing: bool,
     encoder_weights: str | None,
     model: str | None,
     overwrite: bool,
@@ -226,10 +236,12 @@ def train(
         from captioner.training import run as training
 
     output = storage.absolute(output)
-    captioned = dataset.read_dataset(data, images)
+    read = partial(dataset.read_dataset, images_directory=images, needed=("train", "val"))
+    # Lists say themselves which images are needed.
+    captioned = read(data, allow_missing=allow_missing or train_list is not None)
     if val_data:
-        captioned = captioned.validated_by(dataset.read_dataset(val_data, images))
-    split = captioned.split(train_list, val_list)
+        captioned = captioned.validated_by(read(val_data, allow_missing=allow_missing))
+    split = captioned.split(train_list, val_list, allow_missing=allow_missing)
     click.echo(captioned.describe(split), err=True)
     epochs = training.train(
         split,
@@ -440,13 +452,14 @@ def compact(output: str, size: int) -> None:
 @click.option("--images", metavar="DIR", help="Where the dataset's images are.  [as for train]")
 @click.option(
     "--split",
-    type=click.Choice(["train", "val", "test"]),
-    help="Images, split as train does without lists.  "
-    "[default: test with --model, all with --references]",
+    type=click.Choice(["train", "val", "test", "all"]),
+    help="Images to score, split as train does without lists.  [default: all with --references and "
+    "of COCO's captions, else test]",
 )
 @click.option(
     "--list", "names", metavar="FILE", help="Names of the images instead of a split, a line each."
 )
+@_allow_missing
 @click.option(
     "--tokenizer",
     type=click.Choice(["auto", "ptb", "simple"]),
@@ -468,6 +481,7 @@ def evaluate(
     images: str | None,
     split: str | None,
     names: str | None,
+    allow_missing: bool,
     tokenizer: str,
     spice: bool,
     json_file: str | None,
@@ -495,9 +509,17 @@ def evaluate(
         from captioner.evaluation import evaluation, metrics
 
     chosen = metrics.choose_tokenizer(tokenizer)
-    split = split or ("test" if model and not names else None)
-    captioned_images = dataset.read_dataset(references or source, images)
-    chosen_images = evaluation.choose_images(captioned_images, split=split, names=names)
+    captioned_images = dataset.read_dataset(
+        references or source,
+        images,
+        needed=_needed_splits(split, of_model=model is not None),
+        allow_missing=allow_missing or names is not None,  # a list says itself what is needed
+    )
+    if names is None and split is None:
+        split = captioned_images.default_split if model else "all"
+    chosen_images = evaluation.choose_images(
+        captioned_images, split=split, names=names, allow_missing=allow_missing
+    )
     if model is not None:
         if seen := evaluation.describe_seen(chosen_images, captioned_images, model, split=split):
             click.echo(printable(seen), err=True)
@@ -516,6 +538,12 @@ def evaluate(
         storage.write(storage.absolute(json_file), (result.to_json() + "\n").encode())
     if per_image:
         storage.write(storage.absolute(per_image), result.to_parquet())
+
+
+def _needed_splits(split: str | None, *, of_model: bool) -> tuple[str, ...] | None:
+    """The splits of which images are scored, where the dataset has splits; None: all of them."""
+    split = split or ("test" if of_model else "all")
+    return None if split == "all" else (split,)
 
 
 if __name__ == "__main__":

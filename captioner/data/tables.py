@@ -1,14 +1,12 @@
 """Tables of captions as they are published: Flickr's CSV, COCO's captions, Karpathy's split."""
 
-import io
-import json
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
 from captioner import storage
-from captioner.errors import InputError
+from captioner.config import parse_json
+from captioner.data.delimited import CsvTable
+from captioner.errors import InputError, one_line
 
 __all__ = ["Entry", "read_csv", "read_json"]
 
@@ -36,57 +34,70 @@ class Entry:
 
 
 def read_csv(uri: str) -> list[Entry]:
-    """The entries of a CSV file with the columns ``image,caption``, in its order.
+    """The entries of a CSV file with the columns ``image`` and ``caption``, in its order.
 
     Raises:
-        InputError: it cannot be read, or has no such columns.
+        InputError: the file cannot be read, lacks these columns or is damaged; with the line.
     """
     try:
-        table = pd.read_csv(io.BytesIO(storage.read(uri)), dtype=str, keep_default_na=False)
+        data = storage.read(uri)
     except FileNotFoundError as error:
         folder, name = uri.rsplit("/", 1)
         raise InputError(f"{folder} has no {name}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
-    if not {"image", "caption"} <= set(table.columns):
-        raise InputError(f"{uri} has no columns image,caption")
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much for an index
-        raise InputError(f"{uri}: a line has more fields than the first: quote a caption's commas")
-    groups = table.groupby("image", sort=False)["caption"]
-    return [Entry(str(name), group.tolist()) for name, group in groups]
+    except OSError as error:
+        raise InputError(f"cannot read {uri}: {error.strerror or one_line(error)}") from error
+    table = CsvTable(uri, data)
+    if any(table.columns.count(name) != 1 for name in ("image", "caption")):
+        raise InputError(
+            f"{uri}, line 1: must name the columns image and caption once, separated by commas, "
+            f"not {','.join(table.columns)[:100]!r}"
+        )
+    image, caption = (table.columns.index(name) for name in ("image", "caption"))
+    captions: dict[str, list[object]] = {}
+    for row in table.rows("image"):
+        captions.setdefault(row.fields[image], []).append(row.fields[caption])
+    return [Entry(name, each) for name, each in captions.items()]
 
 
 def read_json(uri: str) -> list[Entry]:
     """The entries of COCO's captions or of Karpathy's split, in the order of their images.
 
     Raises:
-        InputError: it cannot be read, or is neither.
+        InputError: the file cannot be read, or is neither.
     """
     try:
-        parsed = json.loads(storage.read(uri))
-        if not isinstance(parsed, dict):
-            raise ValueError("it is no object")
-        return _coco(parsed) if "annotations" in parsed else _karpathy(parsed)
+        parsed = parse_json(storage.read(uri))
     except FileNotFoundError as error:
         raise InputError(f"{uri} does not exist") from error
     except OSError as error:
-        raise InputError(f"cannot read {uri}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {uri}: {error.strerror or one_line(error)}") from error
+    except InputError as error:
+        raise InputError(f"{uri} is not valid JSON: {error}") from error
+    try:
+        if not isinstance(parsed, dict):
+            raise ValueError("it is not an object")
+        return _coco(parsed) if "annotations" in parsed else _karpathy(parsed)
+    except ValueError as error:
         raise InputError(
             f"{uri} is neither COCO's captions nor Karpathy's split: {error}"
         ) from error
 
 
 def _coco(parsed: dict[str, Any]) -> list[Entry]:
-    """Captions of an image that is not listed are an entry that is named as no image is."""
-    names: dict[int | str, str] = {}
-    captions: dict[int | str, list[object]] = {}
+    """An entry of captions whose image is not listed has a name that no image has."""
+    names: dict[str, str] = {}
+    captions: dict[str, list[object]] = {}
     for image in _objects(parsed, "images"):
         key, name = _id(image, "id"), _text(image, "file_name")
         if names.setdefault(key, name) != name:
-            raise ValueError(f"two images have the id {key!r}")
+            raise ValueError(f"two images have the id {key}")
         captions.setdefault(key, [])
-    for annotation in _objects(parsed, "annotations"):
+    annotations = _objects(parsed, "annotations")
+    if annotations and not any("caption" in annotation for annotation in annotations):
+        raise ValueError(
+            "none of its annotations has a caption: give captions_*.json, not instances_*.json"
+        )
+    for annotation in annotations:
         captions.setdefault(_id(annotation, "image_id"), []).append(annotation.get("caption"))
     return [Entry(names.get(key, f"image_id {key}"), each) for key, each in captions.items()]
 
@@ -96,7 +107,7 @@ def _karpathy(parsed: dict[str, Any]) -> list[Entry]:
     for image in _objects(parsed, "images"):
         name, split = _text(image, "filename"), _text(image, "split")
         if split not in _SPLITS:
-            raise ValueError(f"there is no split {split!r}")
+            raise ValueError(f"the split {split!r} is not one of {', '.join(_SPLITS)}")
         if image.get("filepath"):
             name = storage.join(_text(image, "filepath"), name)
         sentences = _objects(image, "sentences")
@@ -127,8 +138,9 @@ def _text(record: dict[str, Any], key: str) -> str:
     return value
 
 
-def _id(record: dict[str, Any], key: str) -> int | str:
+def _id(record: dict[str, Any], key: str) -> str:
+    """An id as text: some tools write numbers in quotes."""
     value = record.get(key)
     if not isinstance(value, (int, str)):
         raise ValueError(f"{key} is neither a whole number nor text")
-    return value
+    return str(value)

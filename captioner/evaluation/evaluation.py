@@ -62,28 +62,26 @@ class Captioned:
         return lines
 
 
-def choose_images(data: Dataset, *, split: str | None, names: str | None) -> list[CaptionedImage]:
+def choose_images(
+    data: Dataset, *, split: str | None, names: str | None, allow_missing: bool = False
+) -> list[CaptionedImage]:
     """Some images of a dataset.
 
     Args:
         data: the dataset.
-        split: ``train``, ``val`` or ``test``.
-        names: a file of image names, a line each; where both are None, all images are taken.
+        split: ``train``, ``val``, ``test`` or ``all``.
+        names: a file of image names, a line each, instead of a split; where both are None, all
+            images are taken.
+        allow_missing: accept a file of which more than half of the names are of no image.
 
     Raises:
         InputError: the dataset has no such images, or the file cannot be read.
     """
     if names is not None:
-        return data.listed(names)
-    if split is None:
-        return data.images
-    if data.splits is not None:
-        images = data.of_split(split)
+        images = data.listed(names, allow_missing=allow_missing)
     else:
-        parts = data.split()
-        images = {"train": parts.train, "val": parts.validation, "test": parts.test}[split]
-    if not images:
-        raise InputError(f"the dataset has no images to {split}: use --list")
+        images = data.choose(split or "all")
+    dataset.warn_if_single(images, "score")
     return images
 
 

@@ -6,6 +6,7 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from captioner.data import dataset
 from captioner.data.dataset import CaptionedImage, Split, read_dataset
@@ -93,14 +94,18 @@ def test_karpathys_tokens_come_with_the_captions(photos: Path, tmp_path: Path):
 def test_cocos_captions(photos: Path, tmp_path: Path):
     names = ["photo-0003.jpg", "a/photo-0000.jpg", "gone.jpg", "photo-0001.jpg"]
     read = read_dataset(_json(tmp_path / "captions.json", _coco(names)), str(photos))
-    # The last name is in two folders: which of them is meant, nobody can tell.
+    # The last name is in two folders: nobody can tell which one is meant.
     assert [each.uri for each in read.images] == [
         f"{photos}/b/photo-0003.jpg",
         f"{photos}/a/photo-0000.jpg",
     ]
     assert [each.name for each in read.images] == names[:2]
     assert read.images[1].captions == [f"caption {n} of a/photo-0000.jpg" for n in range(2)]
-    assert (read.without_image, read.without_caption, read.empty_captions) == (2, 0, 0)
+    assert (read.without_image, read.without_caption, read.empty_captions) == (1, 0, 0)
+    assert read.ambiguous == 1
+    assert read.describe(Split(read.images, [], [])).endswith(
+        "; left out: 1 captioned images that are not there, 1 names that fit several images"
+    )
 
 
 def test_images_stand_beside_the_json_file_by_default(photos: Path):
@@ -163,7 +168,7 @@ def test_other_data_to_validate_on(photos: Path, tmp_path: Path):
         both.split()
     names = [("b/photo-0001.jpg", "train"), ("b/photo-0002.jpg", "val")]
     own = _json(tmp_path / "own.json", _karpathy(names))
-    with pytest.raises(InputError, match="leave --val-data"):
+    with pytest.raises(InputError, match="leave out --val-data"):
         read_dataset(own, str(photos)).validated_by(read_dataset(other, str(photos)))
 
 
@@ -193,7 +198,7 @@ def test_lists_of_names(photos: Path, tmp_path: Path):
         (train, leak): "1 images are in both train and validation",
         (train, val, leak): "1 images are in both train and test",
         (train, ambiguous): r"2 images are called photo-0000\.jpg",
-        (train, foreign): "names none of the images",
+        (train, foreign): r"1 of the 1 names in .*/foreign are of no captioned image: none\.jpg$",
         (train,): "go together",
         (None, val): "go together",
         (None, None, test): "go together",
@@ -225,28 +230,40 @@ def test_a_comma_that_is_not_quoted_is_one_line(row: str, place: int, tmp_path: 
     rows = ["a.jpg,a cat", "a.jpg,a cat"]
     rows[place] = row
     (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *rows]))
-    with pytest.raises(InputError, match=r"more fields than|Expected 2 fields in line 3, saw 3"):
+    with pytest.raises(InputError, match=rf"captions\.txt, line {place + 2}: 3 fields, but 2 col"):
         read_dataset(str(tmp_path))
 
 
-def test_names_that_no_image_has_are_told(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_names_of_no_image_are_logged_and_more_than_half_are_refused(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    told: list[str] = []
-    monkeypatch.setattr(dataset._logger, "handle", lambda record: told.append(record.getMessage()))
     read = read_dataset(_json(tmp_path / "captions.json", _coco(["b/photo-0001.jpg"])), str(photos))
     path = tmp_path / "names.txt"
-    for names, line in {
-        ("b/photo-0001.jpg", ""): None,
-        ("c", "b/photo-0001.jpg", "a", "c"): "2 names in {} that no captioned image has: c, a",
-        (*"gfedcba", "photo-0001.jpg"): (
-            "7 names in {} that no captioned image has: g, f, e, d, c, …"
+    known = "b/photo-0001.jpg"
+    for names, problem, is_refused in (
+        ((known, ""), None, False),
+        (("c", known, "c"), "1 of the 2 names in {} are of no captioned image: c", False),
+        (("c", known, "a"), "2 of the 3 names in {} are of no captioned image: c, a", True),
+        (
+            (*"gfedcba", "photo-0001.jpg"),
+            "7 of the 8 names in {} are of no captioned image: g, f, e, d, c, …",
+            True,
         ),
-    }.items():
+    ):
+        caplog.clear()
         path.write_text("\n".join(names))
-        assert read.listed(str(path)) == read.images
-        assert told == ([f"left out: {line.format(path)}"] if line else [])
-        told.clear()
+        message = problem and problem.format(path)
+        if is_refused:
+            with pytest.raises(InputError) as error:
+                read.listed(str(path))
+            assert str(error.value) == f"{message}; --allow-missing accepts the list"
+            assert read.listed(str(path), allow_missing=True) == read.images
+        else:
+            assert read.listed(str(path)) == read.images
+        assert caplog.messages == ([f"left out: {message}"] if message else [])
+    path.write_text("\n \n")
+    with pytest.raises(InputError, match="is empty: each line names an image"):
+        read.listed(str(path))
 
 
 def test_flickrs_layout(photos: Path, tmp_path: Path):
@@ -278,10 +295,175 @@ def test_a_path_from_the_working_directory(photos: Path, monkeypatch: pytest.Mon
 
 def test_images_that_are_elsewhere_are_one_line_with_a_hint(photos: Path, tmp_path: Path):
     path = _json(tmp_path / "captions.json", _coco(["c/photo-0001.jpg"]))
-    with pytest.raises(InputError, match=r"no image in .* has a caption in .* \(--images says"):
+    problem = r"1 of the 1 images that .*captions\.json names are not in .*: c/photo-0001\.jpg"
+    with pytest.raises(InputError, match=problem + r" \(--images says where the images are\)$"):
         read_dataset(path)
-    with pytest.raises(InputError, match=r"captions\.json$"):
+    with pytest.raises(InputError, match=problem + "$"):
         read_dataset(path, str(photos))
+
+
+def _flickr(folder: Path, rows: list[str], files: list[str]) -> str:
+    """A folder with ``Images/`` and ``captions.txt``."""
+    folder.mkdir(exist_ok=True)
+    for name in files:
+        path = folder / "Images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, "AVIF" if name.endswith("avif") else "JPEG")
+    text = "".join(f"{row},A dog\n" for row in rows)
+    (folder / "captions.txt").write_text("image,caption\n" + text)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("a.avif", "a.avif"),
+        ("b.jfif", "b.jfif"),
+        ("c.unheard-of", "c.unheard-of"),
+        ("./a.jpg", "a.jpg"),
+        ("x/../a.jpg", "a.jpg"),
+        ("a.jpg ", "a.jpg"),
+        ("x\\a.jpg", "x/a.jpg"),
+        ("Images/a.jpg", "a.jpg"),
+        ("cafe\u0301.jpg", "caf\u00e9.jpg"),
+        ("caf\u00e9.jpg", "x/cafe\u0301.jpg"),
+        ("{}/Images/a.jpg", "a.jpg"),
+        ("file://{}/Images/x/a%2E.jpg", "x/a..jpg"),
+    ],
+)
+def test_a_name_may_be_spelled_otherwise(name: str, file: str, tmp_path: Path):
+    [image] = read_dataset(_flickr(tmp_path, [name.format(tmp_path)], [file])).images
+    assert image.uri == f"{tmp_path}/Images/{file}"
+
+
+def test_the_exact_name_comes_first(tmp_path: Path):
+    names = ["a.jpg", " a.jpg", "x\\a.jpg", "x/a.jpg"]
+    read = read_dataset(_flickr(tmp_path, names, names))
+    assert [image.uri for image in read.images] == [f"{tmp_path}/Images/{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", ["../captions.txt", "{}/captions.txt", "x/../../captions.txt", ".", "/"]
+)
+def test_a_name_never_leads_out_of_the_images(name: str, tmp_path: Path):
+    source = _flickr(tmp_path, [name.format(tmp_path)], ["a.jpg"])
+    with pytest.raises(InputError, match=r"1 of the 1 images that .* names are not in"):
+        read_dataset(source)
+
+
+@pytest.mark.parametrize(
+    ("image_id", "file_name"), [("1", "a.jpg"), (1, "./a.jpg"), (1, "{}/a.jpg"), ("1", "{}/a.jpg")]
+)
+def test_coco_ids_and_names_may_be_spelled_otherwise(
+    image_id: object, file_name: str, tmp_path: Path
+):
+    write_photos(tmp_path, 1)[0].rename(tmp_path / "a.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": file_name.format(tmp_path)}],
+        "annotations": [{"image_id": image_id, "caption": "A dog"}],
+    }
+    read = read_dataset(_json(tmp_path / "captions.json", content))
+    assert [(image.uri, image.captions) for image in read.images] == [
+        (f"{tmp_path}/a.jpg", ["A dog"])
+    ]
+
+
+def test_each_cause_has_its_own_message(tmp_path: Path):
+    instances = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}],
+    }
+    missing = _coco(["a.jpg"])
+    flat = tmp_path / "json"
+    flat.mkdir()
+    for source, message in {
+        _flickr(tmp_path / "empty", ["a.jpg"], []): r"Images does not exist \(--images says",
+        _flickr(tmp_path / "rows", [], ["a.jpg"]): r"captions\.txt lists no images$",
+        _flickr(tmp_path / "two", ["a.jpg"], ["x/a.jpg", "y/a.jpg"]): (
+            "1 of the 1 names in .* fit several images: "
+            r"a\.jpg is .*/x/a\.jpg or .*/y/a\.jpg; name the folder too"
+        ),
+        _flickr(tmp_path / "case", ["A.jpg"], ["a.JPG"]): r"is A\.jpg the file a\.JPG\?",
+        _flickr(tmp_path / "ending", ["a"], ["x/a.jpg"]): r"is a the file x/a\.jpg\?",
+        _json(flat / "instances.json", instances): r"give captions_\*\.json, not instances",
+        _json(flat / "none.json", instances | {"annotations": []}): (
+            "none of its 1 images has a caption"
+        ),
+        _json(flat / "gone.json", missing): r"not in .*/json: a\.jpg \(--images says",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            read_dataset(source)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(InputError, match=r"bare holds no files, but .* names 1 images"):
+        read_dataset(str(flat / "gone.json"), str(tmp_path / "bare"))
+    (tmp_path / "rows" / "captions.txt").write_text("image,caption\na.jpg,\na.jpg, \n")
+    with pytest.raises(InputError, match=r"captions\.txt: all 2 captions are empty or not text"):
+        read_dataset(str(tmp_path / "rows"))
+
+
+def test_more_than_half_of_the_images_missing_is_refused_unless_allowed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    names = [f"{number}.jpg" for number in range(10)]
+    half = read_dataset(_flickr(tmp_path / "half", names, names[:5]))
+    assert (len(half.images), half.without_image) == (5, 5)
+    assert caplog.messages == [
+        f"left out: 5 of the 10 images that {tmp_path}/half/captions.txt names are not in "
+        f"{tmp_path}/half/Images: 5.jpg, 6.jpg, 7.jpg, 8.jpg, 9.jpg"
+    ]
+    most = _flickr(tmp_path / "most", names, names[:4])
+    with pytest.raises(InputError, match=r"6 of the 10 .*; --allow-missing accepts it$"):
+        read_dataset(most)
+    assert len(read_dataset(most, allow_missing=True).images) == 4
+
+
+def test_repeated_captions_are_kept_and_counted(tmp_path: Path):
+    read = read_dataset(_flickr(tmp_path, ["a.jpg", "b.jpg", "a.jpg"], ["a.jpg", "b.jpg"]))
+    assert [len(image.captions) for image in read.images] == [2, 1]
+    assert read.repeated_captions == 1
+    assert read.describe(Split(read.images, [], [])) == (
+        "2 images to train on, 0 to validate on; 1 captions repeat one of the same image"
+    )
+
+
+def test_what_to_evaluate_on(tmp_path: Path, photos: Path):
+    images = [CaptionedImage(str(i), ["a"]) for i in range(1000)]
+    flickr = dataset.Dataset(images)
+    assert flickr.default_split == "test"
+    found = [flickr.choose(split) for split in ("train", "val", "test", "all")]
+    assert found == [images[:700], images[700:900], images[900:], images]
+    few = dataset.Dataset(images[:300])
+    assert few.choose("all") == images[:300]
+    with pytest.raises(InputError, match="300 images are too few to split: use --split all"):
+        few.choose("test")
+    own = dataset.Dataset(images[:2], splits=["train", "val"])
+    assert own.choose("val") == images[1:2]
+    with pytest.raises(InputError, match="the dataset has no split test: use another --split"):
+        own.choose("test")
+    # Each of COCO's files is one split of COCO; Karpathy's file says which images are for testing.
+    coco = _json(tmp_path / "captions_val2017.json", _coco(["b/photo-0004.jpg"]))
+    assert read_dataset(coco, str(photos)).default_split == "all"
+    karpathy = _json(tmp_path / "dataset.json", _karpathy([("photo-0004.jpg", "test")]))
+    assert read_dataset(karpathy, str(photos)).default_split == "test"
+
+
+def test_only_the_splits_that_are_needed_may_not_be_missing(photos: Path, tmp_path: Path):
+    names = [("photo-0004.jpg", "test"), ("photo-0003.jpg", "val")]
+    names += [(f"gone-{number}.jpg", "train") for number in range(5)]
+    path = _json(tmp_path / "dataset.json", _karpathy(names))
+    read = read_dataset(path, str(photos), needed=("test",))
+    assert (len(read.images), read.without_image) == (2, 5)
+    for needed in (None, ("train",), ("train", "val")):
+        with pytest.raises(InputError, match=r"5 of the 7 images .*; --allow-missing accepts it$"):
+            read_dataset(path, str(photos), needed=needed)
+
+
+def test_a_single_image_to_validate_on_is_worth_a_warning(caplog: pytest.LogCaptureFixture):
+    images = [CaptionedImage(str(i), ["a"]) for i in range(4)]
+    dataset.Dataset(images, splits=["train", "train", "val", "val"]).split()
+    assert caplog.messages == []
+    dataset.Dataset(images[:3], splits=["train", "train", "val"]).split()
+    assert caplog.messages == ["only 1 image to validate on: CIDEr is always 0 for it; give more"]
 
 
 def test_captions_that_are_not_text_are_counted(photos: Path, tmp_path: Path):
@@ -303,7 +485,8 @@ def test_captions_without_an_image_and_images_without_a_caption_are_counted(
             each["caption"] = ""
         if each["image_id"] == 21:
             each["image_id"] = 99
-    read = read_dataset(_json(tmp_path / "captions.json", content), str(photos))
+    path = _json(tmp_path / "captions.json", content)
+    read = read_dataset(path, str(photos), allow_missing=True)
     assert [each.uri for each in read.images] == [f"{photos}/a/photo-0000.jpg"]
     assert (read.without_image, read.without_caption, read.empty_captions) == (2, 2, 2)
     line = read.describe(Split(read.images, [], []))
@@ -347,7 +530,8 @@ def test_an_image_in_two_splits_is_refused(photos: Path, tmp_path: Path):
 def test_a_name_does_not_lead_out_of_the_images(photos: Path, tmp_path: Path):
     outside = write_photos(tmp_path / "outside", 1)[0].rename(tmp_path / "outside" / "secret.jpg")
     names = ["../outside/secret.jpg", str(outside), "a/photo-0000.jpg"]
-    read = read_dataset(_json(tmp_path / "captions.json", _coco(names)), str(photos))
+    path = _json(tmp_path / "captions.json", _coco(names))
+    read = read_dataset(path, str(photos), allow_missing=True)
     assert [each.uri for each in read.images] == [f"{photos}/a/photo-0000.jpg"]
     assert read.without_image == 2
 
@@ -376,6 +560,7 @@ def test_a_name_does_not_lead_out_of_the_images(photos: Path, tmp_path: Path):
         "9" * 5000,
         "\ufeff{",
         '{"images": []}',
+        '{"images": [], "images": []}',
         '{"images": [], "annotations": []}',
     ],
 )

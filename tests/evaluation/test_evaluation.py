@@ -106,6 +106,8 @@ def test_images_that_the_model_has_seen_are_told(data: Path, tmp_path: Path, mod
         result = _run(data, *arguments)
         assert result.exit_code == 0, result.output
         told = [line for line in result.stderr.splitlines() if "METEOR" not in line]
+        if listed == (3, 4):
+            assert told.pop(0) == "only 1 image to score: CIDEr is always 0 for it; give more"
         assert told == ([f"{model} was {known} images, by their names"] if known else [])
 
 
@@ -152,10 +154,33 @@ def test_the_test_images_of_a_split_may_be_there_alone(data: Path, model_directo
     result = _run(*karpathy, "--model", model_directory, "--split=test")
     assert result.exit_code == 0, result.output
     result = _run(*karpathy, "--model", model_directory, "--split=val")
-    assert (result.exit_code, result.output) == (
-        2,
-        "captioner: the dataset has no images to val: use --list\n",
-    )
+    assert result.exit_code == 2, result.output
+    assert "gone.jpg, gone too.jpg; --allow-missing accepts it" in result.output
+    result = _run(*karpathy, "--model", model_directory, "--split=val", "--allow-missing")
+    assert result.exit_code == 2, result.output
+    assert "the dataset has no split val: use another --split, or --list\n" in result.output
+
+
+def test_cocos_captions_are_scored_as_a_whole_unless_a_split_is_named(
+    data: Path, model_directory: Path
+):
+    names = [path.name for path in sorted((data / "Images").iterdir())]
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [{"image_id": i, "caption": "A dog ."} for i in range(len(names))],
+    }
+    (data / "captions.json").write_text(json.dumps(content))
+    options = ("--images", data / "Images", "--tokenizer=simple", "--json=-")
+    coco = (data / "captions.json", "--model", model_directory, *options)
+    folder = (data, "--model", model_directory, *options)
+    for arguments in (coco, (*coco, "--split=all"), (*folder, "--split=all")):
+        result = _run(*arguments)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["images"] == len(names)
+    for arguments in ((*coco, "--split=test"), folder):
+        result = _run(*arguments)
+        assert result.exit_code == 2, result.output
+        assert f"{len(names)} images are too few to split: use --split all" in result.output
 
 
 def test_an_image_of_another_folder_is_not_one_that_was_trained_on(
