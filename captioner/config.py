@@ -439,7 +439,11 @@ class ListingConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(_Checked):
-    """How a caption job runs. None of this changes a caption, so a resumed job may change it."""
+    """How a caption job runs.
+
+    ``precision``, ``max_pixels`` and ``max_bytes`` can change a row: they are part of a job's
+    fingerprint, and a resumed job needs the same. All other fields may differ.
+    """
 
     GROUP = "Speed"
 
@@ -538,6 +542,10 @@ class RunConfig(_Checked):
         super().__post_init__()
         if self.actors is not None:
             self.actor_range  # noqa: B018
+
+    def of_rows(self) -> dict[str, Any]:
+        """The settings that can change a row, by name; ``precision`` is not resolved."""
+        return {name: getattr(self, name) for name in ("precision", "max_pixels", "max_bytes")}
 
     @property
     def actor_range(self) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@
     ├── BundleError            2   a model directory that is not a sound bundle
     ├── OutputError            2   an output directory that cannot be used for this job
     │   └── FingerprintError   2   ... because another job's settings made it
+    ├── DeviceError            2   a device, such as a GPU, that is broken or lost
     ├── IncompleteError        1   the job ended with images unaccounted for
     ├── ErrorRateError         3   the job ended, but too many of its rows are not ok
     └── StoppedError     130, 143  the job was stopped by Ctrl-C or SIGTERM
@@ -16,10 +17,12 @@ that is raised is a bug, or the machine's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "BundleError",
     "CaptionerError",
+    "DeviceError",
     "ErrorRateError",
     "FingerprintError",
     "IncompleteError",
@@ -33,9 +36,12 @@ __all__ = [
 
 
 class CaptionerError(Exception):
-    """Base of every error that captioner raises on purpose."""
+    """Base of every error that captioner raises on purpose. Can be pickled, as all below it."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), self.args), self.__dict__
 
 
 class InputError(CaptionerError, ValueError):
@@ -60,12 +66,18 @@ class FingerprintError(OutputError):
     """The output directory was begun with another model or other decode settings."""
 
 
+class DeviceError(CaptionerError):
+    """A device is broken or lost; no image is at fault."""
+
+    exit_code = 2
+
+
 class IncompleteError(CaptionerError):
     """The job ended, but not every listed image has its row."""
 
 
 class ErrorRateError(CaptionerError):
-    """Every image has its row, but too many rows are not ``ok``."""
+    """Every image has its row, but too many rows of listed images are not ``ok``."""
 
     exit_code = 3
 
@@ -78,14 +90,19 @@ class StoppedError(CaptionerError):
         self.exit_code = 128 + signal
 
 
+def _unpickled(kind: type[CaptionerError], arguments: tuple[Any, ...]) -> CaptionerError:
+    """An error without its ``__init__``, whose parameters need not be the error's arguments."""
+    return kind.__new__(kind, *arguments)
+
+
 def printable(text: str) -> str:
     """One line that a terminal shows as it is, whatever a file name holds."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its type's name where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_of(names: Sequence[str], most: int) -> str:

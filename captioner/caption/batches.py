@@ -1,8 +1,8 @@
-"""One bad image costs one row: what the model cannot do, and what kills a process.
+"""Contains faults of the model: one bad image costs one row.
 
-An image on which the model raises is found by halving its batch. One that kills its process cannot
-be caught; :mod:`captioner.caption.crash_log` tells that it did. An image that was alone
-in its process when that died, twice, is not touched again and becomes a row that says so.
+An image on which the model raises is found by halving its batch. An image that kills its process
+cannot be caught: :mod:`captioner.caption.crash_log` records it, and its shard is then captioned
+image by image.
 """
 
 import logging
@@ -14,33 +14,37 @@ from typing import Literal
 import numpy as np
 import torch
 
-from captioner.caption.crash_log import Attempts
-from captioner.caption.steps import CaptionJob, Loaded, load_image, one_line
-from captioner.caption.timing import Work
+from captioner.caption.crash_log import Crashes, CrashLog
+from captioner.caption.steps import CaptionJob, Loaded, load_image
+from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig
+from captioner.errors import DeviceError, one_line
 from captioner.model.bundle import Bundle
 from captioner.model.native import Caption, Captioner
 from captioner.output import attention
 from captioner.output.manifest import Shard
+from captioner.runtime.device import identify
 from captioner.schema import CaptionRow
 
 __all__ = ["BatchCaptioner", "caption_alone"]
 
-_SMALLEST = 8  # images of the first batches where their size is to be found
+_SMALLEST = 8  # images a batch at first, where the batch size is found by trial
 _TRIED = 3  # batches of each size
-_FASTER = 1.05  # times the speed that twice the size has to bring
-_DEATHS = 2  # of a process with one image alone in it, until the image is left alone
+_FASTER = 1.05  # least ratio of the speeds for which the batch size is doubled
+_GREY = 128  # of the probe's pixels
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 _logger = logging.getLogger(__name__)
 
 
 class BatchCaptioner:
-    """Captions batches of any size, whatever they hold, with no more images at once than fit.
+    """Captions any number of images, in batches that fit the device, and contains their faults.
 
-    ``batch_size`` is halved for good when memory runs out. Where it is given as ``auto`` it is
-    doubled before that for as long as larger batches caption more images a second, up to ``most``:
-    no batch is larger than a shard. ``work`` is what was done since it was taken last.
+    Attributes:
+        batch_size: images a batch; halved for good when memory runs out. Given as ``auto``, it is
+            doubled while larger batches caption more images a second, up to ``most``.
+        device: the piece of hardware, by name.
+        timing: the time since :meth:`take_timing` was called last.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class BatchCaptioner:
         decode: DecodeConfig,
         batch_size: int | Literal["auto"],
         most: int = 1 << 20,
+        device: str = "cpu",
     ):
         self._captioner = captioner
         self._most = most
@@ -57,11 +62,12 @@ class BatchCaptioner:
         self._grows = batch_size == "auto"
         self._slower = 0.0  # images a second in batches of half the size
         self._speeds: list[float] = []  # of batches of this size
-        self.work = Work()
+        self.device = device
+        self.timing = Timing()
 
     @classmethod
     def load(cls, job: CaptionJob, bundle: Bundle) -> "BatchCaptioner":
-        """With a bundle's model, on the device that the job names."""
+        """Loads a bundle's model onto the device that the job names."""
         run = job.run
         captioner = Captioner(
             bundle,
@@ -70,20 +76,37 @@ class BatchCaptioner:
             precision=run.precision,
             compiled=run.compile == "on",
         )
-        return cls(captioner, job.decode, run.batch_size, most=run.shard_size)
+        device = identify(captioner.device)
+        return cls(captioner, job.decode, run.batch_size, most=run.shard_size, device=device)
 
-    def take_work(self) -> Work:
-        """What was done since this was called last."""
-        work, self.work = self.work, Work()
-        return work
+    def take_timing(self) -> Timing:
+        """The timing since this was called last."""
+        timing, self.timing = self.timing, Timing()
+        return timing
 
-    def __call__(self, images: Sequence[Loaded]) -> None:
-        """Captions those of the images that are ok: fills their rows and drops their pixels.
+    def probe(self, image_size: int) -> None:
+        """Captions a plain grey image, which shows that the device works.
 
         Raises:
-            torch.AcceleratorError: the device is in a state that only a new process gets out of.
+            DeviceError: the model cannot caption it.
+            torch.AcceleratorError: the device is lost.
         """
-        self.work.decode += sum(each.seconds for each in images)
+        try:
+            self._captioner(np.full((1, image_size, image_size, 3), _GREY, np.uint8))
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            raise DeviceError(
+                f"{self.device} cannot caption even a plain grey image: {one_line(error)}"
+            ) from error
+
+    def __call__(self, images: Sequence[Loaded]) -> None:
+        """Captions the images that are ok: fills their rows and drops their pixels.
+
+        Raises:
+            torch.AcceleratorError: the device is lost: only a new process can use it again.
+        """
+        self.timing.decode += sum(each.seconds for each in images)
         ready = [each for each in images if each.pixels_HW3 is not None]
         while ready:
             size = self.batch_size
@@ -91,16 +114,16 @@ class BatchCaptioner:
             begin = time.perf_counter()
             self._contain(batch)
             seconds = time.perf_counter() - begin
-            self.work += Work(model=seconds, batches=1, images=len(batch), places=size)
+            self.timing += Timing(model=seconds, batches=1, images=len(batch), places=size)
             if self._grows and len(batch) == self.batch_size:
                 self._grow(len(batch) / seconds)
 
     def _grow(self, speed: float) -> None:
-        """Takes note of a full batch's images a second; doubles the batches while that pays."""
+        """Records a full batch's images a second; doubles the batch size while that pays."""
         self._speeds.append(speed)
         if len(self._speeds) < _TRIED:
             return
-        speed = max(self._speeds[1:])  # the first has its memory and its kernels to find
+        speed = max(self._speeds[1:])  # the first batch allocates memory and selects kernels
         self._speeds = []
         if speed <= _FASTER * self._slower:
             self._grows = False
@@ -125,7 +148,7 @@ class BatchCaptioner:
         half = math.ceil(len(batch) / 2)
         if exhausted and half < self.batch_size:
             self.batch_size, self._grows = half, False
-            _logger.warning("out of memory: batches of %d images from now on", half)
+            _logger.warning("out of memory: batch size reduced to %d images", half)
         self._contain(batch[:half])
         self._contain(batch[half:])
 
@@ -162,19 +185,28 @@ def _is_out_of_memory(problem: Exception) -> bool:
 
 
 def caption_alone(
-    job: CaptionJob, captioner: BatchCaptioner, shard: Shard, attempts: Attempts
+    job: CaptionJob, captioner: BatchCaptioner, shard: Shard, crash_log: CrashLog
 ) -> list[CaptionRow]:
-    """A shard with which a process died, image by image, so that the one that kills is known."""
-    deaths = attempts.deaths(shard.number) or {}
+    """Captions a shard that a process died with image by image, which finds the image that kills.
+
+    Raises:
+        DeviceError: the device seems to be broken.
+    """
+    crashes = crash_log.crashes(shard.number) or Crashes()
+    crash_log.begin(shard.number, crashes)  # no image is in hand while the device is probed
+    crash_log.begin_probe(captioner.device)
+    captioner.probe(job.image_size)
+    crash_log.end_probe(captioner.device)
+    crashes.prove(captioner.device)
     rows = []
     for uri, size in zip(shard.uris, shard.sizes, strict=True):
-        if deaths.get(uri, 0) >= _DEATHS:
-            error = "it killed the process that captioned it twice"
+        if crashes.convict(uri):
+            error = "it killed the process that captioned it, more than once"
             rows.append(CaptionRow(uri=uri, bytes=size, status="failed", error=error))
             continue
-        attempts.begin(shard.number, alone=uri, deaths=deaths)
+        crash_log.begin(shard.number, crashes, alone=(uri, captioner.device))
         image = load_image(job, uri, size)
         captioner([image])
         rows.append(image.row)
-    attempts.end(shard.number)
+    crash_log.end(shard.number)
     return rows

@@ -1,36 +1,28 @@
-"""The caption job: shards → decode → caption → part files, in this process or on Ray.
+"""The caption job: begin, execute the plan, close the books.
 
-A part is written atomically under its shard's name: a task that runs twice writes the same file
-twice, and what was done before a crash stays done.
+A part is written atomically under its shard's name. A task that runs twice writes the same file
+twice, and what was finished before a crash stays finished.
 """
 
 import logging
 import signal
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from captioner import storage
-from captioner.caption.crash_log import Attempts
+from captioner.caption.crash_log import CrashLog
 from captioner.caption.local import run_local
-from captioner.caption.plan import (
-    Plan,
-    Summary,
-    _choose_compile,
-    _describe_process,
-    _plan,
-    choose_engine,
-)
-from captioner.caption.ray import _Actors, _run_ray
-from captioner.caption.steps import CaptionJob, Written
-from captioner.caption.timing import Work
+from captioner.caption.plan import OnRay, Placement, Plan, make_plan, placed
+from captioner.caption.ray import run_on_ray
+from captioner.caption.steps import CaptionJob
+from captioner.caption.summary import Done, Summary
+from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.data import images
 from captioner.data.listing import list_source
@@ -44,18 +36,81 @@ from captioner.model.bundle import Bundle
 from captioner.model.bundle import load as load_bundle
 from captioner.output.compaction import expose
 from captioner.output.directory import OutputDirectory
-from captioner.output.manifest import Shard, new_shards
-from captioner.runtime.cluster import connected
-from captioner.runtime.device import choose_device
+from captioner.output.manifest import new_shards
 from captioner.runtime.memory import keep_few_kernels
 from captioner.runtime.progress import progress_bar
 from captioner.runtime.signals import Signals, catch_signals
 from captioner.schema import MANIFEST, SCHEMA_VERSION
+from captioner.storage import Listed
 
 __all__ = ["caption_images", "plan_captioning"]
 
+_SHOWN = 20  # images without a row that an error names
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a job reads before it begins: the model, the listing, and the settings."""
+
+    bundle: Bundle
+    listed: list[Listed]
+    directory: OutputDirectory
+    decode: DecodeConfig
+    run: RunConfig
+    limited: bool
+
+    @classmethod
+    def read(
+        cls,
+        source: str,
+        output: str,
+        model: str,
+        decode: DecodeConfig | None,
+        run: RunConfig | None,
+        listing: ListingConfig | None,
+    ) -> "_Inputs":
+        listing = listing or ListingConfig()
+        directory = OutputDirectory(storage.absolute(output))
+        bundle = load_bundle(model)
+        return cls(
+            bundle=bundle,
+            listed=list_source(storage.absolute(source), listing),
+            directory=directory,
+            decode=(decode or DecodeConfig()).with_model_defaults(bundle.config),
+            run=run or RunConfig(),
+            limited=listing.limit is not None,
+        )
+
+    def fingerprint(self, placement: Placement) -> dict[str, Any]:
+        """All that can change a row, by name."""
+        return {
+            "model": self.bundle.digests["model.safetensors"],
+            "model settings": self.bundle.digests["config.json"],
+            "vocabulary": self.bundle.digests["tokenizer.json"],
+            "preprocessing version": images.PREPROCESSING_VERSION,
+            "schema version": SCHEMA_VERSION,
+            **asdict(self.decode),
+            **self.run.of_rows(),
+            "precision": placement.precision,
+        }
+
+    def gone(self, manifest: pa.Table) -> set[str]:
+        """The images of earlier runs that are not listed any more; a limit hides no image."""
+        if self.limited:
+            return set()
+        return set(manifest["uri"].to_pylist()) - {each.uri for each in self.listed}
+
+    def job(self, plan: Plan) -> CaptionJob:
+        """What each process of the job needs to know."""
+        return CaptionJob(
+            output=self.directory.uri,
+            image_size=self.bundle.config.image_size,
+            grid=0 if self.decode.attention == "none" else self.bundle.grid,
+            decode=self.decode,
+            run=plan.run,
+        )
 
 
 def plan_captioning(
@@ -73,20 +128,18 @@ def plan_captioning(
     Raises:
         CaptionerError: what :func:`caption_images` would raise before its first image.
     """
-    decode, run, listing = decode or DecodeConfig(), run or RunConfig(), listing or ListingConfig()
-    directory = OutputDirectory(storage.absolute(output))
-    bundle = load_bundle(model)
-    listed = list_source(storage.absolute(source), listing)
-    goes_on = directory.check(_settings(bundle, decode), overwrite=overwrite) and not overwrite
-    manifest = directory.manifest() if goes_on else MANIFEST.empty_table()
-    manifest = pa.concat_tables([manifest, new_shards(manifest, listed, run.shard_size)])
-    shards = list(directory.remaining(manifest, begun=goes_on))
-    if run.retry_failed and goes_on:
-        shards += directory.not_ok(manifest)
-    if choose_engine(run) == "local":
-        return _plan(len(manifest), shards, _describe_process(run))
-    with connected() as ray:
-        return _plan(len(manifest), shards, _Actors.fitting(ray, run).describe())
+    inputs = _Inputs.read(source, output, model, decode, run, listing)
+    directory = inputs.directory
+    with placed(inputs.run, dry=True) as placement:
+        begun = directory.check(inputs.fingerprint(placement), overwrite=overwrite)
+        resumes = begun and not overwrite
+        manifest = directory.manifest() if resumes else MANIFEST.empty_table()
+        added = new_shards(manifest, inputs.listed, inputs.run.shard_size)
+        manifest = pa.concat_tables([manifest, added])
+        shards = list(directory.remaining(manifest, begun=resumes))
+        if inputs.run.retry_failed and resumes:
+            shards += directory.not_ok(manifest)
+        return make_plan(len(manifest), shards, inputs.run, placement)
 
 
 def caption_images(
@@ -99,174 +152,175 @@ def caption_images(
     listing: ListingConfig | None = None,
     overwrite: bool = False,
 ) -> Summary:
-    """Captions the images of a source into an output directory; goes on where an earlier run ended.
+    """Captions the images of a source into an output directory; resumes where a run ended.
 
     Args:
         source: a directory, or a file of URIs: see :func:`captioner.data.listing.list_source`.
         output: see :class:`captioner.output.directory.OutputDirectory`.
-        model: a bundle's directory.
-        decode: what decides the captions; must be the same when a job is gone on with.
+        model: a model's directory.
+        decode: what decides the captions; a resumed job needs the same.
         run: how the job runs.
         listing: which files are images.
         overwrite: delete what an earlier job wrote to the output first.
 
     Raises:
-        InputError: the source cannot be listed.
+        InputError: the source cannot be listed, or a setting cannot be used.
         BundleError: the model cannot be loaded.
         OutputError: the output is another job's, or cannot be written.
         IncompleteError: the job ended with images that have no row.
-        ErrorRateError: more rows of the output than ``run.max_error_rate`` allows are not ok.
+        ErrorRateError: more rows of the listed images than ``run.max_error_rate`` are not ok.
         StoppedError: SIGTERM or Ctrl-C ended the job.
     """
-    decode, run, listing = decode or DecodeConfig(), run or RunConfig(), listing or ListingConfig()
-    choose_engine(run)  # may refuse
-    directory = OutputDirectory(storage.absolute(output))
     keep_few_kernels()
     with catch_signals() as signals:
+        directory = None
         try:
-            bundle = load_bundle(model)
-            listed = list_source(storage.absolute(source), listing)
-            with directory.locked():
-                directory.begin(_settings(bundle, decode), overwrite=overwrite)
-                manifest = directory.extend(listed, run.shard_size)
-                # A limit leaves images out that are still there.
-                found = manifest["uri"] if listing.limit else [each.uri for each in listed]
-                gone = len(manifest) - len(found)
-                job = CaptionJob(
-                    output=directory.uri,
-                    image_size=bundle.config.image_size,
-                    grid=0 if decode.attention == "none" else bundle.grid,
-                    decode=decode,
-                    run=run,
-                )
-                return _caption(job, bundle, directory, manifest, signals, gone=gone)
+            inputs = _Inputs.read(source, output, model, decode, run, listing)
+            directory = inputs.directory
+            with directory.locked(), placed(inputs.run) as placement:
+                directory.begin(inputs.fingerprint(placement), overwrite=overwrite)
+                manifest = directory.extend(inputs.listed, inputs.run.shard_size)
+                shards = list(directory.remaining(manifest))
+                if inputs.run.retry_failed:
+                    failed = list(directory.not_ok(manifest))
+                    directory.delete_held()
+                    expose(directory, manifest, {shard.number for shard in failed})
+                    shards += failed
+                plan = make_plan(len(manifest), shards, inputs.run, placement)
+                return _execute(plan, inputs, signals, gone=inputs.gone(manifest))
         except (Exception, KeyboardInterrupt) as problem:
-            # After a signal anything else comes of it, as an import that was cut off.
+            # After a signal any error may follow from it, such as an import that was cut off.
             if signals.received is None and not isinstance(problem, KeyboardInterrupt):
                 raise
             raise _stopped(directory, signals.received or signal.SIGINT) from problem
 
 
-def _caption(
-    job: CaptionJob,
-    bundle: Bundle,
-    directory: OutputDirectory,
-    manifest: pa.Table,
-    signals: Signals,
-    *,
-    gone: int,
-) -> Summary:
-    """Does what is left of a job, and closes the books however that ends."""
-    shards = list(directory.remaining(manifest))
-    if job.run.retry_failed:
-        failed = list(directory.not_ok(manifest))
-        directory.delete_held()
-        expose(directory, manifest, {shard.number for shard in failed})
-        shards += failed
-    attempts, written, work = Attempts(job.output), Counter[str](), Work()
-    started, begin = _now(), time.monotonic()
-
-    def close(error: str | None = None) -> tuple[Summary, list[str]]:
-        seconds = time.monotonic() - begin
-        accounts = directory.accounts()
-        summary = Summary(
-            output=job.output,
-            images=accounts.images,
-            rows=accounts.rows,
-            missing=len(accounts.missing),
-            gone=gone,
-            captioned=sum(written.values()),
-            seconds=seconds,
-            started=started,
-            ended=_now(),
-            work=work,
-            error=error,
-        )
-        directory.write_summary(summary.figures())
-        return summary, accounts.missing
-
+def _execute(plan: Plan, inputs: _Inputs, signals: Signals, *, gone: set[str]) -> Summary:
+    """Captions what is left, and closes the books however that ends."""
+    books = _Books(inputs.directory, plan.images, len(gone))
+    done = Done()
     try:
-        if shards:
-            _run(job, bundle, shards, written, work, signals, total=len(manifest))
-        elif job.run.profile is not None:
-            _logger.warning("no image is left to caption: %s is not written", job.run.profile)
+        for rows, timing in _results(plan, inputs, signals):
+            done.add(rows, timing)
     except BaseException as problem:
-        # What is told already is not to be hidden by what goes wrong now.
-        with suppress(CaptionerError):
-            directory.tidy()
-            if isinstance(problem, (CaptionerError, KeyboardInterrupt)):
-                attempts.forgive()
-            close(str(problem) or ("stopped" if signals.received else type(problem).__name__))
+        # An error on the way out must not hide why the job ends.
+        with suppress(Exception):
+            books.close_after(problem, done, signals)
         raise
-    directory.tidy()
-    summary, missing = close()
-    if missing:
-        first = ", ".join(missing[:20])
-        raise IncompleteError(f"{len(missing)} images have no row: {first}")
-    attempts.clear()
-    bad = (summary.images - summary.rows.get("ok", 0)) / summary.images
-    if bad > job.run.max_error_rate:
-        raise ErrorRateError(
-            f"{summary.counts()}: {bad:.1%} are not ok, "
-            f"more than --max-error-rate {job.run.max_error_rate:.1%}; captioner report shows why"
-        )
+    summary = books.close(done)
+    _check_error_rate(summary, inputs, gone)
     return summary
 
 
-def _stopped(directory: OutputDirectory, number: int) -> StoppedError:
-    manifest = directory.manifest()
-    done = len(manifest) - sum(len(shard.uris) for shard in directory.remaining(manifest))
-    return StoppedError(
-        f"stopped by {signal.Signals(number).name}: {done} of {len(manifest)} images done; "
-        "run the same command again to go on",
-        number,
-    )
-
-
-def _run(
-    job: CaptionJob,
-    bundle: Bundle,
-    shards: list[Shard],
-    written: Counter[str],
-    work: Work,
-    signals: Signals,
-    *,
-    total: int,
-) -> None:
-    """Runs the engine with a progress bar; adds up the rows written, by status, and the work."""
-    engine: Callable[[CaptionJob, Bundle, list[Shard]], Written] = run_local
-    if choose_engine(job.run) == "ray":
-        engine = partial(_run_ray, total=total)
+def _results(
+    plan: Plan, inputs: _Inputs, signals: Signals
+) -> Iterator[tuple[Mapping[str, int], Timing]]:
+    """Runs the engine with a progress bar; yields the rows, by status, and timing of each shard."""
+    if not plan.shards:
+        if plan.run.profile is not None:
+            _logger.warning("no image is left to caption: %s is not written", plan.run.profile)
+        return
+    _logger.info(plan.describe())
+    job, shards = inputs.job(plan), list(plan.shards)
+    if isinstance(plan.placement, OnRay):
+        engine = run_on_ray(job, inputs.bundle, shards, plan.placement.ray, plan.placement.pool)
     else:
-        on_cpu = choose_device(job.run.device).type == "cpu"
-        job = replace(job, run=_choose_compile(job.run, shards, on_cpu=on_cpu))
-        _logger.info(_plan(total, shards, _describe_process(job.run)).describe())
-    done = total - sum(len(shard.uris) for shard in shards)
-    bar = progress_bar(total, unit="image", initial=done)
-    with bar as progress, closing(engine(job, bundle, shards)) as running:
-        for counts, some in running:
-            written.update(counts)
-            work += some
-            if bad := sum(written.values()) - written["ok"]:
-                progress.set_postfix(bad=bad)
-            progress.update(sum(counts.values()))
+        engine = run_local(job, inputs.bundle, shards)
+    done = Done()
+    bar = progress_bar(plan.images, unit="image", initial=plan.images - plan.remaining)
+    with bar as progress, closing(engine) as running:
+        for rows, timing in running:
+            done.add(rows, timing)
+            if done.not_ok:
+                progress.set_postfix(bad=done.not_ok)
+            progress.update(sum(rows.values()))
+            yield rows, timing
             signals.check()
 
 
-def _settings(bundle: Bundle, decode: DecodeConfig) -> dict[str, Any]:
-    """What decides the rows: the job's fingerprint is made of it."""
-    return {
-        "model": bundle.digests["model.safetensors"],
-        "model settings": bundle.digests["config.json"],
-        "vocabulary": bundle.digests["tokenizer.json"],
-        "preprocessing version": images.PREPROCESSING_VERSION,
-        "schema version": SCHEMA_VERSION,
-        **asdict(decode.with_model_defaults(bundle.config)),
-    }
+class _Books:
+    """Closes the books of a run: what it did and what the output holds, as summary.json."""
+
+    def __init__(self, directory: OutputDirectory, images: int, gone: int):
+        self._directory, self._images, self._gone = directory, images, gone
+        self._crash_log = CrashLog(directory.uri)
+        self._started, self._begin = _now(), time.monotonic()
+
+    def close(self, done: Done) -> Summary:
+        """After all shards.
+
+        Raises:
+            IncompleteError: images have no row.
+        """
+        self._directory.tidy()
+        accounts = self._directory.accounts()
+        summary = self._write(done, accounts.rows, missing=len(accounts.missing))
+        if accounts.missing:
+            first = ", ".join(accounts.missing[:_SHOWN])
+            raise IncompleteError(f"{len(accounts.missing)} images have no row: {first}")
+        self._crash_log.delete()
+        return summary
+
+    def close_after(self, problem: BaseException, done: Done, signals: Signals) -> None:
+        """After an error or a signal, which leaves no time to read the parts."""
+        self._directory.tidy()
+        if isinstance(problem, (CaptionerError, KeyboardInterrupt)):
+            self._crash_log.end_orderly()
+        if signals.received is not None or isinstance(problem, KeyboardInterrupt):
+            self._write(done, {}, missing=self._images - self._finished(), error="stopped")
+            return
+        accounts = self._directory.accounts()
+        error = str(problem) or type(problem).__name__
+        self._write(done, accounts.rows, missing=len(accounts.missing), error=error)
+
+    def _finished(self) -> int:
+        manifest = self._directory.manifest()
+        left = sum(len(shard.uris) for shard in self._directory.remaining(manifest))
+        return len(manifest) - left
+
+    def _write(
+        self, done: Done, rows: dict[str, int], *, missing: int, error: str | None = None
+    ) -> Summary:
+        summary = Summary(
+            output=self._directory.uri,
+            images=self._images,
+            rows=rows,
+            missing=missing,
+            gone=self._gone,
+            captioned=done.images,
+            seconds=time.monotonic() - self._begin,
+            started=self._started,
+            ended=_now(),
+            timing=done.timing,
+            error=error,
+        )
+        self._directory.write_summary(summary.figures())
+        return summary
+
+
+def _check_error_rate(summary: Summary, inputs: _Inputs, gone: set[str]) -> None:
+    bad = (summary.images - summary.rows.get("ok", 0)) / summary.images
+    if bad > inputs.run.max_error_rate:
+        raise ErrorRateError(
+            f"{summary.counts()}: {bad:.1%} are not ok, "
+            f"more than --max-error-rate {inputs.run.max_error_rate:.1%}; "
+            "captioner report shows why"
+        )
+
+
+def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:
+    name, again = signal.Signals(number).name, "run the same command again to resume"
+    manifest = MANIFEST.empty_table()
+    with suppress(Exception):  # what goes wrong now must not hide the signal
+        if directory is not None:
+            manifest = directory.manifest()
+            done = len(manifest) - sum(len(each.uris) for each in directory.remaining(manifest))
+    if not len(manifest):
+        return StoppedError(f"stopped by {name} before the first image; {again}", number)
+    return StoppedError(
+        f"stopped by {name}: {done} of {len(manifest)} images done; {again}", number
+    )
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-# On Ray: one chain of the stages in captioner.caption.ray_stages.

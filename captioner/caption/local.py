@@ -1,119 +1,152 @@
-"""The job in this process: threads read and decode the next images while the model captions."""
+"""The engine in this process: threads read and decode the next images while the model captions."""
 
 import itertools
 import operator
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+
+import torch
 
 from captioner.caption.batches import BatchCaptioner, caption_alone
-from captioner.caption.crash_log import Attempts
+from captioner.caption.crash_log import CrashLog
 from captioner.caption.profiling import Profiler
-from captioner.caption.steps import CaptionJob, Loaded, Written, load_image, write_part
-from captioner.caption.timing import Work
+from captioner.caption.steps import CaptionJob, Loaded, Results, load_image, write_part
+from captioner.caption.timing import Timing
+from captioner.errors import DeviceError
 from captioner.model.bundle import Bundle
 from captioner.output.manifest import Shard
+from captioner.runtime.prefetch import look_ahead
 from captioner.schema import CaptionRow, rows_to_table
 
 __all__ = ["run_local"]
 
-Item = TypeVar("Item")
+_BATCHES_AHEAD = 2  # of decoded images, at least
+_IMAGES_AHEAD = 4  # for each thread that decodes, at least
+_PATIENCE = 5  # seconds for the crash log's entries to be written when the job stops
 
 
-def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Written:
-    """Does the shards, those first that were in a process's hands when it died."""
+def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Results:
+    """Captions shards, first those that processes died with.
+
+    Raises:
+        DeviceError: the device is lost: only another process can use it again.
+    """
     captioner = BatchCaptioner.load(job, bundle)
-    if job.run.profile is None:
-        yield from _run(job, captioner, shards, nullcontext)
-        return
-    only_one = len(shards) == 1 and len(shards[0].uris) <= captioner.batch_size
-    with Profiler(job.run.profile, skip=0 if only_one else 1) as profiler:
-        yield from _run(job, captioner, shards, profiler.batch)
-
-
-def _run(
-    job: CaptionJob,
-    captioner: BatchCaptioner,
-    shards: list[Shard],
-    around_batch: Callable[[], AbstractContextManager[None]],
-) -> Written:
-    attempts = Attempts(job.output)
-    suspects = attempts.suspects()
-    for shard in shards:
-        if shard.number in suspects:  # before all others, so that nothing else goes on meanwhile
-            rows = caption_alone(job, captioner, shard, attempts)
-            yield write_part(job, shard, rows_to_table(rows)), captioner.take_work()
-    others = {shard.number: shard for shard in shards if shard.number not in suspects}
-    decoders = job.run.decoders or os.cpu_count() or 1
-    readers = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-    writer = ThreadPoolExecutor(1, thread_name_prefix="write")
     try:
-        writing: Future[tuple[dict[str, int], Work]] | None = None
+        if job.run.profile is None:
+            yield from _Engine(job, captioner, nullcontext).run(shards)
+            return
+        only_one = len(shards) == 1 and len(shards[0].uris) <= captioner.batch_size
+        with Profiler(job.run.profile, skip=0 if only_one else 1) as profiler:
+            yield from _Engine(job, captioner, profiler.batch).run(shards)
+    except torch.AcceleratorError as error:
+        first = str(error).strip().split("\n")[0]
+        raise DeviceError(
+            f"{captioner.device} is lost: {first}. Run the same command again: what is written "
+            "stays, and an image that causes this is found and set aside"
+        ) from error
 
-        def written() -> tuple[dict[str, int], Work]:
-            assert writing is not None
-            begin = time.perf_counter()
-            counts, work = writing.result()
-            work += Work(held=time.perf_counter() - begin)
-            work += captioner.take_work()
-            return counts, work
 
-        loading = _ahead(
-            _load(job, others.values(), readers, attempts),
-            lambda: max(2 * captioner.batch_size, 4 * decoders),
-        )
-        for number, images in itertools.groupby(loading, key=operator.itemgetter(0)):
-            rows = []
-            while some := list(itertools.islice(images, captioner.batch_size)):
-                begin = time.perf_counter()
-                batch = [loaded.result() for _, loaded in some]
-                captioner.work.starved += time.perf_counter() - begin
-                with around_batch():
-                    captioner(batch)
+class _Engine:
+    """Threads that read, the model, and a thread that writes."""
+
+    def __init__(
+        self,
+        job: CaptionJob,
+        captioner: BatchCaptioner,
+        around_batch: Callable[[], AbstractContextManager[None]],
+    ):
+        self._job, self._captioner, self._around_batch = job, captioner, around_batch
+        self._crash_log = CrashLog(job.output)
+        self._decoders = job.run.decoders or os.cpu_count() or 1
+        self._begun: list[Future[None]] = []  # entries in the crash log
+
+    def run(self, shards: list[Shard]) -> Results:
+        suspects = self._crash_log.shards()
+        for shard in shards:
+            if shard.number in suspects:  # before all others: nothing else is in hand meanwhile
+                rows = caption_alone(self._job, self._captioner, shard, self._crash_log)
+                counts = write_part(self._job, shard, rows_to_table(rows))
+                yield counts, self._captioner.take_timing()
+        readers = ThreadPoolExecutor(self._decoders, thread_name_prefix="decode")
+        writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        try:
+            others = [shard for shard in shards if shard.number not in suspects]
+            yield from self._caption(others, readers, writer)
+        finally:
+            # A read may hang for minutes: it is not waited for. A part is nearly written.
+            readers.shutdown(wait=False, cancel_futures=True)
+            writer.shutdown(cancel_futures=True)
+            wait([each for each in self._begun if not each.cancelled()], _PATIENCE)
+
+    def _caption(
+        self, shards: list[Shard], readers: ThreadPoolExecutor, writer: ThreadPoolExecutor
+    ) -> Results:
+        """Captions shards; a shard's part is written while the next shard is captioned."""
+        writing: Future[tuple[dict[str, int], Timing]] | None = None
+        for shard, batches in self._batches(shards, readers):
+            rows: list[CaptionRow] = []
+            for batch in batches:
+                with self._around_batch():
+                    self._captioner(batch)
                 rows += [loaded.row for loaded in batch]
             if writing:
-                yield written()
-            writing = writer.submit(_finish, job, others[number], rows, attempts)
+                yield self._written(writing)
+            writing = writer.submit(self._write, shard, rows)
         if writing:
-            yield written()
-    finally:
-        for pool in (readers, writer):
-            pool.shutdown(cancel_futures=True)
+            yield self._written(writing)
 
+    def _batches(
+        self, shards: list[Shard], readers: ThreadPoolExecutor
+    ) -> Iterator[tuple[Shard, Iterator[list[Loaded]]]]:
+        """Each shard with its batches of loaded images; loading goes ahead, across shards."""
+        loading = look_ahead(
+            self._load(shards, readers),
+            lambda: max(
+                _BATCHES_AHEAD * self._captioner.batch_size, _IMAGES_AHEAD * self._decoders
+            ),
+        )
+        numbered = {shard.number: shard for shard in shards}
+        for number, images in itertools.groupby(loading, key=operator.itemgetter(0)):
+            yield numbered[number], self._batches_of(images)
 
-def _load(
-    job: CaptionJob, shards: Iterable[Shard], readers: ThreadPoolExecutor, attempts: Attempts
-) -> Iterator[tuple[int, Future[Loaded]]]:
-    """Each image with its shard's number; asking for one begins to read it."""
+    def _batches_of(self, images: Iterator[tuple[int, Future[Loaded]]]) -> Iterator[list[Loaded]]:
+        while some := list(itertools.islice(images, self._captioner.batch_size)):
+            begin = time.perf_counter()
+            batch = [loaded.result() for _, loaded in some]
+            self._captioner.timing.waited_for_decode += time.perf_counter() - begin
+            yield batch
 
-    def load(begun: Future[None], uri: str, size: int | None) -> Loaded:
-        begun.result()
-        return load_image(job, uri, size)
+    def _load(
+        self, shards: Iterable[Shard], readers: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, Future[Loaded]]]:
+        """Each image with its shard's number; asking for one begins to read it."""
 
-    for shard in shards:
-        begun = readers.submit(attempts.begin, shard.number)  # here it would keep the model waiting
-        for uri, size in zip(shard.uris, shard.sizes, strict=True):
-            yield shard.number, readers.submit(load, begun, uri, size)
+        def load(begun: Future[None], uri: str, size: int | None) -> Loaded:
+            begun.result()
+            return load_image(self._job, uri, size)
 
+        for shard in shards:
+            # In this thread it would keep the model waiting.
+            begun = readers.submit(self._crash_log.begin, shard.number)
+            self._begun = [*(each for each in self._begun if not each.done()), begun]
+            for uri, size in zip(shard.uris, shard.sizes, strict=True):
+                yield shard.number, readers.submit(load, begun, uri, size)
 
-def _ahead(items: Iterable[Item], count: Callable[[], int]) -> Iterator[Item]:
-    """The items, asked for so many before they are handed out."""
-    waiting: deque[Item] = deque()
-    for item in items:
-        waiting.append(item)
-        while len(waiting) > count():
-            yield waiting.popleft()
-    yield from waiting
+    def _write(self, shard: Shard, rows: list[CaptionRow]) -> tuple[dict[str, int], Timing]:
+        begin = time.perf_counter()
+        self._crash_log.end(shard.number)
+        counts = write_part(self._job, shard, rows_to_table(rows))
+        return counts, Timing(write=time.perf_counter() - begin)
 
-
-def _finish(
-    job: CaptionJob, shard: Shard, rows: list[CaptionRow], attempts: Attempts
-) -> tuple[dict[str, int], Work]:
-    begin = time.perf_counter()
-    attempts.end(shard.number)
-    counts = write_part(job, shard, rows_to_table(rows))
-    return counts, Work(write=time.perf_counter() - begin)
+    def _written(
+        self, writing: Future[tuple[dict[str, int], Timing]]
+    ) -> tuple[dict[str, int], Timing]:
+        begin = time.perf_counter()
+        counts, timing = writing.result()
+        timing += Timing(waited_for_write=time.perf_counter() - begin)
+        timing += self._captioner.take_timing()
+        return counts, timing

@@ -1,114 +1,119 @@
-"""What a caption job is about to do, and what it did."""
+"""What a caption job is about to do, and where: a dry run shows the plan, a job executes it."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
-from captioner.caption.timing import Work
+from captioner.caption.actors import ActorPool, fit_actors
 from captioner.config import RunConfig
-from captioner.errors import (
-    InputError,
-)
+from captioner.errors import InputError
 from captioner.output.manifest import Shard
-from captioner.runtime.device import choose_device, choose_dtype
+from captioner.runtime.cluster import connected
+from captioner.runtime.device import choose_device, resolve_precision
 
-__all__ = ["Plan", "Summary", "choose_engine"]
+__all__ = ["InProcess", "OnRay", "Placement", "Plan", "choose_engine", "make_plan", "placed"]
 
 _COMPILE_FROM = 10_000  # images: compiling takes as long as it then saves on about so many
-
-
-_HELD_UP = {"model": "the model", "decode": "reading and decoding", "write": "writing"}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a run did and what the output holds now.
+class InProcess:
+    """A job in this process, on one device."""
 
-    ``rows`` counts all rows of the output by status, ``missing`` the images without one; ``gone``
-    are images that an earlier run listed and this one did not: their rows are kept. ``work``
-    is what this run's time went to, ``error`` why it ended early.
-    """
-
-    output: str
-    images: int
-    rows: dict[str, int]
-    missing: int
-    gone: int
-    captioned: int
-    seconds: float
-    started: str
-    ended: str
-    work: Work
-    error: str | None = None
+    device: torch.device
+    precision: Literal["fp32", "bf16"]
 
     @property
-    def images_per_second(self) -> float:
-        """Of this run, from its first shard to its last, start-up included."""
-        return self.captioned / self.seconds if self.seconds else 0.0
+    def on_cpu(self) -> bool:
+        """Whether the model computes on a CPU."""
+        return self.device.type == "cpu"
 
     def describe(self) -> str:
         """One line for a person."""
-        done = f"{self.captioned} now, {self.images_per_second:.1f} images/s"
-        if self.work.bottleneck:
-            done += f", held up by {_HELD_UP[self.work.bottleneck]}"
-        if self.gone:
-            done += f"; {self.gone} images are not listed any more; their rows are kept"
-        return f"{self.counts()}; {done}"
+        return f"in this process, on {self.device}, in {_DTYPES[self.precision]}"
 
-    def figures(self) -> dict[str, Any]:
-        """For summary.json."""
-        speed = {"images_per_second": self.images_per_second}
-        return asdict(self) | speed | {"work": self.work.figures()}
 
-    def counts(self) -> str:
-        """The images by status."""
-        counts = ", ".join(f"{count} {status}" for status, count in self.rows.items() if count)
-        return f"{self.output}: {self.images} images ({counts})"
+@dataclass(frozen=True)
+class OnRay:
+    """A job on a Ray cluster that this process is connected to."""
+
+    ray: Any
+    pool: ActorPool
+    precision: Literal["fp32", "bf16"]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model computes on CPUs; the driver's machine may lack the actors' GPUs."""
+        return not self.pool.gpus
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.pool.describe()}, in {_DTYPES[self.precision]}"
+
+
+Placement = InProcess | OnRay
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job is about to do: ``shards`` are those without a part, of ``remaining`` images."""
+    """What a job is about to do.
+
+    Attributes:
+        images: images of the output, finished ones included.
+        shards: what is to be captioned.
+        run: the settings, with a value for each ``auto`` that the placement decides.
+        placement: where the model runs.
+    """
 
     images: int
-    remaining: int
-    shards: int
-    workers: str
+    shards: tuple[Shard, ...]
+    run: RunConfig
+    placement: Placement
+
+    @property
+    def remaining(self) -> int:
+        """The number of images to caption."""
+        return _count(self.shards)
 
     def describe(self) -> str:
         """One line for a person."""
         if not self.shards:
             return f"{self.images} images, all captioned"
         part = f"{self.remaining} to caption" if self.remaining < self.images else "all to caption"
-        return f"{self.images} images, {part}, in {self.shards} shards; {self.workers}"
+        if self.run.batch_size == "auto":
+            batches = "batches of the size that is fastest"
+        else:
+            batches = f"{self.run.batch_size} images a batch"
+        work = f"{self.images} images, {part}, in {len(self.shards)} shards"
+        return f"{work}; {self.placement.describe()}, {batches}"
 
 
-def _plan(images: int, shards: Sequence[Shard], workers: str) -> Plan:
-    return Plan(images, sum(len(shard.uris) for shard in shards), len(shards), workers)
+def make_plan(images: int, shards: Sequence[Shard], run: RunConfig, placement: Placement) -> Plan:
+    """The plan to caption some shards of an output that has so many images."""
+    run = replace(run, precision=placement.precision)
+    if run.compile == "auto":
+        pays = placement.on_cpu and _count(shards) >= _COMPILE_FROM
+        run = replace(run, compile="on" if pays else "off")
+    return Plan(images, tuple(shards), run, placement)
 
 
-def _describe_process(run: RunConfig) -> str:
-    device = choose_device(run.device)
-    dtype = str(choose_dtype(run.precision, device)).removeprefix("torch.")
-    return f"in this process, on {device}, in {dtype}, {_describe_batch(run)}"
+def _count(shards: Sequence[Shard]) -> int:
+    return sum(len(shard.uris) for shard in shards)
 
 
-def _describe_batch(run: RunConfig) -> str:
-    found = "as many images a batch as pays"
-    return found if run.batch_size == "auto" else f"{run.batch_size} images a batch"
-
-
-def choose_engine(run: RunConfig) -> str:
-    """``local`` or ``ray``; ``auto`` takes Ray in a Ray job, on a cluster or with several GPUs.
+def choose_engine(run: RunConfig) -> Literal["local", "ray"]:
+    """The engine; ``auto`` is Ray in a Ray job, on a cluster or with several GPUs.
 
     Raises:
-        InputError: it is Ray, and there is to be a profile, or one GPU of a machine is named.
+        InputError: the engine is Ray, but a profile or one GPU of a machine is asked for.
     """
-    engine: str = run.engine
-    one_gpu = run.device.startswith("cuda:")
+    engine, one_gpu = run.engine, run.device.startswith("cuda:")
     if engine == "auto" and one_gpu:
         engine = "local"
     elif engine == "auto":
@@ -116,15 +121,54 @@ def choose_engine(run: RunConfig) -> str:
         engine = "ray" if job or torch.cuda.device_count() > 1 else "local"
     if engine == "ray" and one_gpu:
         raise InputError(
-            f"--device {run.device} is for --engine local: Ray chooses the GPU of each process"
+            f"--device {run.device} needs --engine local: Ray chooses the GPU of each process"
         )
     if engine == "ray" and run.profile is not None:
-        raise InputError("a profile is of a job in this process, not on Ray: give --engine local")
+        raise InputError("--profile needs --engine local: it records one process")
     return engine
 
 
-def _choose_compile(run: RunConfig, shards: Sequence[Shard], *, on_cpu: bool) -> RunConfig:
-    if run.compile != "auto":
-        return run
-    pays = on_cpu and sum(len(shard.uris) for shard in shards) >= _COMPILE_FROM
-    return replace(run, compile="on" if pays else "off")
+@contextmanager
+def placed(run: RunConfig, *, dry: bool = False) -> Iterator[Placement]:
+    """Finds the place for a run; on Ray, stays connected to the cluster while entered.
+
+    Args:
+        run: the settings.
+        dry: do not wait for a cluster to grow.
+
+    Raises:
+        InputError: there is no such device, no such cluster, or no room on it.
+    """
+    if choose_engine(run) == "local":
+        device = choose_device(run.device)
+        yield InProcess(device, resolve_precision(run.precision, device))
+        return
+    with connected() as ray:
+        pool = fit_actors(ray, run)
+        yield OnRay(ray, pool, _precision_on_ray(ray, pool, run, dry=dry))
+
+
+def _precision_on_ray(
+    ray: Any, pool: ActorPool, run: RunConfig, *, dry: bool
+) -> Literal["fp32", "bf16"]:
+    """The precision of the actors: one for all of them, as the first free place resolves it."""
+    if run.precision != "auto":
+        return run.precision
+    if not pool.gpus and _is_this_machine(ray):
+        return resolve_precision("auto", torch.device("cpu"))
+    if dry and not pool.room:  # a node that is yet to come cannot be asked; its GPU is a recent one
+        return "bf16" if pool.gpus else resolve_precision("auto", torch.device("cpu"))
+    ask = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_precision_here)
+    precision: Literal["fp32", "bf16"] = ray.get(ask.remote(run.device))
+    return precision
+
+
+def _is_this_machine(ray: Any) -> bool:
+    """Whether the cluster is this machine alone."""
+    return {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]} == {
+        socket.gethostname()
+    }
+
+
+def _precision_here(device: str) -> str:
+    return resolve_precision("auto", choose_device(device))

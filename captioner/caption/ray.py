@@ -1,146 +1,247 @@
-"""The caption job on Ray: one chain of the stages in captioner.caption.ray_stages."""
+"""The engine on Ray: the chain, and its stages. A shard is one row and one block all the way.
+
+Workers that only read, decode or write import this module and neither torch nor timm, which take
+seconds and hundreds of megabytes a process.
+"""
 
 import logging
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import os
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
 
-from captioner import errors
-from captioner.caption.plan import _choose_compile, _plan
-from captioner.caption.ray_stages import CaptionStage, load_stage, write_stage
-from captioner.caption.steps import CaptionJob, Written
-from captioner.caption.timing import RayMetrics, Work
-from captioner.config import RunConfig
-from captioner.errors import (
-    InputError,
-)
-from captioner.model.bundle import Bundle
+import numpy as np
+import pyarrow as pa
+
+from captioner.caption.crash_log import CrashLog
+from captioner.caption.steps import CaptionJob, Loaded, Results, load_image, write_part
+from captioner.caption.timing import RayMetrics, Timing
+from captioner.errors import CaptionerError, InputError
 from captioner.output.manifest import Shard
-from captioner.runtime.cluster import connected, is_known_to_grow
+from captioner.schema import COLUMNS, CaptionRow, rows_to_table
 
-_logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from captioner.caption.actors import ActorPool
+    from captioner.model.bundle import Bundle
+
+__all__ = ["CaptionStage", "load_stage", "run_on_ray", "write_stage"]
+
+_READERS = 4  # threads of a decode task: reading waits, and Pillow decodes without Python's lock
+_CPUS_OF_A_WRITE_TASK = 0.25
+
+_SHARD = pa.schema(
+    {
+        "number": pa.int32(),
+        "uris": pa.list_(pa.string()),
+        "sizes": pa.list_(pa.int64()),
+        "redone": pa.list_(pa.int64()),
+        "rows": pa.list_(pa.struct(list(COLUMNS))),
+        "pixels": pa.list_(pa.large_binary()),
+        "ready": pa.float64(),
+        "timing": pa.struct([(each.name, pa.float64()) for each in fields(Timing)]),
+        "error": pa.binary(),
+    }
+)
 
 
-_ACTOR_CPUS = 0.75  # a whole one would let actors keep the other tasks from being scheduled
+def run_on_ray(
+    job: CaptionJob, bundle: "Bundle", shards: list[Shard], ray: Any, pool: "ActorPool"
+) -> Results:
+    """Captions shards on the cluster that this process is connected to.
 
-
-def _run_ray(job: CaptionJob, bundle: Bundle, shards: list[Shard], total: int) -> Written:
-    with connected() as ray:
-        actors = _Actors.fitting(ray, job.run)
-        # By what the actors are to have: this process may be on a machine without a GPU.
-        job = replace(job, run=_choose_compile(job.run, shards, on_cpu=not actors.gpus))
-        _logger.info(_plan(total, shards, actors.describe()).describe())
-        metrics = RayMetrics(job.output, sum(len(shard.uris) for shard in shards))
-        for counts, work in _chain(ray, job, bundle, shards, actors):
-            metrics.add(counts, work)
-            yield counts, work
-
-
-@dataclass(frozen=True)
-class _Actors:
-    """How many processes caption on Ray, at least and at most, and what Ray sets aside for each.
-
-    ``decoders`` is how many decode tasks have room beside them, None where the cluster may grow.
+    Raises:
+        CaptionerError: as a stage raised it.
     """
+    from ray.data import ActorPoolStrategy, DataContext
 
-    least: int
-    most: int
-    cpus: float
-    gpus: float
-    threads: int | None
-    decoders: int | None
-    cluster: str
-
-    @classmethod
-    def fitting(cls, ray: Any, run: RunConfig) -> "_Actors":
-        """As the settings and the cluster say.
-
-        Raises:
-            InputError: the cluster has no room for them, and will not have.
-        """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-        cluster = f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs"
-        own_cpus = run.cpus_per_actor or (_ACTOR_CPUS if cpus > 1 else 0.4)
-        own_gpus = run.gpus_per_actor
-        if own_gpus is None:
-            own_gpus = 1 if run.device == "cuda" or (gpus and run.device == "auto") else 0
-        if own_gpus > 1 and own_gpus % 1:
-            raise InputError(f"gpus_per_actor must be whole or at most 1, not {own_gpus:g}")
-        room = sum(_room(node, own_cpus, own_gpus) for node in nodes)
-        least, most = run.actor_range or (None, None)
-        if least is None or most is None:
-            least = most = max(1, room if own_gpus else int(cpus) // 8)
-        needed = f"{least} actors of {own_cpus:g} CPUs and {own_gpus:g} GPUs"
-        free = cpus - least * own_cpus
-        grows = run.wait_for_nodes or is_known_to_grow(ray)
-        if run.device == "cuda" and not gpus and not grows:
-            raise InputError(f"there is no GPU for --device cuda: the cluster has {cluster}")
-        if room < least and not grows:
-            raise InputError(
-                f"no room for {needed}, but for {room}: the cluster has {cluster}; "
-                "if it is going to grow, give --wait-for-nodes"
-            )
-        if free < run.cpus_per_decode and not grows:
-            raise InputError(
-                f"{needed} leave {max(0, free):g} CPUs to decode images, which takes "
-                f"{run.cpus_per_decode:g}: the cluster has {cluster}"
-            )
-        threads = None if own_gpus else max(1, int(run.cpus_per_actor or cpus // most))
-        decoders = None if grows else int(free / max(run.cpus_per_decode, 0.1))
-        return cls(least, most, own_cpus, own_gpus, threads, decoders, cluster)
-
-    def describe(self) -> str:
-        """What of a plan is theirs."""
-        number = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
-        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
-        return f"on Ray ({self.cluster}), {number} actors of {self.cpus:g} CPUs{gpus}"
-
-
-def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
-    """How many actors a node holds; the share of a GPU is one GPU's."""
-    places = int(node.get("CPU", 0) / cpus + 1e-6)
-    if gpus:
-        devices = node.get("GPU", 0)
-        shared = int(devices) * int(1 / gpus + 1e-6) if gpus <= 1 else int(devices / gpus)
-        places = min(places, shared)
-    return places
-
-
-def _chain(
-    ray: Any, job: CaptionJob, bundle: Bundle, shards: list[Shard], actors: _Actors
-) -> Written:
-    from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
-
-    context = DataContext.get_current().copy()
-    if actors.decoders is not None:
-        # Ray would decode ahead until a sixth of the machine's memory is full. A shard for each
-        # decode task and two for each actor are enough; Ray keeps some of it for other stages.
-        pixels = 3 * job.image_size**2 * max(len(shard.uris) for shard in shards)  # bytes of one
-        ahead = 2 * (actors.decoders + 2 * actors.most) * pixels
-        context.execution_options.resource_limits = ExecutionResources(object_store_memory=ahead)
-    context.target_max_block_size = None  # never split a block: it is a shard
-    context.enable_progress_bars = False
+    metrics = RayMetrics(job.output, sum(len(shard.uris) for shard in shards))
+    context = _context(job, shards, pool)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     one_shard = {"batch_size": 1, "batch_format": "pyarrow"}
-    load: dict[str, Any] = {"fn_kwargs": {"job": job}, "num_cpus": job.run.cpus_per_decode}
-    constructor = {"job": job, "bundle": ray.put(bundle), "threads": actors.threads}
+    constructor = {"job": job, "bundle": ray.put(bundle), "threads": pool.threads}
+    for_job: dict[str, Any] = {"fn_kwargs": {"job": job}, **one_shard}
     items = [asdict(shard) for shard in shards]
-    with DataContext.current(context):  # what else the process does with Ray keeps its own settings
+    with DataContext.current(context):  # the process's other uses of Ray keep their own settings
         chain = (
             ray.data.from_items(items, override_num_blocks=len(items))
-            .map_batches(load_stage, **load, **one_shard)
+            .map_batches(load_stage, num_cpus=job.run.cpus_per_decode, **for_job)
             .map_batches(
                 CaptionStage,
                 fn_constructor_kwargs=constructor,
-                compute=ActorPoolStrategy(min_size=actors.least, max_size=actors.most),
-                num_gpus=actors.gpus,
-                num_cpus=actors.cpus,
+                compute=ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
+                num_gpus=pool.gpus,
+                num_cpus=pool.cpus,
                 **one_shard,
             )
-            .map_batches(write_stage, fn_kwargs={"job": job}, num_cpus=0.25, **one_shard)
+            .map_batches(write_stage, num_cpus=_CPUS_OF_A_WRITE_TASK, **for_job)
         )
         for row in chain.iter_rows():
-            if problem := row.pop("problem"):
-                name, message = problem
-                raise getattr(errors, name)(message)
-            yield row["rows"], Work(**row["work"])
+            if row["error"] is not None:
+                raise pickle.loads(row["error"])  # noqa: S301 - one of this job's workers made it
+            timing = Timing(**row["timing"])
+            metrics.add(row["rows"], timing)
+            yield row["rows"], timing
+
+
+def _context(job: CaptionJob, shards: Sequence[Shard], pool: "ActorPool") -> Any:
+    """Ray Data's settings for the chain."""
+    from ray.data import DataContext, ExecutionResources
+
+    context = DataContext.get_current().copy()
+    if pool.decoders is not None:
+        # Ray would decode ahead until a sixth of the machine's memory is full. A shard for each
+        # decode task and two for each actor are enough; Ray keeps some of it for other stages.
+        pixels = 3 * job.image_size**2 * max(len(shard.uris) for shard in shards)  # bytes of one
+        ahead = 2 * (pool.decoders + 2 * pool.most) * pixels
+        context.execution_options.resource_limits = ExecutionResources(object_store_memory=ahead)
+    context.target_max_block_size = None  # never split a block: it is a shard
+    context.enable_progress_bars = False
+    return context
+
+
+def _errors_as_rows(stage: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
+    """A stage whose errors come out in its row, which later stages hand on as it is.
+
+    Raised in a stage they would reach the driver as pages of Ray's own frames.
+    """
+
+    @wraps(stage)
+    def run(*arguments: Any, **keywords: Any) -> pa.Table:
+        table = arguments[-1]
+        if "error" in table.column_names and table["error"][0].is_valid:
+            return table
+        try:
+            return stage(*arguments, **keywords)
+        except CaptionerError as error:
+            return pa.Table.from_pylist([{"error": pickle.dumps(error)}], schema=_SHARD)
+
+    return run
+
+
+def _pack(shard: Shard, images_of: Sequence[Loaded] | None, timing: Timing) -> pa.Table:
+    """A shard as one row, with its timing so far; without images where they are not loaded yet.
+
+    ``ready`` is the time by the clock of this machine.
+    """
+    rows = pixels = None
+    if images_of is not None:
+        rows = [asdict(image.row) for image in images_of]
+        pixels = [
+            None if image.pixels_HW3 is None else image.pixels_HW3.tobytes() for image in images_of
+        ]
+    row = {"rows": rows, "pixels": pixels, "ready": time.time(), "timing": asdict(timing)}
+    return pa.Table.from_pylist([asdict(shard) | row], schema=_SHARD)
+
+
+def _unpack(table: pa.Table, image_size: int) -> tuple[Shard, list[Loaded] | None]:
+    [values] = table.select(["number", "uris", "sizes", "redone"]).to_pylist()
+    shard = Shard(**values)
+    [rows], [pixels] = table["rows"].to_pylist(), table["pixels"]
+    if rows is None:
+        return shard, None
+    shape = (image_size, image_size, 3)
+    arrays = (
+        np.frombuffer(data.as_buffer(), np.uint8).reshape(shape) if data.is_valid else None
+        for data in pixels.values
+    )
+    return shard, [
+        Loaded(CaptionRow(**row), pixels_HW3) for row, pixels_HW3 in zip(rows, arrays, strict=True)
+    ]
+
+
+@_errors_as_rows
+def load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
+    """A shard in; its images loaded out, unless a process died with it."""
+    [shard] = (Shard(**row) for row in table.to_pylist())
+    crash_log = CrashLog(job.output)
+    if crash_log.crashes(shard.number) is not None:
+        return _pack(shard, None, Timing())
+    crash_log.begin(shard.number)
+    with ThreadPoolExecutor(job.run.decoders or _READERS) as pool:
+        loaded = list(pool.map(partial(load_image, job), shard.uris, shard.sizes))
+    crash_log.end(shard.number)
+    return _pack(shard, loaded, Timing(decode=sum(each.seconds for each in loaded)))
+
+
+class CaptionStage:
+    """A process that holds the model."""
+
+    def __init__(self, job: CaptionJob, bundle: Any, threads: int | None):
+        import ray
+        import torch
+
+        from captioner.caption.batches import BatchCaptioner
+
+        if threads is not None:  # Ray sets one thread where an actor reserves less than a CPU
+            torch.set_num_threads(threads)
+        self.job = job
+        self.crash_log = CrashLog(job.output)
+        self.error: CaptionerError | None = None
+        try:
+            if job.run.device == "auto" and ray.get_gpu_ids() and not torch.cuda.is_available():
+                raise InputError(
+                    "Ray reserved a GPU, but torch cannot use it: nvidia-smi shows the driver, "
+                    f"torch.version.cuda is {torch.version.cuda}"
+                )
+            self.captioner = BatchCaptioner.load(job, ray.get(bundle))
+        except CaptionerError as error:  # raised here, it would come as pages of Ray's frames
+            self.error = error
+        self.ended: float | None = None  # when the last shard did
+
+    @_errors_as_rows
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """A shard in, its images loaded or not loaded yet; the shard with its captions out."""
+        import torch
+
+        from captioner.caption.batches import caption_alone
+
+        if self.error is not None:
+            raise self.error
+        timing = self._waited(table["ready"][0].as_py())
+        shard, loaded = _unpack(table, self.job.image_size)
+        try:
+            if loaded is None or self.crash_log.crashes(shard.number) is not None:
+                rows = caption_alone(self.job, self.captioner, shard, self.crash_log)
+                loaded = [Loaded(row, None) for row in rows]
+            else:
+                self.crash_log.begin(shard.number)
+                self.captioner(loaded)
+                self.crash_log.end(shard.number)
+        except torch.AcceleratorError:
+            logging.getLogger(__name__).exception("the device is lost: a new process takes over")
+            os._exit(1)
+        timing += self.captioner.take_timing()
+        timing += Timing(**table["timing"][0].as_py())
+        self.ended = time.time()
+        return _pack(shard, loaded, timing)
+
+    def _waited(self, ready: float) -> Timing:
+        """The time since the last shard: until this one was loaded, then until Ray handed it over.
+
+        Ray holds a loaded shard back while captioned shards wait to be written.
+        """
+        if self.ended is None:
+            return Timing()
+        begin = time.time()
+        loaded = min(max(ready, self.ended), begin)
+        return Timing(
+            waited_for_decode=max(0.0, loaded - self.ended),
+            waited_for_write=max(0.0, begin - loaded),
+        )
+
+
+@_errors_as_rows
+def write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
+    """A captioned shard in; the number of its rows by status out, and its timing."""
+    begin = time.perf_counter()
+    shard, captioned = _unpack(table, job.image_size)
+    if captioned is None:
+        raise RuntimeError(f"shard {shard.number} is to be written without its rows")
+    counts = write_part(job, shard, rows_to_table([image.row for image in captioned]))
+    timing = Timing(**table["timing"][0].as_py())
+    timing += Timing(write=time.perf_counter() - begin)
+    return pa.Table.from_pylist([{"rows": counts, "timing": asdict(timing), "error": None}])

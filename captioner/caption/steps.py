@@ -1,7 +1,7 @@
-"""The steps of a caption job, one function each: read, decode, write. Knows no engine.
+"""The steps of a caption job: read and decode an image, write a part. They know no engine.
 
-Both engines are made of these and of :mod:`captioner.caption.batches`, and cut a shard into the
-same batches, so that they write the same rows.
+Both engines consist of these steps and of :mod:`captioner.caption.batches`, and cut a shard into
+the same batches; they therefore write the same rows.
 """
 
 import io
@@ -15,26 +15,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.caption.timing import Work
+from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data import images
+from captioner.errors import CaptionerError, OutputError, one_line
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import Shard
 from captioner.output.parts import part_name
 from captioner.schema import STATUSES, CaptionRow, part_schema
 
-__all__ = ["CaptionJob", "Loaded", "Written", "load_image", "one_line", "write_part"]
+__all__ = ["CaptionJob", "Loaded", "Results", "load_image", "write_part"]
 
-#: What an engine yields when a shard's part is written: its rows by status, and the work done since
-#: it yielded last.
-Written = Generator[tuple[dict[str, int], Work], None, None]
+#: What an engine yields for each shard whose part is written: its rows by status, and the timing
+#: since the engine yielded last.
+Results = Generator[tuple[dict[str, int], Timing], None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionJob:
-    """What the stages need to know; small, and the same on every machine.
+    """What each process of a job needs to know; small, and the same on every machine.
 
-    ``grid`` is the side of an attention map, 0 where none are kept.
+    ``grid`` is the side of an attention map, 0 where no maps are kept.
     """
 
     output: str
@@ -46,9 +47,9 @@ class CaptionJob:
 
 @dataclass
 class Loaded:
-    """An image on its way: the row it will be, and its pixels while it is to be captioned.
+    """An image on its way: its row so far, and its pixels until it is captioned.
 
-    ``seconds`` are those of reading and decoding.
+    ``seconds`` is the time of reading and decoding.
     """
 
     row: CaptionRow
@@ -57,7 +58,11 @@ class Loaded:
 
 
 def load_image(job: CaptionJob, uri: str, size: int | None) -> Loaded:
-    """Reads and decodes one image. What is wrong with it stands in its row."""
+    """Reads and decodes one image; its row says what is wrong with it.
+
+    Raises:
+        CaptionerError: no image of the job can be read, as without a package or credentials.
+    """
     begin = time.perf_counter()
     loaded = _load(job, uri, size)
     loaded.seconds = time.perf_counter() - begin
@@ -71,7 +76,9 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
         return Loaded(CaptionRow(uri=uri, bytes=size, status="rejected", error=error), None)
     try:
         data = storage.read(uri, limit, retries=job.run.retries)
-    except Exception as problem:  # a bucket's client raises what it likes: this row says so
+    except CaptionerError:
+        raise
+    except Exception as problem:  # of a bucket's client, whatever it raises
         row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=one_line(problem))
         return Loaded(row, None)
     decoded = images.decode(
@@ -89,15 +96,18 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
 
 
 def write_part(job: CaptionJob, shard: Shard, rows: pa.Table) -> dict[str, int]:
-    """Writes a shard's rows as its part, or puts those that were redone into the part it has.
+    """Writes a shard's rows as its part, or puts redone rows into the part that is there.
 
     Returns:
         The number of the given rows by status.
 
     Raises:
-        OutputError: the part cannot be written, or, where rows are redone, be read.
+        OutputError: the part cannot be written, or, where rows are redone, cannot be read or holds
+            other images.
+        RuntimeError: these are not the shard's rows.
     """
-    assert rows["uri"].to_pylist() == shard.uris, f"shard {shard.number} has other rows"
+    if rows["uri"].to_pylist() != shard.uris:
+        raise RuntimeError(f"the rows of shard {shard.number} are not those of its images")
     counted = Counter(rows["status"].to_pylist())
     schema = part_schema(
         attention=job.decode.attention, grid=job.grid, levels=job.decode.attention_levels
@@ -112,13 +122,9 @@ def write_part(job: CaptionJob, shard: Shard, rows: pa.Table) -> dict[str, int]:
 
 
 def _put(part: pa.Table, shard: Shard, rows: pa.Table) -> pa.Table:
-    """A part with the rows that were redone in the place of those that they replace."""
+    """A part, with redone rows in the place of the rows that they replace."""
     order = np.arange(len(part))
     order[shard.redone] = len(part) + np.arange(len(rows))
-    assert part["uri"].take(shard.redone).to_pylist() == shard.uris
+    if part["uri"].take(shard.redone).to_pylist() != shard.uris:
+        raise OutputError(f"{part_name(shard.number)} holds other images than its shard")
     return pa.concat_tables([part.cast(rows.schema), rows]).take(order)
-
-
-def one_line(problem: BaseException) -> str:
-    """The message of an exception, or its type's name where it has none."""
-    return " ".join(str(problem).split()) or type(problem).__name__

@@ -140,7 +140,7 @@ def caption_dataset(
     captioner = Captioner(loaded, decode, device=run.device, precision=run.precision)
     load = partial(load_view, size=captioner.image_size, view=0)
     threads = run.decoders or os.cpu_count() or 1
-    pixels_of = prefetch.ahead(load, [image.uri for image in images], threads)
+    pixels_of = prefetch.map_ahead(load, [image.uri for image in images], threads)
     kept: list[CaptionedImage] = []
     captions: list[str] = []
     undecodable: list[str] = []

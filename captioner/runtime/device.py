@@ -1,10 +1,16 @@
 """Which device to compute on, and in which precision."""
 
+import platform
+from pathlib import Path
+from typing import Literal
+
 import torch
 
 from captioner.errors import InputError
 
-__all__ = ["choose_device", "choose_dtype"]
+__all__ = ["choose_device", "choose_dtype", "identify", "resolve_precision"]
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # one for a machine and all of its containers
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,3 +43,16 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     else:
         hardware = False
     return torch.bfloat16 if hardware else torch.float32
+
+
+def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The precision that ``auto`` stands for on a device; any other as it is."""
+    return "bf16" if choose_dtype(precision, device) == torch.bfloat16 else "fp32"
+
+
+def identify(device: torch.device) -> str:
+    """A name for this very piece of hardware, the same in all processes that use it."""
+    if device.type == "cuda":
+        return f"GPU {torch.cuda.get_device_properties(device).uuid}"
+    machine = _BOOT.read_text().strip() if _BOOT.exists() else platform.node()
+    return f"{device.type} of machine {machine}"

@@ -27,7 +27,7 @@ from captioner.data.dataset import CaptionedImage
 from captioner.data.views import _decode_view
 from captioner.errors import OutputError
 from captioner.model.encoder import ImageEncoder
-from captioner.runtime.prefetch import ahead
+from captioner.runtime.prefetch import map_ahead
 from captioner.runtime.progress import Progress, progress_bar
 
 __all__ = ["Features", "compute_features"]
@@ -191,7 +191,7 @@ def _encode(
     """What a file holds: ``features`` ``(images, h, w, C)`` and the ``statuses`` of the images."""
     device = next(encoder.parameters()).device
     encoded, statuses = [], []
-    loaded = ahead(load, examples, os.cpu_count() or 1)
+    loaded = map_ahead(load, examples, os.cpu_count() or 1)
     for begin in range(0, len(examples), batch_size):
         batch = [next(loaded) for _ in examples[begin : begin + batch_size]]
         pixels = torch.from_numpy(np.stack([each for each, _ in batch]))
@@ -226,7 +226,7 @@ def _fingerprint(encoder: ImageEncoder) -> str:
 
 def _versions(examples: Sequence[CaptionedImage]) -> str:
     uris = [each.uri for each in examples]
-    versions = ahead(storage.version, uris, _ASKING)
+    versions = map_ahead(storage.version, uris, _ASKING)
     return "".join(f"{uri} {version}\n" for uri, version in zip(uris, versions, strict=True))
 
 

@@ -200,7 +200,7 @@ class Trainer:
             size = math.ceil(len(share) / self.config.accumulate)
             return [source.batch(share[i : i + size]) for i in range(0, len(share), size)]
 
-        return prefetch.ahead(load, chosen, threads=os.cpu_count() or 1)
+        return prefetch.map_ahead(load, chosen, threads=os.cpu_count() or 1)
 
     def _step(self, parts: Sequence[Batch]) -> tuple[float, float]:
         """A step on the cross-entropy: the whole batch's loss, summed, and number of words."""
@@ -334,7 +334,7 @@ class Trainer:
         ]
         total = words = 0.0
         captions = {}
-        for batch in prefetch.ahead(source.batch, batches, threads=os.cpu_count() or 1):
+        for batch in prefetch.map_ahead(source.batch, batches, threads=os.cpu_count() or 1):
             ids_RT = batch.ids_RT.to(self.device)
             with self._autocast():
                 features = self._features(model, batch)

@@ -1,5 +1,4 @@
 import time
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -7,13 +6,11 @@ import pytest
 import torch
 
 from captioner import storage
-from captioner.caption.batches import BatchCaptioner, caption_alone
-from captioner.caption.crash_log import Attempts
+from captioner.caption.batches import BatchCaptioner
 from captioner.caption.steps import CaptionJob, Loaded, load_image
-from captioner.caption.timing import Work
+from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, RunConfig
 from captioner.model.native import Caption
-from captioner.output.manifest import Shard
 from captioner.schema import CaptionRow
 from conftest import write_photos
 
@@ -138,10 +135,10 @@ def test_batches_grow_no_larger_than_a_shard(monkeypatch):
     for _ in range(20):
         captioner(_images(64))
     assert captioner.batch_size == 64
-    captioner.take_work()
+    captioner.take_timing()
     captioner(_images(64))
-    work = captioner.take_work()
-    assert (work.batches, work.images, work.places) == (1, 64, 64)
+    timing = captioner.take_timing()
+    assert (timing.batches, timing.images, timing.places) == (1, 64, 64)
 
 
 def test_batches_stop_growing_where_memory_ends(monkeypatch):
@@ -150,20 +147,23 @@ def test_batches_stop_growing_where_memory_ends(monkeypatch):
     assert set(model.sizes[-8:]) == {32, 4}
 
 
-def test_work_says_what_held_the_model_up():
-    assert Work().bottleneck is None
-    assert Work().figures()["model_busy"] is None
-    assert Work(model=3, starved=1, held=2).bottleneck == "model"
-    assert Work(decode=9, write=9, model=1, starved=2, held=1).bottleneck == "decode"
-    assert Work(model=1, held=2).bottleneck == "write"
-    work = Work(model=3, starved=1, images=9, places=12, batches=3)
-    assert (work.figures()["model_busy"], work.figures()["batch_fill"]) == (0.75, 0.75)
+def test_the_timing_tells_what_limits_the_speed():
+    assert Timing().bottleneck is None
+    assert Timing().figures()["model_busy"] is None
+    assert Timing(model=3, waited_for_decode=1, waited_for_write=2).bottleneck == "model"
+    assert (
+        Timing(decode=9, write=9, model=1, waited_for_decode=2, waited_for_write=1).bottleneck
+        == "decode"
+    )
+    assert Timing(model=1, waited_for_write=2).bottleneck == "write"
+    timing = Timing(model=3, waited_for_decode=1, images=9, places=12, batches=3)
+    assert (timing.figures()["model_busy"], timing.figures()["batch_fill"]) == (0.75, 0.75)
     captioner = BatchCaptioner(_Model(), DecodeConfig(), 8)
     captioner(_images(20, unreadable=(4,)))
-    work = captioner.take_work()
-    assert (work.images, work.batches, work.places) == (19, 3, 24)
-    assert work.model > 0
-    assert captioner.take_work() == Work()
+    timing = captioner.take_timing()
+    assert (timing.images, timing.batches, timing.places) == (19, 3, 24)
+    assert timing.model > 0
+    assert captioner.take_timing() == Timing()
 
 
 def test_an_image_that_does_not_fit_alone_has_failed():
@@ -183,85 +183,6 @@ def test_a_lost_device_fails_no_image():
     with pytest.raises(torch.AcceleratorError):
         BatchCaptioner(_Model(lose, bad=(2,)), DecodeConfig(), 4)(images)
     assert [image.row.status for image in images] == ["ok"] * 4
-
-
-def _alone(tmp_path: Path, shard: Shard, model: _Model) -> list[CaptionRow]:
-    captioner = BatchCaptioner(model, DecodeConfig(), 4)
-    return caption_alone(JOB, captioner, shard, Attempts(str(tmp_path)))
-
-
-def _shard(tmp_path: Path, count: int) -> Shard:
-    paths = write_photos(tmp_path / "photos", count)
-    return Shard(7, [str(path) for path in paths], [path.stat().st_size for path in paths])
-
-
-class _Killed(BaseException):
-    """Ends a process's work without a chance to tidy up."""
-
-
-def test_only_an_image_that_was_alone_twice_when_its_process_died_is_set_aside(tmp_path):
-    shard, attempts = _shard(tmp_path, 3), Attempts(str(tmp_path))
-    deadly = shard.uris[1]
-
-    def kill() -> None:
-        raise _Killed
-
-    class Deadly(_Model):
-        def __call__(self, images_BHW3):
-            self.sizes.append(len(images_BHW3))
-            if len(self.sizes) == 2:
-                kill()
-            return [Caption(["a"], [0.0], 0.0, None)]
-
-    attempts.begin(7)
-    for deaths in ({}, {deadly: 1}):
-        assert attempts.suspects() == {7}
-        assert attempts.deaths(7) == deaths
-        with pytest.raises(_Killed):
-            _alone(tmp_path, shard, Deadly())
-    assert attempts.deaths(7) == {deadly: 2}
-    rows = _alone(tmp_path, shard, _Model())
-    assert [row.status for row in rows] == ["ok", "failed", "ok"]
-    assert rows[1].error == "it killed the process that captioned it twice"
-    assert attempts.suspects() == set()
-    assert attempts.deaths(7) is None
-
-
-def test_machines_that_go_away_twice_cost_no_image(tmp_path):
-    """Once with the shard in hand, once with one image of it."""
-    shard, attempts = _shard(tmp_path, 3), Attempts(str(tmp_path))
-    attempts.begin(7)
-    attempts.begin(7, alone=shard.uris[0], deaths=attempts.deaths(7))
-    rows = _alone(tmp_path, shard, _Model())
-    assert [row.status for row in rows] == ["ok"] * 3
-
-
-def test_an_orderly_end_is_nobodys_fault(tmp_path):
-    attempts = Attempts(str(tmp_path))
-    attempts.begin(1)
-    attempts.begin(2, alone="b.jpg", deaths={"a.jpg": 1})
-    attempts.forgive()
-    assert attempts.suspects() == {2}
-    assert attempts.deaths(2) == {"a.jpg": 1}
-    attempts.clear()
-    assert attempts.suspects() == set()
-    attempts.clear()
-
-
-@pytest.mark.parametrize("data", [b"", b'{"alone": "b.j', b"\0"])
-def test_a_damaged_file_counts_no_deaths_and_one_of_another_name_is_none(tmp_path, data):
-    """Such as macOS leaves beside those on a share."""
-    attempts = Attempts(str(tmp_path))
-    folder = tmp_path / "__captioner" / "attempts"
-    folder.mkdir(parents=True)
-    (folder / "000001.json").write_bytes(data)
-    (folder / "._000001.json").write_bytes(b"\0\5\x16\7")
-    (folder / "000001 2.json").write_bytes(data)
-    assert attempts.suspects() == {1}
-    assert attempts.deaths(1) == {}
-    attempts.forgive()
-    assert attempts.suspects() == set()
-    assert attempts.deaths(1) is None
 
 
 # Reading.

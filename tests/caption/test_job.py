@@ -104,9 +104,9 @@ def test_the_summary_says_what_the_time_went_to(engine, photos, model_directory,
     output = tmp_path / "out"
     run = _engine(engine, request)
     summary = caption_images(str(photos), str(output), str(model_directory), run=run)
-    written = json.loads((output / "__captioner/summary.json").read_text())["work"]
+    written = json.loads((output / "__captioner/summary.json").read_text())["timing"]
     # 13 images in shards of 4, the three broken ones in different places of them
-    assert (written["batch_images"], written["batches"]) == (10, summary.work.batches)
+    assert (written["batch_images"], written["batches"]) == (10, summary.timing.batches)
     assert written["batch_fill"] == 10 / (3 * written["batches"])
     for name in ("decode_seconds", "model_seconds", "write_seconds"):
         assert 0 < written[name] < 4 * summary.seconds, name
@@ -115,7 +115,7 @@ def test_the_summary_says_what_the_time_went_to(engine, photos, model_directory,
     assert written["model_busy"] == pytest.approx(written["model_seconds"] / busy)
     assert busy < summary.seconds
     assert written["bottleneck"] in ("model", "decode", "write")
-    assert ", held up by " in summary.describe()
+    assert ", limited by " in summary.describe()
 
 
 def test_the_usual_readers_read_the_output(photos, model_directory, tmp_path):
@@ -219,7 +219,7 @@ def test_the_engine_is_ray_only_where_there_is_a_cluster(monkeypatch):
     assert choose_engine(RunConfig()) == "ray"
     assert choose_engine(RunConfig(engine="local")) == "local"
     assert choose_engine(RunConfig(device="cuda:1")) == "local"
-    with pytest.raises(InputError, match=r"^--device cuda:1 is for --engine local: Ray chooses"):
+    with pytest.raises(InputError, match=r"^--device cuda:1 needs --engine local: Ray chooses"):
         choose_engine(RunConfig(device="cuda:1", engine="ray"))
 
 

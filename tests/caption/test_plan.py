@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from captioner.caption.plan import _choose_compile
-from captioner.caption.ray import _Actors
+from captioner.caption.actors import fit_actors
+from captioner.caption.plan import InProcess, make_plan
 from captioner.cli import main
 from captioner.config import LaunchConfig, RunConfig
 from captioner.errors import InputError
@@ -49,7 +50,7 @@ def _cluster(*nodes: dict[str, float], growing: bool = False) -> SimpleNamespace
     ],
 )
 def test_actors_fit_the_cluster(nodes, settings, expected):
-    actors = _Actors.fitting(_cluster(*nodes), RunConfig(**settings))
+    actors = fit_actors(_cluster(*nodes), RunConfig(**settings))
     assert (actors.least, actors.most, actors.cpus, actors.gpus, actors.threads) == expected
 
 
@@ -63,24 +64,28 @@ def test_actors_fit_the_cluster(nodes, settings, expected):
             {"gpus_per_actor": 2.0},
             "but for 0: .* 2 n",
         ),
-        ([{"CPU": 3}], {"actors": "4"}, "leave 0 CPUs to decode images, which takes 0.5: the clu"),
-        ([{"CPU": 2}], {"cpus_per_decode": 1.5}, "leave 1.25 CPUs to decode images, which takes 1"),
+        ([{"CPU": 3}], {"actors": "4"}, "leave 0 CPUs to decode images, which takes 0.5 "),
+        (
+            [{"CPU": 2}],
+            {"cpus_per_decode": 1.5},
+            "leave 1.25 CPUs to decode images, which takes 1.5 ",
+        ),
         ([{"CPU": 8}], {"device": "cuda"}, "^there is no GPU for --device cuda: the cluster has 1"),
         ([{"CPU": 8, "GPU": 4}], {"gpus_per_actor": 1.5}, "must be whole or at most 1, not 1.5"),
     ],
 )
 def test_a_cluster_without_room_says_what_is_missing(nodes, settings, problem):
     with pytest.raises(InputError, match=problem):
-        _Actors.fitting(_cluster(*nodes), RunConfig(**settings))
+        fit_actors(_cluster(*nodes), RunConfig(**settings))
 
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_cluster_that_grows_may_have_no_room_yet(told):
     run = RunConfig(actors="2:8", gpus_per_actor=1.0, wait_for_nodes=not told)
-    actors = _Actors.fitting(_cluster({"CPU": 1}, growing=told), run)
+    actors = fit_actors(_cluster({"CPU": 1}, growing=told), run)
     assert (actors.least, actors.most, actors.gpus) == (2, 8, 1)
     run = RunConfig(device="cuda", wait_for_nodes=not told)
-    assert _Actors.fitting(_cluster({"CPU": 8}, growing=told), run).gpus == 1
+    assert fit_actors(_cluster({"CPU": 8}, growing=told), run).gpus == 1
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,7 @@ def test_training_takes_a_gpu_for_each_worker_or_none(gpus, settings, expected):
     ],
 )
 def test_actors_of_nodes_that_are_yet_to_come(settings, expected):
-    actors = _Actors.fitting(_cluster(growing=True), RunConfig(**settings))
+    actors = fit_actors(_cluster(growing=True), RunConfig(**settings))
     assert (actors.cpus, actors.threads) == expected
 
 
@@ -190,6 +195,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path: Path, model_di
 def test_the_encoder_is_compiled_where_that_pays(settings, images, expected):
     shards = [Shard(n, [""] * 100, [None] * 100) for n in range(images // 100)]
     shards.append(Shard(len(shards), [""] * (images % 100), [None] * (images % 100)))
-    assert _choose_compile(RunConfig(**settings), shards, on_cpu=True).compile == expected
-    on_gpus = _choose_compile(RunConfig(**settings), shards, on_cpu=False)
-    assert on_gpus.compile == settings.get("compile", "off")
+    on_cpu, on_gpu = (InProcess(torch.device(kind), "fp32") for kind in ("cpu", "cuda"))
+    assert make_plan(images, shards, RunConfig(**settings), on_cpu).run.compile == expected
+    plan = make_plan(images, shards, RunConfig(**settings), on_gpu)
+    assert plan.run.compile == settings.get("compile", "off")

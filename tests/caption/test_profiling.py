@@ -88,7 +88,7 @@ def test_on_ray_a_profile_is_refused(tmp_path: Path, model_directory: Path):
         result = CliRunner().invoke(main, [str(each) for each in command])
         assert result.exit_code == 2
         assert result.output == (
-            "captioner: a profile is of a job in this process, not on Ray: give --engine local\n"
+            "captioner: --profile needs --engine local: it records one process\n"
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
 

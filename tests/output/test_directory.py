@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import __version__, storage
-from captioner.caption.crash_log import Attempts
+from captioner.caption.crash_log import CrashLog
 from captioner.errors import FingerprintError, OutputError
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import Accounts, Shard
@@ -319,11 +319,11 @@ def test_jobs_that_begin_at_once_in_a_bucket_share_their_books(memory_bucket, mo
 def test_books_that_cannot_be_reached_are_an_output_error(memory_bucket, monkeypatch):
     output = OutputDirectory(f"{memory_bucket}/out")
     output.begin({})
-    attempts = Attempts(output.uri)
-    attempts.begin(3)
+    crash_log = CrashLog(output.uri)
+    crash_log.begin(3)
     break_bucket(monkeypatch, "ls", "cat_file")
     asked = (output.manifest, output.parts, output.delete_held, output.accounts)
-    for ask in (*asked, attempts.suspects, attempts.forgive, lambda: attempts.deaths(3)):
+    for ask in (*asked, crash_log.shards, crash_log.end_orderly, lambda: crash_log.crashes(3)):
         with pytest.raises(OutputError, match=r"^cannot .* memory://bucket/out.*no connection"):
             ask()
 

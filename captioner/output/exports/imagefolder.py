@@ -28,7 +28,7 @@ def write(job: ExportJob) -> None:
     if not job.may_write(target):
         job.summary.keep(target, job.rows.total)
         return
-    copies = prefetch.ahead(partial(_copy, job), enumerate(_rows(job)), THREADS)
+    copies = prefetch.map_ahead(partial(_copy, job), enumerate(_rows(job)), THREADS)
     with storage.writing(target) as file:
         for name, row, outcome in copies:
             setattr(job.summary, outcome, getattr(job.summary, outcome) + 1)
