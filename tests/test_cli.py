@@ -235,7 +235,7 @@ def test_train_reads_what_its_options_say(tmp_path: Path):
         "not both": (*images, *lists, "--val-data", tables / "val.json"),
         "too few to hold out": images,
         "(--images says where the images are)": (),
-        "neither COCO's captions": (*images, "--val-data", tables / "hostile.json"),
+        "is not valid JSON": (*images, "--val-data", tables / "hostile.json"),
         "nowhere does not exist": ("--images", tmp_path / "nowhere"),
     }
     for message, options in mistakes.items():
