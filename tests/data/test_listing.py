@@ -20,13 +20,13 @@ def _uris(source: object, **listing: object) -> list[str]:
 
 
 def test_a_directory_is_listed_recursively_in_order(place):
-    for name in ("b.jpg", "a/c.PNG", "a.txt", "d.avif"):
+    for name in ("b.jpg", "a/c.PNG", "a.txt", "d.raw"):
         storage.write(f"{place}/{name}", b"123")
     listed = list_source(place, ListingConfig())
     root = place.rsplit("/", 1)[1]
     assert [each.uri.split(f"/{root}/")[1] for each in listed] == ["a/c.PNG", "b.jpg"]
     assert [each.size for each in listed] == [3, 3]
-    assert [uri.split(f"/{root}/")[1] for uri in _uris(place, extensions="avif")] == ["d.avif"]
+    assert [uri.split(f"/{root}/")[1] for uri in _uris(place, extensions="raw")] == ["d.raw"]
     assert _uris(place, limit=1) == [listed[0].uri]
 
 
@@ -171,22 +171,22 @@ def test_what_looks_like_a_number_is_a_name(tmp_path):
         (b"path\na.jpg\n", None),
         (b"\xef\xbb\xbfpath\na.jpg\n", None),
         (b"uri,uri2\na.jpg,b.jpg\n", None),
-        (b"path,label\na.jpg,1\n", "must have one column uri, not path, label$"),
+        (b"path,label\na.jpg,1\n", "must have one column uri, not path, label: rename"),
         (b"uri;label\na.jpg;1\n", "must have commas between its columns, not 'uri;label'$"),
         (b"uri\tlabel\na.jpg\t1\n", r"must have commas between its columns, not 'uri\\tlabel'$"),
         (b"uri\n", "lists no images"),
         (b'uri\n""\n', "lists no images"),
-        (b"", "Empty CSV file"),
-        (b"uri,n\na.jpg,1\nb.jpg\n", "Expected 2 columns, got 1"),
-        (b"uri\n\xff.jpg\n", "invalid UTF8 data"),
-        (b"uri,uri\na.jpg,b.jpg\n", "must have one column uri, not uri, uri$"),
-        (b"a.JPG\nb.jpg\n", "begins with an image, a.JPG, and not with the column's name"),
-        (b"s3://bucket/a\ns3://bucket/b\n", "begins with an image, s3://bucket/a, and not"),
-        (b"a.avif\nb.avif\n", r"begins with an image, a\.avif, and not"),
-        (b"IMG_1\nIMG_2\n", "begins with an image, IMG_1, and not"),
+        (b"", r"list\.csv is empty: its first line names the columns"),
+        (b"uri,n\na.jpg,1\nb.jpg\n", r"list\.csv, line 3: 1 field, but 2 columns"),
+        (b"uri\n\xff.jpg\n", r"list\.csv, line 2: not UTF-8 text \(byte 0xff\)"),
+        (b"uri,uri\na.jpg,b.jpg\n", "must have one column uri, not uri, uri: rename"),
+        (b"a.JPG\nb.jpg\n", "begins with an image, a.JPG, not with the name"),
+        (b"s3://bucket/a\ns3://bucket/b\n", "begins with an image, s3://bucket/a, not"),
+        (b"a.avif\nb.avif\n", r"begins with an image, a\.avif, not"),
+        (b"IMG_1\nIMG_2\n", "begins with an image, IMG_1, not"),
         (b"IMG_0\na.jpg\n", None),  # no image that there is
         (b"folder\na.jpg\n", None),
-        (b"zero\0byte\na.jpg\n", None),
+        (b"zero\0byte\na.jpg\n", "line 1: a zero byte"),
     ],
 )
 def test_the_column_uri_or_the_only_one_counts(tmp_path, data, problem):
@@ -206,7 +206,7 @@ def test_what_a_list_has_twice_or_leaves_empty_is_told(place, caplog):
     assert _uris(f"{place}/list.csv") == [f"{place}/a.jpg", f"{place}/b.jpg"]
     assert [record.getMessage() for record in caplog.records] == [
         f"left out: 2 rows of {place}/list.csv without a URI",
-        f"left out: 2 URIs of {place}/list.csv that stand there before",
+        f"left out: 2 URIs of {place}/list.csv that it lists already",
     ]
 
 
@@ -214,7 +214,7 @@ def test_the_only_column_of_a_parquet_file_is_not_called_like_an_image(place):
     sink = io.BytesIO()
     pq.write_table(pa.table({"a.heic": ["b.heic"]}), sink)
     storage.write(f"{place}/list.parquet", sink.getvalue())
-    with pytest.raises(InputError, match=r"begins with an image, a\.heic, and not"):
+    with pytest.raises(InputError, match=r"begins with an image, a\.heic, not"):
         _uris(f"{place}/list.parquet")
 
 
@@ -280,7 +280,7 @@ def test_a_source_that_cannot_be_asked_for_is_refused(memory_bucket, name, monke
 
 def test_columns_of_a_table_that_are_no_text(tmp_path):
     for column, problem in (
-        (pa.array([1, None]), r"/list\.parquet are not text, but int64$"),
+        (pa.array([1, None]), r"/list\.parquet: the column n holds int64, not text$"),
         (pa.array([[1]]), "Unsupported cast from list"),
         (pa.array([b"\xff"]), "invalid UTF8|Invalid UTF8"),
     ):
@@ -301,8 +301,27 @@ def test_an_empty_list_is_refused(place):
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"a.jpg\n\xff.jpg\n")
-    with pytest.raises(InputError, match=r"^cannot read .+/list\.txt: 'utf-8' codec"):
+    with pytest.raises(InputError, match=r"/list\.txt, line 2: not UTF-8 text \(byte 0xff\)"):
         list_source(f"{tmp_path}/list.txt", ListingConfig())
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ('i/2.jpg,"A sign says hello', "line 4: the quote that opens here is never closed"),
+        ('"i/2.jpg,A dog', "line 4: the quote that opens here is never closed"),
+        ('i/2.jpg,"A sign\ni/3.jpg,"says hello"', "line 4: text follows a closing quote on line 5"),
+        ('i/2.jpg,"A sign\ni/3.jpg,says hello"', "line 4: .* closed on line 5, with other rows"),
+    ],
+)
+def test_an_open_quote_loses_no_image(tmp_path, row, problem):
+    rows = [f"i/{number}.jpg,A dog" for number in range(6)]
+    (tmp_path / "list.csv").write_text("\n".join(["uri,caption", *rows]))
+    assert len(_uris(tmp_path / "list.csv")) == 6
+    rows[2] = row
+    (tmp_path / "list.csv").write_text("\n".join(["uri,caption", *rows]))
+    with pytest.raises(InputError, match=rf"list\.csv, {problem}"):
+        _uris(tmp_path / "list.csv")
 
 
 def test_a_damaged_table_is_refused(tmp_path):
