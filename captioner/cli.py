@@ -407,6 +407,32 @@ def export(output: str, destination: str | None, form: Any, **options: Any) -> N
     click.echo(printable(summary.describe()))
 
 
+@main.command()
+@click.argument("output")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port; 0 takes a free one.")
+@click.option("--token", help="What the page's address must carry; needed with --host.")
+@click.option("--open", "open_browser", is_flag=True, help="Open the page in a browser.")
+def review(output: str, host: str, port: int, token: str | None, open_browser: bool) -> None:
+    """Serve a page to find, look at and correct the captions in OUTPUT, until Ctrl-C.
+
+    OUTPUT may be finished or still growing. Decisions go to OUTPUT/__captioner/review.parquet; the
+    captions themselves stay as they are.
+    """
+    with _importing():
+        from captioner import storage
+        from captioner.review.web.serve import serve
+
+    serve(
+        storage.absolute(output),
+        host=host,
+        port=port,
+        token=token,
+        open_browser=open_browser,
+        announce=lambda address: click.echo(f"review page: {address}  (Ctrl-C ends it)"),
+    )
+
+
 class _Size(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes, with or without KB, MB or GB."""
 

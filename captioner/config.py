@@ -617,6 +617,11 @@ class ExportConfig(_Checked):
     columns: str | None = setting(
         None, "columns to export, between commas; none: those that the format needs"
     )
+    reviewed: Literal["ignore", "accepted", "edited", "all"] = setting(
+        "ignore",
+        "export reviewed captions: accepted (edited ones too), edited, or all that are not "
+        "rejected; ignore: every caption as the model wrote it",
+    )
     prefix: str = setting("", "text before every caption")
     suffix: str = setting("", "text after every caption")
     existing: Literal["keep", "overwrite", "append", "prepend"] = setting(

@@ -19,6 +19,7 @@ from captioner.cli import main
 from captioner.config import ExportConfig, RunConfig
 from captioner.errors import InputError, OutputError
 from captioner.output import exports
+from captioner.output.decisions import Journal
 from captioner.output.exports import ExportSummary
 from conftest import write_photos
 
@@ -318,6 +319,30 @@ def test_an_image_that_is_gone_is_counted_and_tried_again(model_directory, tmp_p
     with tarfile.open(tmp_path / "webdataset/00000.tar") as tar:
         assert len(tar.getnames()) == 9
     assert len((tmp_path / "hf/metadata.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("reviewed", "expected"),
+    [
+        ("accepted", [(0, None), (2, "a cat")]),
+        ("edited", [(2, "a cat")]),
+        ("all", [(0, None), (2, "a cat"), (3, None), (4, None), (5, None)]),
+    ],
+)
+def test_a_reviewed_output_gives_what_the_reviewer_wrote(own_output, tmp_path, reviewed, expected):
+    captions, uris = _rows(own_output).caption, _rows(own_output).uri
+    journal = Journal(own_output)
+    journal.decide(uris[0], "accepted", None, seen=0)
+    journal.decide(uris[1], "rejected", None, seen=0)
+    journal.decide(uris[2], "edited", "a cat", seen=0)
+
+    summary = _export(own_output, str(tmp_path / "x.jsonl"), "jsonl", reviewed=reviewed)
+
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [(line["uri"], line["caption"]) for line in lines] == [
+        (uris[number], caption or captions[number]) for number, caption in expected
+    ]
+    assert summary.not_reviewed == 6 - len(expected)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def export(
     if config.existing in ("append", "prepend") and form != "sidecar":
         raise InputError(f"--existing {config.existing} is for --format sidecar, not {form}")
     directory = OutputDirectory(output)
-    rows = Rows(directory, where=config.where, columns=config.columns)
+    rows = Rows(directory, where=config.where, columns=config.columns, reviewed=config.reviewed)
     ledger = Ledger(directory, destination or "")
     summary = ExportSummary(destination or output)
     with progress_bar(rows.total, unit="image") as progress:
@@ -67,6 +67,7 @@ def export(
         finally:
             ledger.save()
     summary.filtered, summary.not_ok = rows.filtered, rows.not_ok
+    summary.not_reviewed = rows.not_reviewed
     if summary.kept:
         examples = ", ".join(summary.kept_examples)
         raise InputError(

@@ -22,6 +22,7 @@ class ExportSummary:
     unchanged: int = 0
     filtered: int = 0
     not_ok: int = 0
+    not_reviewed: int = 0
     unreadable: int = 0
     kept: int = 0
     kept_examples: list[str] = field(default_factory=list)
@@ -32,6 +33,7 @@ class ExportSummary:
             "unchanged": self.unchanged,
             "left out by --where": self.filtered,
             "left out because their status is not ok": self.not_ok,
+            "left out by --reviewed": self.not_reviewed,
             "left out because they cannot be read": self.unreadable,
             "not exported because a file is in the way": self.kept,
         }

@@ -2,16 +2,27 @@
 
 import re
 from collections.abc import Iterator
+from typing import Literal
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import InputError
+from captioner.output.decisions import read_decisions
 from captioner.output.directory import OutputDirectory
 
-__all__ = ["Rows"]
+__all__ = ["Reviewed", "Rows"]
 
+#: Which captions of a reviewed output: ``all`` are those that are not rejected, ``ignore`` are all
+#: captions as the model wrote them.
+Reviewed = Literal["ignore", "accepted", "edited", "all"]
+
+_LET_THROUGH: dict[Reviewed, tuple[str | None, ...]] = {
+    "accepted": ("accepted", "edited"),
+    "edited": ("edited",),
+    "all": ("accepted", "edited", None),
+}
 _WINDOW = re.compile(r"\bover\s*\(", re.IGNORECASE)
 _MAPS = ("attention", "attention_peak")  # left unread unless an export asks for them
 
@@ -23,13 +34,22 @@ class Rows:
         directory: the output.
         where: an SQL condition over the output's columns, in DuckDB's dialect.
         columns: the columns that the export shall hold, between commas.
+        reviewed: which captions a reviewer must have decided on: those accepted or edited, those
+            edited, or all that are not rejected; ``ignore`` takes every caption as it is.
 
     Raises:
         InputError: the condition cannot be evaluated, or there is no such column.
         OutputError: it is not a caption job's output.
     """
 
-    def __init__(self, directory: OutputDirectory, *, where: str | None, columns: str | None):
+    def __init__(
+        self,
+        directory: OutputDirectory,
+        *,
+        where: str | None,
+        columns: str | None,
+        reviewed: Reviewed = "ignore",
+    ):
         if where is not None and _WINDOW.search(where):
             raise InputError(f"--where {where}: window functions are not supported")
         directory.read_json("run.json")  # refuses what is not an output
@@ -37,8 +57,10 @@ class Rows:
         self._where = where
         #: rows of the output, those that are not exported too
         self.total = len(directory.manifest())
-        #: rows left out by the condition, and by their status
-        self.filtered = self.not_ok = 0
+        self._reviewed = reviewed
+        self._decisions = {} if reviewed == "ignore" else read_decisions(directory.uri)
+        #: rows left out by the condition, by their status, and by the review
+        self.filtered = self.not_ok = self.not_reviewed = 0
         schema = next(directory.rows()).schema if directory.parts() else None
         if schema is None:
             raise InputError(f"{directory.uri} holds no captions yet: nothing to export")
@@ -57,19 +79,41 @@ class Rows:
     def _wanted(self) -> list[str]:
         return self.columns or []
 
+    @property
+    def exported(self) -> int:
+        """How many rows were selected, when all were gone through."""
+        return self.total - self.filtered - self.not_ok - self.not_reviewed
+
     def chosen(self, default: list[str]) -> list[str]:
         """The columns that were asked for, or else these."""
         return self.columns if self.columns is not None else default
 
     def tables(self) -> Iterator[tuple[int, pa.Table]]:
         """The selected rows, some at a time, each time with how many rows were gone through."""
-        self.filtered = self.not_ok = 0
+        self.filtered = self.not_ok = self.not_reviewed = 0
         for table in self._directory.rows(self._read):
             ok = table.filter(pc.equal(table["status"], "ok"))
-            selected = self._select(ok)
+            reviewed = self._as_reviewed(ok)
+            selected = self._select(reviewed)
             self.not_ok += len(table) - len(ok)
-            self.filtered += len(ok) - len(selected)
+            self.not_reviewed += len(ok) - len(reviewed)
+            self.filtered += len(reviewed) - len(selected)
             yield len(table), selected
+
+    def _as_reviewed(self, table: pa.Table) -> pa.Table:
+        """The rows that the review lets through, with the captions that it gave them."""
+        if self._reviewed == "ignore":
+            return table
+        made = [self._decisions.get(uri) for uri in table["uri"].to_pylist()]
+        kinds = [None if each is None else each.decision for each in made]
+        taken = [kind in _LET_THROUGH[self._reviewed] for kind in kinds]
+        captions = [
+            caption if each is None or each.caption is None else each.caption
+            for each, caption in zip(made, table["caption"].to_pylist(), strict=True)
+        ]
+        index = table.schema.get_field_index("caption")
+        edited = table.set_column(index, table.schema.field(index), pa.array(captions, pa.string()))
+        return edited.filter(pa.array(taken, pa.bool_()))
 
     def _select(self, table: pa.Table) -> pa.Table:
         if self._where is None:

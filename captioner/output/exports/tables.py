@@ -116,7 +116,7 @@ def _write(job: ExportJob, lines: Iterator[str]) -> None:
         for line in lines:
             file.write(line.encode(errors="surrogatepass"))
     job.ledger.note(job.destination)
-    job.summary.written = job.rows.total - job.rows.filtered - job.rows.not_ok
+    job.summary.written = job.rows.exported
 
 
 def _csv_line(values: list[Any]) -> str:

@@ -1,0 +1,171 @@
+"""What a reviewer decided of an output's captions: accepted, rejected, edited.
+
+The parts of an output are never changed. A decision is a small file in
+``OUT/__captioner/review/`` the moment it is made; ``OUT/__captioner/review.parquet`` holds all that
+were made before. A later decision on an image replaces an earlier one.
+"""
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from captioner import storage
+from captioner.errors import OutputError
+from captioner.output.directory import PRIVATE
+
+__all__ = ["ConflictError", "Decision", "Journal", "read_decisions"]
+
+Kind = Literal["accepted", "rejected", "edited"]
+
+_SCHEMA = pa.schema(
+    {
+        "uri": pa.string(),
+        "decision": pa.string(),
+        "caption": pa.string(),
+        "revision": pa.int64(),
+    }
+)
+_COMPACTED_AFTER = 500  # files
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One image's: ``caption`` is the edited text, ``revision`` the time in nanoseconds.
+
+    ``decision`` is None where an earlier one was taken back.
+    """
+
+    uri: str
+    decision: Kind | None
+    caption: str | None
+    revision: int
+
+
+class ConflictError(Exception):
+    """Another decision on the image was made since the reviewer saw it."""
+
+    def __init__(self, current: Decision):
+        super().__init__(f"{current.uri} was decided on meanwhile")
+        self.current = current
+
+
+def read_decisions(output: str) -> dict[str, Decision]:
+    """The decision on each image of an output that has one, by URI.
+
+    Raises:
+        OutputError: they cannot be read.
+    """
+    decisions, _ = _read(output)
+    return {uri: each for uri, each in decisions.items() if each.decision is not None}
+
+
+class Journal:
+    """The decisions on an output's captions, and where new ones are written. Safe with threads."""
+
+    def __init__(self, output: str):
+        self._output = output
+        self._lock = threading.Lock()
+        self._decisions, self._files = _read(output)
+
+    def __getitem__(self, uri: str) -> Decision:
+        """The decision on an image; one with revision 0 where there is none."""
+        return self._decisions.get(uri, Decision(uri, None, None, 0))
+
+    def all(self) -> list[Decision]:
+        """Every decision that there is, those taken back too."""
+        return [*self._decisions.values()]
+
+    def decide(self, uri: str, kind: Kind | None, caption: str | None, *, seen: int) -> Decision:
+        """Writes a decision.
+
+        Args:
+            uri: the image.
+            kind: what was decided; None takes the decision back.
+            caption: the text, where it was edited.
+            seen: the revision of the decision that the reviewer saw.
+
+        Raises:
+            ConflictError: there is a later one.
+            OutputError: it cannot be written.
+        """
+        with self._lock:
+            current = self[uri]
+            if current.revision != seen:
+                raise ConflictError(current)
+            made = Decision(uri, kind, caption, max(time.time_ns(), current.revision + 1))
+            name = f"{made.revision:020d}-{secrets.token_hex(4)}.json"
+            target = storage.join(_folder(self._output), name)
+            storage.write(target, json.dumps(asdict(made)).encode())
+            self._decisions[uri] = made
+            self._files.append(target)
+            if len(self._files) >= _COMPACTED_AFTER:
+                self._compact()
+            return made
+
+    def close(self) -> None:
+        """Brings all decisions together in ``review.parquet``.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._lock:
+            if self._files:
+                self._compact()
+
+    def _compact(self) -> None:
+        # Another server may have written meanwhile: what it wrote is kept, the latest counts.
+        decisions, files = _read(self._output)
+        self._decisions = _latest([*self._decisions.values(), *decisions.values()])
+        rows = [asdict(each) for each in self._decisions.values()]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
+        storage.write(_parquet(self._output), sink.getvalue().to_pybytes())
+        for file in files:
+            storage.delete(file)
+        self._files = []
+
+
+def _folder(output: str) -> str:
+    return storage.join(output, f"{PRIVATE}/review")
+
+
+def _parquet(output: str) -> str:
+    return storage.join(output, f"{PRIVATE}/review.parquet")
+
+
+def _read(output: str) -> tuple[dict[str, Decision], list[str]]:
+    """The latest decision on each image, and the files that are not in the Parquet file yet."""
+    try:
+        names = storage.names(_folder(output))
+        found = _read_parquet(output)
+        files = [storage.join(_folder(output), name) for name in names if name.endswith(".json")]
+        for file in files:
+            found.append(Decision(**json.loads(storage.read(file))))
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise OutputError(f"cannot read the review decisions of {output}: {reason}") from error
+    return _latest(found), files
+
+
+def _read_parquet(output: str) -> list[Decision]:
+    try:
+        data = storage.read(_parquet(output))
+    except FileNotFoundError:
+        return []
+    table = pq.read_table(pa.BufferReader(data), schema=_SCHEMA, use_threads=False)
+    return [Decision(**row) for row in table.to_pylist()]
+
+
+def _latest(decisions: Iterable[Decision]) -> dict[str, Decision]:
+    latest: dict[str, Decision] = {}
+    for each in decisions:
+        if each.uri not in latest or each.revision > latest[each.uri].revision:
+            latest[each.uri] = each
+    return latest

@@ -1,0 +1,276 @@
+"""The review page's server: its routes, and what each answers."""
+
+import json
+from collections.abc import Awaitable, Callable
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from captioner.errors import CaptionerError, InputError, printable
+from captioner.output.decisions import ConflictError, Decision, Journal
+from captioner.review.rows import attention_maps
+from captioner.review.web.index import RowIndex
+from captioner.review.web.pictures import SIZES, PictureCache, map_png, photo_jpeg
+from captioner.review.web.security import HEADERS, Guard
+from captioner.review.web.view import PAGE, SORTS, View
+from captioner.schema import COLUMNS
+
+__all__ = ["make_app"]
+
+_STATIC = {"review.css": "text/css", "review.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_LONGEST_CAPTION = 10_000  # characters of an edited caption
+_LARGEST_BODY = 100_000  # bytes
+_OWN = frozenset(COLUMNS.names)
+
+
+def make_app(index: RowIndex, journal: Journal, guard: Guard) -> Starlette:
+    """The page over an index; decisions go to the journal."""
+    for decision in journal.all():
+        index.decide(decision)
+    review = _Review(index, journal, guard)
+
+    async def protect(
+        request: Request, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        response = guard.refusal(request) or await answer(request)
+        response.headers.update(HEADERS)
+        return response
+
+    return Starlette(
+        routes=[
+            Route("/", review.grid),
+            Route("/row/{number:int}", review.row),
+            Route("/photo/{size}/{number:int}", review.photo),
+            Route("/map/{number:int}/{word:int}", review.map),
+            Route("/decision/{number:int}", review.decide, methods=["POST"]),
+            Route("/progress", review.progress),
+            Route("/static/{name}", review.static),
+        ],
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=protect)],
+        exception_handlers={CaptionerError: _explain, HTTPException: _explain_status},
+    )
+
+
+async def _explain(_: Request, error: Exception) -> Response:
+    return PlainTextResponse(printable(str(error)), 404 if isinstance(error, InputError) else 500)
+
+
+async def _explain_status(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return PlainTextResponse(error.detail, error.status_code)
+
+
+class _Review:
+    """The answers; what waits for the database, a disk or a bucket does so in a thread."""
+
+    def __init__(self, index: RowIndex, journal: Journal, guard: Guard):
+        self._index, self._journal, self._guard = index, journal, guard
+        self._pictures = PictureCache()
+        self._templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("captioner.review.web"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters["printable"] = printable
+
+    async def grid(self, request: Request) -> Response:
+        """A page of rows, with the filters."""
+        view = View.of(request.query_params.multi_items())
+        return await run_in_threadpool(self._grid, view)
+
+    def _grid(self, view: View) -> Response:
+        self._index.wait(view.page * PAGE)
+        columns = self._index.columns
+        ask = self._index.query
+        count = ask(*view.count(columns))
+        total = count[0]["rows"] if count else 0
+        names = [
+            name for name in ("status", "decision", "finish") if name in {*columns, "decision"}
+        ]
+        return self._page(
+            "grid.html",
+            view=view,
+            rows=ask(*view.page_of_rows(columns)),
+            total=total,
+            pages=max(1, -(-total // PAGE)),
+            facets={name: ask(*view.facet(name, columns)) for name in names},
+            kept=[name for name in columns if name not in _OWN and not name.startswith("__")],
+        )
+
+    async def row(self, request: Request) -> Response:
+        """One row: its photo, a map for each word, its columns."""
+        view = View.of(request.query_params.multi_items())
+        return await run_in_threadpool(self._row, request.path_params["number"], view)
+
+    def _row(self, number: int, view: View) -> Response:
+        row, maps = self._read(number)
+        decision = self._journal[row["uri"]]
+        words = [
+            {"text": token, "likely": float(np.exp(logprob))}
+            for token, logprob in zip(
+                row["tokens"] or [], row["token_logprobs"] or [], strict=False
+            )
+        ]
+        before, after = self._neighbours(number, view)
+        return self._page(
+            "row.html",
+            view=view,
+            number=number,
+            row=row,
+            words=words,
+            maps=0 if maps is None else len(maps),
+            decision=decision,
+            before=before,
+            after=after,
+            facts={
+                name: value
+                for name, value in row.items()
+                if name not in ("attention", "attention_peak", "tokens", "token_logprobs")
+                and value is not None
+            },
+        )
+
+    def _neighbours(self, number: int, view: View) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The rows before and after one in the view, each with its page; -1 where there is none."""
+        columns = self._index.columns
+        numbers: list[tuple[int, int]] = []
+        for page in (view.page - 1, view.page, view.page + 1):
+            if page >= 1:
+                found = self._index.query(*view.neighbours(columns, page))
+                numbers += [(each["__row"], page) for each in found]
+        places = [place for place, (each, _) in enumerate(numbers) if each == number]
+        if not places:
+            return (-1, 1), (-1, 1)
+        [place] = places
+        before = numbers[place - 1] if place else (-1, 1)
+        after = numbers[place + 1] if place + 1 < len(numbers) else (-1, 1)
+        return before, after
+
+    async def photo(self, request: Request) -> Response:
+        """A row's photo, small or large."""
+        number, size = request.path_params["number"], request.path_params["size"]
+        if size not in SIZES:
+            raise HTTPException(404, "There is no such size.")
+        uri = await run_in_threadpool(self._uri, number)
+        make = partial(photo_jpeg, uri, size)
+        picture = await run_in_threadpool(self._pictures.get, (uri, size), make)
+        return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private"})
+
+    async def map(self, request: Request) -> Response:
+        """The attention map of a word of a row."""
+        return await run_in_threadpool(self._map, **request.path_params)
+
+    def _map(self, number: int, word: int) -> Response:
+        _, maps = self._read(number)
+        if maps is None or word >= len(maps):
+            raise HTTPException(404, "The row has no such map.")
+        return Response(
+            map_png(maps[word]), media_type="image/png", headers={"Cache-Control": "private"}
+        )
+
+    async def decide(self, request: Request) -> Response:
+        """Takes a decision: JSON with ``decision``, ``caption`` and the ``revision`` seen."""
+        if int(request.headers.get("content-length") or 0) > _LARGEST_BODY:
+            raise HTTPException(413, "The caption is too long.")
+        values = _parse(await request.body())
+        uri = await run_in_threadpool(self._uri, request.path_params["number"])
+        try:
+            made = await run_in_threadpool(
+                self._journal.decide,
+                uri,
+                values["decision"],
+                values["caption"],
+                seen=values["revision"],
+            )
+        except ConflictError as conflict:
+            return JSONResponse(_as_json(conflict.current), 409)
+        await run_in_threadpool(self._index.decide, made)
+        return JSONResponse(_as_json(made))
+
+    async def progress(self, _: Request) -> Response:
+        """How much of the output is indexed, for the page to follow."""
+        return JSONResponse(self._progress())
+
+    async def static(self, request: Request) -> Response:
+        """The style sheet and the script."""
+        name = request.path_params["name"]
+        if name not in _STATIC:
+            raise HTTPException(404, "There is no such file.")
+        data = resources.files("captioner.review.web").joinpath("static", name).read_bytes()
+        return Response(data, media_type=_STATIC[name])
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "rows": self._index.rows,
+            "total": self._index.total,
+            "complete": self._index.complete,
+            "problem": self._index.problem and printable(self._index.problem),
+        }
+
+    def _uri(self, number: int) -> str:
+        found = self._index.query("SELECT uri FROM captions WHERE __row = ?", [number])
+        if not found:
+            raise HTTPException(404, "There is no such row.")
+        uri: str = found[0]["uri"]
+        return uri
+
+    def _read(self, number: int) -> tuple[dict[str, Any], np.ndarray | None]:
+        """A row and its maps, one a word; None where it has none."""
+        found = self._index.read_row(number)
+        if found is None:
+            raise HTTPException(404, "There is no such row.")
+        row, schema = found
+        return row, attention_maps(row, schema) if row["attention"] else None
+
+    def _page(self, template: str, **values: Any) -> Response:
+        return HTMLResponse(
+            self._templates.get_template(template).render(
+                output=self._index.directory.uri,
+                write_token=self._guard.write_token,
+                sorts=SORTS,
+                progress=self._progress(),
+                **values,
+            )
+        )
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    """The values of a decision, checked."""
+    try:
+        values = json.loads(body)
+        kind, caption, revision = values["decision"], values["caption"], values["revision"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise HTTPException(400, "A decision has decision, caption and revision.") from error
+    if kind not in ("accepted", "rejected", "edited", None):
+        raise HTTPException(400, "A decision is accepted, rejected, edited or null.")
+    if not isinstance(revision, str) or not revision.isdecimal() or len(revision) > 20:
+        raise HTTPException(400, "A revision is a number, as text.")
+    if (kind == "edited") != isinstance(caption, str):
+        raise HTTPException(400, "An edited caption has a text, and no other has.")
+    if caption is not None:
+        caption = " ".join(caption.split())
+        if not caption or len(caption) > _LONGEST_CAPTION:
+            raise HTTPException(400, f"A caption has 1 to {_LONGEST_CAPTION} characters.")
+    return {"decision": kind, "caption": caption, "revision": int(revision)}
+
+
+def _as_json(decision: Decision) -> dict[str, Any]:
+    """A decision for the page; a revision is text, which JavaScript does not round."""
+    return {
+        "decision": decision.decision,
+        "caption": decision.caption,
+        "revision": str(decision.revision),
+    }

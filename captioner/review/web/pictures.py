@@ -1,0 +1,63 @@
+"""The pictures of the page, made on demand: photos in two sizes, and attention maps."""
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import numpy as np
+from PIL import Image
+
+from captioner.output.attention import colour
+from captioner.review.rows import read_photo
+
+__all__ = ["SIZES", "PictureCache", "map_png", "photo_jpeg"]
+
+#: Pixels of a photo's longest side, by the name of the size.
+SIZES = {"small": 320, "large": 1280}
+_CACHE = 128_000_000  # bytes
+
+
+class PictureCache:
+    """The pictures that were made last, up to a number of bytes. Safe with threads."""
+
+    def __init__(self, limit: int = _CACHE):
+        self._limit = limit
+        self._bytes = 0
+        self._pictures: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], bytes]) -> bytes:
+        """The picture of a key, made by ``make`` where it is not there."""
+        with self._lock:
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+                return self._pictures[key]
+        picture = make()
+        with self._lock:
+            if key not in self._pictures:
+                self._pictures[key] = picture
+                self._bytes += len(picture)
+            while self._bytes > self._limit and len(self._pictures) > 1:
+                _, oldest = self._pictures.popitem(last=False)
+                self._bytes -= len(oldest)
+        return picture
+
+
+def photo_jpeg(uri: str, size: str) -> bytes:
+    """A photo as JPEG, its longest side as :data:`SIZES` says.
+
+    Raises:
+        InputError: it cannot be read or decoded.
+    """
+    sink = io.BytesIO()
+    read_photo(uri, SIZES[size]).save(sink, "JPEG", quality=85)
+    return sink.getvalue()
+
+
+def map_png(map_HW: np.ndarray) -> bytes:
+    """An attention map as a small PNG, a pixel a value: the page enlarges it."""
+    sink = io.BytesIO()
+    picture: Image.Image = colour(map_HW)
+    picture.save(sink, "PNG")
+    return sink.getvalue()

@@ -1,0 +1,83 @@
+"""What keeps the page to its reviewer: hosts, a token, headers."""
+
+import hmac
+import secrets
+from dataclasses import dataclass, field
+from urllib.parse import urlencode
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+__all__ = ["HEADERS", "Guard", "is_loopback"]
+
+#: On every response: nothing is loaded from elsewhere, embedded elsewhere or told elsewhere.
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
+        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+_COOKIE = "captioner-review"
+_WRITE_HEADER = "X-Captioner-Token"
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server on ``host`` is reached from this machine alone."""
+    return host in ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Decides which requests are answered.
+
+    Args:
+        port: the server's.
+        token: what a browser must have shown before anything is answered; None on loopback, where
+            the ``Host`` header must name this machine instead, so that no page of another site can
+            reach the server under its own name (DNS rebinding).
+    """
+
+    port: int
+    token: str | None = None
+    #: What a request that changes something must carry: another site's page cannot know it (CSRF).
+    write_token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+
+    def refusal(self, request: Request) -> Response | None:
+        """The answer to a request that is not let through; None for others."""
+        if self.token is None:
+            if request.headers.get("host", "") not in self._hosts():
+                return PlainTextResponse("This address is not the review page's.", 421)
+        elif (given := request.query_params.get("token")) is not None:
+            return self._log_in(request, given)
+        elif not _same(request.cookies.get(_COOKIE, ""), self.token):
+            return PlainTextResponse("Open the address with the token that captioner printed.", 403)
+        if request.method not in ("GET", "HEAD") and not _same(
+            request.headers.get(_WRITE_HEADER, ""), self.write_token
+        ):
+            return PlainTextResponse("The page is out of date: reload it.", 403)
+        return None
+
+    def _hosts(self) -> set[str]:
+        return {f"{name}:{self.port}" for name in _LOOPBACK}
+
+    def _log_in(self, request: Request, given: str) -> Response:
+        """Turns the token of an address into a cookie, so that it stays in no history or log."""
+        assert self.token is not None
+        if not _same(given, self.token):
+            return PlainTextResponse("The token is not the one that captioner printed.", 403)
+        rest = [
+            (name, value) for name, value in request.query_params.multi_items() if name != "token"
+        ]
+        response = RedirectResponse(f"{request.url.path}?{urlencode(rest)}", 303)
+        response.set_cookie(_COOKIE, self.token, httponly=True, samesite="strict")
+        return response
+
+
+def _same(one: str, other: str) -> bool:
+    return hmac.compare_digest(one.encode(), other.encode())

@@ -1,0 +1,69 @@
+"""Serving the review page until the reviewer ends it."""
+
+import socket
+import webbrowser
+from collections.abc import Callable
+
+import uvicorn
+
+from captioner.errors import InputError
+from captioner.output.decisions import Journal
+from captioner.output.directory import OutputDirectory
+from captioner.review.web.app import make_app
+from captioner.review.web.index import RowIndex
+from captioner.review.web.security import Guard, is_loopback
+
+__all__ = ["serve"]
+
+
+def serve(
+    output: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    open_browser: bool = False,
+    announce: Callable[[str], object] = print,
+) -> None:
+    """Serves the page until Ctrl-C or SIGTERM; then brings the decisions together in one file.
+
+    Args:
+        output: a caption job's output, local or in a bucket, finished or still growing.
+        host: the address to listen on.
+        port: the port to listen on; 0 takes one that is free.
+        token: what the page's address must carry; needed where ``host`` is not loopback.
+        open_browser: whether to open the page.
+        announce: is told the page's address.
+
+    Raises:
+        InputError: the address cannot be listened on, or it needs a token and has none.
+        OutputError: ``output`` is not an output, or cannot be read or written.
+    """
+    if not is_loopback(host) and not token:
+        raise InputError(f"--host {host} lets other machines in: give a --token that they need")
+    directory = OutputDirectory(output)
+    directory.read_json("run.json")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise InputError(f"cannot listen on {host}:{port}: {error}") from error
+        port = listener.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
+        journal = Journal(output)
+        index = RowIndex(directory)
+        try:
+            app = make_app(index, journal, Guard(port, token))
+            config = uvicorn.Config(
+                app, log_level="warning", access_log=False, server_header=False, lifespan="off"
+            )
+            announce(address)
+            if open_browser:
+                webbrowser.open(address)
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            index.close()
+            journal.close()
