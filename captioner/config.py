@@ -611,31 +611,45 @@ PRESETS = {
 class ExportConfig(_Checked):
     """What an export holds, and how it looks."""
 
+    GROUP = "Content"
+
     where: str | None = setting(
-        None, 'export only rows for which an SQL condition holds, for example "score > -0.5"'
-    )
-    columns: str | None = setting(
-        None, "columns to export, between commas; none: those that the format needs"
+        None,
+        'SQL condition that exported rows meet, for example "score > -0.5".',
+        unset="every row",
     )
     reviewed: Literal["ignore", "accepted", "edited", "all"] = setting(
         "ignore",
-        "export reviewed captions: accepted (edited ones too), edited, or all that are not "
-        "rejected; ignore: every caption as the model wrote it",
+        "Review decisions that exported captions need: accepted (edited captions included), "
+        "edited, or all but rejected; ignore exports the captions as the model wrote them.",
     )
-    prefix: str = setting("", "text before every caption")
-    suffix: str = setting("", "text after every caption")
+    columns: str | None = setting(
+        None, "Columns to export, separated by commas.", unset="those that the format needs"
+    )
+    prefix: str = setting("", "Text before every caption.")
+    suffix: str = setting("", "Text after every caption.")
     existing: Literal["keep", "overwrite", "append", "prepend"] = setting(
         "keep",
-        "a file that the export did not write: keep it and exit with 2, overwrite it, or add the "
-        "caption after or before its text (sidecar)",
+        "What to do with a file that the export did not write: keep it and exit with 2, "
+        "overwrite it, or, for a sidecar, append or prepend the caption to its text.",
+        group="Files",
     )
-    extension: str = setting("txt", "file name extension of a sidecar")
+    extension: str = setting("txt", "File name extension of sidecars.", group="Files")
     root: str | None = setting(
-        None, "folder that sidecars' paths start from; none: the deepest one that holds all images"
+        None,
+        "Folder that the paths of sidecars are relative to.",
+        unset="the deepest folder that holds all images",
+        group="Files",
     )
     id: str | None = setting(
-        None, "column of COCO's image ids; none: the number at the end of each file name"
+        None,
+        "Column with the image ids for the coco format.",
+        unset="the number at the end of each file name",
     )
     shard_images: int = setting(
-        10_000, "images per tar file of a webdataset", minimum=1, maximum=1_000_000
+        10_000,
+        "Images per tar file of a webdataset.",
+        minimum=1,
+        maximum=1_000_000,
+        group="Files",
     )
