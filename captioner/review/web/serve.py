@@ -15,6 +15,8 @@ from captioner.review.web.security import Guard, is_loopback
 
 __all__ = ["serve"]
 
+_WAITING = 100  # connections
+
 
 def serve(
     output: str,
@@ -48,6 +50,7 @@ def serve(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen(_WAITING)  # a browser may come before the server is ready
         except (OSError, OverflowError) as error:
             raise InputError(f"cannot listen on {host}:{port}: {error}") from error
         port = listener.getsockname()[1]
