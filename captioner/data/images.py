@@ -29,6 +29,7 @@ from PIL import (
     _imaging,
 )
 
+from captioner.data.preparation import Preparation
 from captioner.runtime.memory import release_freed_memory
 from captioner.schema import Status
 
@@ -112,7 +113,8 @@ Image.OPEN["TIFF OF FEW STRIPS"] = _Tiff, Image.OPEN["TIFF"][1]
 class DecodedImage:
     """The outcome for one file.
 
-    ``pixels_HW3`` is uint8 ``(size, size, 3)``, or None with ``status`` and ``error`` saying why.
+    ``pixels_HW3`` is uint8 ``(height, width, 3)`` as the preparation says, or None with ``status``
+    and ``error`` saying why.
     ``width`` and ``height`` are the file's own, before its orientation is applied.
     """
 
@@ -125,18 +127,16 @@ class DecodedImage:
 
 def decode(
     data: bytes,
-    size: int,
+    preparation: Preparation | int,
     *,
-    keep_aspect: bool = False,
     max_pixels: int = 256_000_000,
     max_bytes: int = 256_000_000,
 ) -> DecodedImage:
-    """Decodes an image file, turns it upright and resizes it to ``size×size`` (the aspect changes).
+    """Decodes an image file, turns it upright and resizes it.
 
     Args:
         data: the file's bytes.
-        size: height and width of the result, in pixels.
-        keep_aspect: make the longer side ``size`` and keep the aspect, to show it to a person.
+        preparation: the shape of the result; a number is a square of so many pixels a side.
         max_pixels: an image with more is rejected before its pixels are decoded.
         max_bytes: a longer file is rejected before it is parsed.
     """
@@ -146,12 +146,14 @@ def decode(
         return DecodedImage(None, status="rejected", error=f"more than {max_bytes} bytes")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns at first; ours is checked below
     _silence()
+    if isinstance(preparation, int):
+        preparation = Preparation(size=preparation)
     with contextlib.ExitStack() as alone:
-        return _decoded(data, size, keep_aspect, max_pixels, alone)
+        return _decoded(data, preparation, max_pixels, alone)
 
 
 def _decoded(
-    data: bytes, size: int, keep_aspect: bool, max_pixels: int, alone: contextlib.ExitStack
+    data: bytes, preparation: Preparation, max_pixels: int, alone: contextlib.ExitStack
 ) -> DecodedImage:
     """The outcome for a file that is not too long; a large image enters ``alone``.
 
@@ -166,7 +168,7 @@ def _decoded(
             _admit(width, height, width * height * 4 * _COPIES["WEBP"], max_pixels, alone)
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = _own_size(image)
-            target = _fit(*image.size, size) if keep_aspect else (size, size)
+            target = preparation.target(*image.size)
             least = int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)
             drafted = image.draft(None, least)  # a JPEG is as large as it is decoded from here on
             if canvas is None:
@@ -350,11 +352,6 @@ def _tile_pixels(image: Image.Image) -> int:
         return 0
     tags = image.tag_v2
     return int(tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0))
-
-
-def _fit(width: int, height: int, longest: int) -> tuple[int, int]:
-    scale = longest / max(width, height)
-    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:

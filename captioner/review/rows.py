@@ -13,6 +13,7 @@ from PIL import Image
 
 from captioner import storage
 from captioner.data import images
+from captioner.data.preparation import Preparation
 from captioner.errors import InputError, OutputError
 from captioner.output import attention
 from captioner.output.directory import OutputDirectory
@@ -103,7 +104,8 @@ def read_photo(uri: str, longest_side: int) -> Image.Image:
     """
     try:
         data = storage.read(uri, _MOST_BYTES)
-        decoded = images.decode(data, longest_side, keep_aspect=True, max_bytes=_MOST_BYTES)
+        shown = Preparation(max_side=longest_side, enlarge=True)
+        decoded = images.decode(data, shown, max_bytes=_MOST_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {uri}: {error}") from error
     if decoded.pixels_HW3 is None:

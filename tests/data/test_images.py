@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from captioner.data import images
 from captioner.data.images import DecodedImage
+from captioner.data.preparation import Preparation
 
 SIZE = 16
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -90,8 +91,13 @@ def _tiff(
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + packed + bytes(200)
 
 
-def _decoded(data: bytes, size: int = SIZE, **options) -> np.ndarray:
-    decoded = images.decode(data, size, **options)
+def _prepared(size: int, keep_aspect: bool) -> Preparation:
+    return Preparation(max_side=size, enlarge=True) if keep_aspect else Preparation(size=size)
+
+
+def _decoded(data: bytes, size: int = SIZE, *, keep_aspect: bool = False, **options) -> np.ndarray:
+    """The pixels of a sound file as a square, or with the aspect kept."""
+    decoded = images.decode(data, _prepared(size, keep_aspect), **options)
     assert (decoded.status, decoded.error) == ("ok", None)
     assert decoded.pixels_HW3 is not None
     return decoded.pixels_HW3
@@ -174,7 +180,7 @@ def test_the_orientation_is_applied(kind, orientation):
     stored = _decoded(_encoded(_picture(), file_format, **options), 64, keep_aspect=True)
     assert np.abs(stored.astype(int) - np.asarray(_picture())).mean() < 4
     data = _encoded(_picture(), file_format, exif=_exif(orientation), **options)
-    decoded = images.decode(data, 64, keep_aspect=True)
+    decoded = images.decode(data, _prepared(64, True))
     np.testing.assert_array_equal(decoded.pixels_HW3, UPRIGHT[orientation](stored))
     assert (decoded.width, decoded.height) == (64, 48)
     assert _decoded(data, 32).shape == (32, 32, 3)
@@ -526,7 +532,7 @@ def test_a_fraction_keeps_the_aspect_too():
         full = np.asarray(image.resize((100, 50), Image.Resampling.BILINEAR))
     assert pixels.shape == full.shape
     assert np.abs(pixels.astype(int) - full).mean() < 1.5
-    assert images.decode(data, 100, keep_aspect=True).width == 1600
+    assert images.decode(data, _prepared(100, True)).width == 1600
 
 
 # Limits.
@@ -710,7 +716,7 @@ def test_a_large_image_leaves_no_memory_behind():
         assert left < 20, name
 
 
-def _memory(data: bytes, size: int, monkeypatch, **options) -> int:
+def _memory(data: bytes, size: int, monkeypatch, *, keep_aspect: bool = False) -> int:
     """Bytes that an image is reckoned to take."""
     reckoned = []
     admit = images._admit
@@ -721,7 +727,7 @@ def _memory(data: bytes, size: int, monkeypatch, **options) -> int:
 
     with monkeypatch.context() as patched:
         patched.setattr(images, "_admit", record)
-        images.decode(data, size, **options)
+        images.decode(data, _prepared(size, keep_aspect))
     [memory] = reckoned
     return memory
 
