@@ -527,12 +527,19 @@ class RunConfig(_Checked):
     retry_failed: bool = setting(
         False, "Caption again the images whose status is not ok.", group="Limits and failures"
     )
+    stop_after_failures: int | None = setting(
+        50,
+        "Stop before writing any row when the first N images all fail for the same kind of reason.",
+        minimum=1,
+        unset="never",
+        group="Limits and failures",
+    )
     profile: str | None = setting(
         None, "File for a Chrome trace of three batches; local engine only.", unset="no trace"
     )
     max_error_rate: float = setting(
         0.1,
-        "Exit with 3 if more than this share of the rows in OUTPUT is not ok, 0 to 1.",
+        "Exit with 3 if more than this share of the listed images is not ok, 0 to 1.",
         minimum=0,
         maximum=1,
         group="Limits and failures",

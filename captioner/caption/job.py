@@ -7,22 +7,24 @@ twice, and what was finished before a crash stays finished.
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from captioner import storage
 from captioner.caption.crash_log import CrashLog
+from captioner.caption.early_failures import EarlyFailures
 from captioner.caption.local import run_local
-from captioner.caption.plan import OnRay, Placement, Plan, make_plan, placed
+from captioner.caption.plan import OnRay, Placement, Plan, choose_engine, make_plan, placed
 from captioner.caption.ray import run_on_ray
-from captioner.caption.steps import CaptionJob
+from captioner.caption.steps import CaptionJob, ShardResult
 from captioner.caption.summary import Done, Summary
-from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.data import images
 from captioner.data.listing import list_source
@@ -72,14 +74,18 @@ class _Inputs:
         listing: ListingConfig | None,
     ) -> "_Inputs":
         listing = listing or ListingConfig()
+        run = run or RunConfig()
+        choose_engine(run)  # may refuse
         directory = OutputDirectory(storage.absolute(output))
         bundle = load_bundle(model)
+        listed = list_source(storage.absolute(source), listing)
+        _check_schemes(listed)
         return cls(
             bundle=bundle,
-            listed=list_source(storage.absolute(source), listing),
+            listed=listed,
             directory=directory,
             decode=(decode or DecodeConfig()).with_model_defaults(bundle.config),
-            run=run or RunConfig(),
+            run=run,
             limited=listing.limit is not None,
         )
 
@@ -111,6 +117,17 @@ class _Inputs:
             decode=self.decode,
             run=plan.run,
         )
+
+
+def _check_schemes(listed: Sequence[Listed]) -> None:
+    """Finds out before the first shard that a package for some of the URIs is missing.
+
+    Raises:
+        InputError: it is.
+    """
+    first = {each.uri.split("://")[0]: each.uri for each in reversed(listed) if "://" in each.uri}
+    for uri in first.values():
+        storage.is_local(uri)
 
 
 def plan_captioning(
@@ -177,17 +194,8 @@ def caption_images(
         try:
             inputs = _Inputs.read(source, output, model, decode, run, listing)
             directory = inputs.directory
-            with directory.locked(), placed(inputs.run) as placement:
-                directory.begin(inputs.fingerprint(placement), overwrite=overwrite)
-                manifest = directory.extend(inputs.listed, inputs.run.shard_size)
-                shards = list(directory.remaining(manifest))
-                if inputs.run.retry_failed:
-                    failed = list(directory.not_ok(manifest))
-                    directory.delete_held()
-                    expose(directory, manifest, {shard.number for shard in failed})
-                    shards += failed
-                plan = make_plan(len(manifest), shards, inputs.run, placement)
-                return _execute(plan, inputs, signals, gone=inputs.gone(manifest))
+            with directory.locked():
+                return _execute(inputs, signals, overwrite=overwrite)
         except (Exception, KeyboardInterrupt) as problem:
             # After a signal any error may follow from it, such as an import that was cut off.
             if signals.received is None and not isinstance(problem, KeyboardInterrupt):
@@ -195,27 +203,45 @@ def caption_images(
             raise _stopped(directory, signals.received or signal.SIGINT) from problem
 
 
-def _execute(plan: Plan, inputs: _Inputs, signals: Signals, *, gone: set[str]) -> Summary:
-    """Captions what is left, and closes the books however that ends."""
-    books = _Books(inputs.directory, plan.images, len(gone))
-    done = Done()
+def _execute(inputs: _Inputs, signals: Signals, *, overwrite: bool) -> Summary:
+    """Captions what is left, and closes the books however that ends, once Ray is shut down."""
+    done, books = Done(), None
     try:
-        for rows, timing in _results(plan, inputs, signals):
-            done.add(rows, timing)
+        with placed(inputs.run) as placement:
+            plan, gone = _begin(inputs, placement, overwrite=overwrite)
+            books = _Books(inputs.directory, plan.images, len(gone))
+            for result in _results(plan, inputs, signals):
+                done.add(result.rows, result.timing)
     except BaseException as problem:
-        # An error on the way out must not hide why the job ends.
-        with suppress(Exception):
-            books.close_after(problem, done, signals)
+        if books is not None:
+            with suppress(Exception):  # it must not hide why the job ends
+                books.close_after(problem, done, signals)
         raise
     summary = books.close(done)
     _check_error_rate(summary, inputs, gone)
     return summary
 
 
-def _results(
-    plan: Plan, inputs: _Inputs, signals: Signals
-) -> Iterator[tuple[Mapping[str, int], Timing]]:
-    """Runs the engine with a progress bar; yields the rows, by status, and timing of each shard."""
+def _begin(inputs: _Inputs, placement: Placement, *, overwrite: bool) -> tuple[Plan, set[str]]:
+    """Makes the output this job's; returns the plan, and the images that are not listed any more.
+
+    Raises:
+        OutputError: the output is another job's, or cannot be written.
+    """
+    directory = inputs.directory
+    directory.begin(inputs.fingerprint(placement), overwrite=overwrite)
+    manifest = directory.extend(inputs.listed, inputs.run.shard_size)
+    shards = list(directory.remaining(manifest))
+    if inputs.run.retry_failed:
+        failed = list(directory.not_ok(manifest))
+        directory.delete_held()
+        expose(directory, manifest, {shard.number for shard in failed})
+        shards += failed
+    return make_plan(len(manifest), shards, inputs.run, placement), inputs.gone(manifest)
+
+
+def _results(plan: Plan, inputs: _Inputs, signals: Signals) -> Iterator[ShardResult]:
+    """Runs the engine with a progress bar; yields the results whose rows are written."""
     if not plan.shards:
         if plan.run.profile is not None:
             _logger.warning("no image is left to caption: %s is not written", plan.run.profile)
@@ -226,16 +252,17 @@ def _results(
         engine = run_on_ray(job, inputs.bundle, shards, plan.placement.ray, plan.placement.pool)
     else:
         engine = run_local(job, inputs.bundle, shards)
-    done = Done()
+    failures, bad = EarlyFailures(job), 0
     bar = progress_bar(plan.images, unit="image", initial=plan.images - plan.remaining)
     with bar as progress, closing(engine) as running:
-        for rows, timing in running:
-            done.add(rows, timing)
-            if done.not_ok:
-                progress.set_postfix(bad=done.not_ok)
-            progress.update(sum(rows.values()))
-            yield rows, timing
+        for result in running:
+            count = sum(result.rows.values())
+            if bad := bad + count - result.rows["ok"]:
+                progress.set_postfix(bad=bad)
+            progress.update(count)
+            yield from failures.admit(result)
             signals.check()
+        yield from failures.release()
 
 
 class _Books:
@@ -299,13 +326,30 @@ class _Books:
 
 
 def _check_error_rate(summary: Summary, inputs: _Inputs, gone: set[str]) -> None:
-    bad = (summary.images - summary.rows.get("ok", 0)) / summary.images
+    """Compares the share of listed images that are not ok with the limit.
+
+    Raises:
+        ErrorRateError: it is larger.
+    """
+    rows = Counter(summary.rows)
+    if gone:
+        rows -= _statuses(inputs.directory, gone)
+    images = rows.total()
+    bad = (images - rows["ok"]) / images if images else 0.0
     if bad > inputs.run.max_error_rate:
         raise ErrorRateError(
-            f"{summary.counts()}: {bad:.1%} are not ok, "
+            f"{summary.counts()}: {bad:.1%} of the listed images are not ok, "
             f"more than --max-error-rate {inputs.run.max_error_rate:.1%}; "
             "captioner report shows why"
         )
+
+
+def _statuses(directory: OutputDirectory, uris: set[str]) -> Counter[str]:
+    """The rows of some images, by status."""
+    wanted, counts = pa.array(sorted(uris), pa.string()), Counter[str]()
+    for rows in directory.rows(["uri", "status"]):
+        counts.update(rows.filter(pc.is_in(rows["uri"], wanted))["status"].to_pylist())
+    return counts
 
 
 def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:

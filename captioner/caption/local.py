@@ -7,19 +7,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
 from captioner.caption.batches import BatchCaptioner, caption_alone
 from captioner.caption.crash_log import CrashLog
 from captioner.caption.profiling import Profiler
-from captioner.caption.steps import CaptionJob, Loaded, Results, load_image, write_part
+from captioner.caption.steps import (
+    CaptionJob,
+    Loaded,
+    Results,
+    ShardResult,
+    finish_shard,
+    load_image,
+)
 from captioner.caption.timing import Timing
 from captioner.errors import DeviceError
 from captioner.model.bundle import Bundle
 from captioner.output.manifest import Shard
 from captioner.runtime.prefetch import look_ahead
-from captioner.schema import CaptionRow, rows_to_table
+from captioner.schema import CaptionRow
 
 __all__ = ["run_local"]
 
@@ -69,8 +77,7 @@ class _Engine:
         for shard in shards:
             if shard.number in suspects:  # before all others: nothing else is in hand meanwhile
                 rows = caption_alone(self._job, self._captioner, shard, self._crash_log)
-                counts = write_part(self._job, shard, rows_to_table(rows))
-                yield counts, self._captioner.take_timing()
+                yield finish_shard(self._job, shard, rows, self._captioner.take_timing())
         readers = ThreadPoolExecutor(self._decoders, thread_name_prefix="decode")
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         try:
@@ -86,7 +93,7 @@ class _Engine:
         self, shards: list[Shard], readers: ThreadPoolExecutor, writer: ThreadPoolExecutor
     ) -> Results:
         """Captions shards; a shard's part is written while the next shard is captioned."""
-        writing: Future[tuple[dict[str, int], Timing]] | None = None
+        writing: Future[ShardResult] | None = None
         for shard, batches in self._batches(shards, readers):
             rows: list[CaptionRow] = []
             for batch in batches:
@@ -136,17 +143,14 @@ class _Engine:
             for uri, size in zip(shard.uris, shard.sizes, strict=True):
                 yield shard.number, readers.submit(load, begun, uri, size)
 
-    def _write(self, shard: Shard, rows: list[CaptionRow]) -> tuple[dict[str, int], Timing]:
-        begin = time.perf_counter()
+    def _write(self, shard: Shard, rows: list[CaptionRow]) -> ShardResult:
         self._crash_log.end(shard.number)
-        counts = write_part(self._job, shard, rows_to_table(rows))
-        return counts, Timing(write=time.perf_counter() - begin)
+        return finish_shard(self._job, shard, rows, Timing())
 
-    def _written(
-        self, writing: Future[tuple[dict[str, int], Timing]]
-    ) -> tuple[dict[str, int], Timing]:
+    def _written(self, writing: Future[ShardResult]) -> ShardResult:
         begin = time.perf_counter()
-        counts, timing = writing.result()
-        timing += Timing(waited_for_write=time.perf_counter() - begin)
+        result = writing.result()
+        timing = Timing(waited_for_write=time.perf_counter() - begin)
+        timing += result.timing
         timing += self._captioner.take_timing()
-        return counts, timing
+        return replace(result, timing=timing)

@@ -18,11 +18,18 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.caption.crash_log import CrashLog
-from captioner.caption.steps import CaptionJob, Loaded, Results, load_image, write_part
+from captioner.caption.steps import (
+    CaptionJob,
+    Loaded,
+    Results,
+    ShardResult,
+    finish_shard,
+    load_image,
+)
 from captioner.caption.timing import RayMetrics, Timing
 from captioner.errors import CaptionerError, InputError
 from captioner.output.manifest import Shard
-from captioner.schema import COLUMNS, CaptionRow, rows_to_table
+from captioner.schema import COLUMNS, CaptionRow
 
 if TYPE_CHECKING:
     from captioner.caption.actors import ActorPool
@@ -82,9 +89,9 @@ def run_on_ray(
         for row in chain.iter_rows():
             if row["error"] is not None:
                 raise pickle.loads(row["error"])  # noqa: S301 - one of this job's workers made it
-            timing = Timing(**row["timing"])
-            metrics.add(row["rows"], timing)
-            yield row["rows"], timing
+            result: ShardResult = pickle.loads(row["result"])  # noqa: S301 - likewise
+            metrics.add(result.rows, result.timing)
+            yield result
 
 
 def _context(job: CaptionJob, shards: Sequence[Shard], pool: "ActorPool") -> Any:
@@ -236,12 +243,10 @@ class CaptionStage:
 
 @_errors_as_rows
 def write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
-    """A captioned shard in; the number of its rows by status out, and its timing."""
-    begin = time.perf_counter()
+    """A captioned shard in; its result out, once its part is written."""
     shard, captioned = _unpack(table, job.image_size)
     if captioned is None:
         raise RuntimeError(f"shard {shard.number} is to be written without its rows")
-    counts = write_part(job, shard, rows_to_table([image.row for image in captioned]))
     timing = Timing(**table["timing"][0].as_py())
-    timing += Timing(write=time.perf_counter() - begin)
-    return pa.Table.from_pylist([{"rows": counts, "timing": asdict(timing), "error": None}])
+    result = finish_shard(job, shard, [image.row for image in captioned], timing)
+    return pa.Table.from_pylist([{"result": pickle.dumps(result), "error": None}])

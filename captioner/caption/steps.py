@@ -5,9 +5,10 @@ the same batches; they therefore write the same rows.
 """
 
 import io
+import re
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +23,50 @@ from captioner.errors import CaptionerError, OutputError, one_line
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import Shard
 from captioner.output.parts import part_name
-from captioner.schema import STATUSES, CaptionRow, part_schema
+from captioner.schema import STATUSES, CaptionRow, part_schema, rows_to_table
 
-__all__ = ["CaptionJob", "Loaded", "Results", "load_image", "write_part"]
+__all__ = [
+    "CaptionJob",
+    "Loaded",
+    "Results",
+    "ShardResult",
+    "Withheld",
+    "common_failure",
+    "finish_shard",
+    "load_image",
+    "write_part",
+]
 
-#: What an engine yields for each shard whose part is written: its rows by status, and the timing
-#: since the engine yielded last.
-Results = Generator[tuple[dict[str, int], Timing], None, None]
+
+@dataclass(frozen=True)
+class Withheld:
+    """The rows of a shard that are not written yet: all of its images fail for one kind of reason.
+
+    See :mod:`captioner.caption.early_failures`.
+    """
+
+    shard: Shard
+    kind: str
+    rows: list[CaptionRow]
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard.
+
+    Attributes:
+        rows: its rows, by status.
+        timing: the time spent since the engine's last result.
+        withheld: the rows, where they are not written yet.
+    """
+
+    rows: dict[str, int]
+    timing: Timing
+    withheld: Withheld | None = None
+
+
+#: What an engine yields.
+Results = Generator[ShardResult, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,30 +133,63 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
     return Loaded(row, decoded.pixels_HW3)
 
 
-def write_part(job: CaptionJob, shard: Shard, rows: pa.Table) -> dict[str, int]:
-    """Writes a shard's rows as its part, or puts redone rows into the part that is there.
+def finish_shard(
+    job: CaptionJob, shard: Shard, rows: list[CaptionRow], timing: Timing
+) -> ShardResult:
+    """Writes a shard's rows, unless all of its images fail alike; adds the time of writing.
 
-    Returns:
-        The number of the given rows by status.
+    Raises:
+        OutputError: as :func:`write_part`.
+    """
+    begin = time.perf_counter()
+    counted = Counter(row.status for row in rows)
+    counts: dict[str, int] = {status: counted[status] for status in STATUSES}
+    withheld = None
+    may_withhold = job.run.stop_after_failures is not None and not shard.redone
+    if may_withhold and (kind := common_failure(rows)) is not None:
+        withheld = Withheld(shard, kind, rows)
+    else:
+        write_part(job, shard, rows)
+    timing += Timing(write=time.perf_counter() - begin)
+    return ShardResult(counts, timing, withheld)
+
+
+# What differs between two messages of one kind: paths and URIs, what is quoted, numbers.
+_VARYING = re.compile(r"""\S*[/\\]\S*|'[^']*'|"[^"]*"|\b[0-9a-fA-F-]{8,}\b|\d+""")
+
+
+def common_failure(rows: Sequence[CaptionRow]) -> str | None:
+    """The kind of failure that all rows have in common; None where they have none."""
+    kinds = {_kind_of_failure(row) for row in rows}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _kind_of_failure(row: CaptionRow) -> str | None:
+    if row.status == "ok":
+        return None
+    message = (row.error or "").replace(row.uri, "…").replace(row.uri.rsplit("/", 1)[-1], "…")
+    return f"{row.status}: {_VARYING.sub('…', message)}"
+
+
+def write_part(job: CaptionJob, shard: Shard, captioned: Sequence[CaptionRow]) -> None:
+    """Writes a shard's rows as its part, or puts redone rows into the part that is there.
 
     Raises:
         OutputError: the part cannot be written, or, where rows are redone, cannot be read or holds
             other images.
         RuntimeError: these are not the shard's rows.
     """
-    if rows["uri"].to_pylist() != shard.uris:
+    if [row.uri for row in captioned] != shard.uris:
         raise RuntimeError(f"the rows of shard {shard.number} are not those of its images")
-    counted = Counter(rows["status"].to_pylist())
     schema = part_schema(
         attention=job.decode.attention, grid=job.grid, levels=job.decode.attention_levels
     )
-    rows = rows.cast(schema)
+    rows = rows_to_table(captioned).cast(schema)
     if shard.redone:
         rows = _put(OutputDirectory(job.output).read_part(shard.number), shard, rows)
     sink = io.BytesIO()
     pq.write_table(rows.cast(schema), sink, compression="zstd")
     storage.write(storage.join(job.output, part_name(shard.number)), sink.getvalue())
-    return {status: counted[status] for status in STATUSES}
 
 
 def _put(part: pa.Table, shard: Shard, rows: pa.Table) -> pa.Table:

@@ -29,11 +29,6 @@ class Done:
         """The number of rows."""
         return self.rows.total()
 
-    @property
-    def not_ok(self) -> int:
-        """The number of rows whose status is not ``ok``."""
-        return self.images - self.rows["ok"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:

@@ -60,7 +60,7 @@ class OutputDirectory:
         __captioner/manifest-0000.parquet …   uri, size, shard, row; one more when images turn up
         __captioner/summary.json              the last run's counts and times
         __captioner/lock                      locked while a job runs; not in a bucket
-        __captioner/attempts/…                see :mod:`captioner.caption.batches`
+        __captioner/attempts/…                see :mod:`captioner.caption.crash_log`
     """
 
     def __init__(self, uri: str):

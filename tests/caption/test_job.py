@@ -7,9 +7,11 @@ import pandas as pd
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 
-from captioner.caption.job import caption_images
+from captioner.caption import plan
+from captioner.caption.job import caption_images, plan_captioning
 from captioner.caption.plan import choose_engine
 from captioner.cli import main
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
@@ -17,6 +19,7 @@ from captioner.errors import ErrorRateError, FingerprintError, InputError, Outpu
 from captioner.model import bundle
 from captioner.output import attention
 from captioner.output.directory import OutputDirectory
+from captioner.runtime.device import resolve_precision
 from conftest import tiny_model, write_photos
 
 RUN = RunConfig(
@@ -235,7 +238,7 @@ def test_too_many_bad_rows_are_an_error_when_all_is_written(
         with pytest.raises(ErrorRateError) as caught:
             caption_images(str(photos), str(output), str(model_directory), run=run)
         assert str(caught.value) == (
-            f"{output}: 13 images (10 ok, 3 undecodable): 23.1% are not ok, "
+            f"{output}: 13 images (10 ok, 3 undecodable): 23.1% of the listed images are not ok, "
             "more than --max-error-rate 20.0%; captioner report shows why"
         )
         assert len(_rows(output)) == 13
@@ -296,3 +299,54 @@ def test_two_jobs_on_one_output_are_one_too_many(photos, model_directory, tmp_pa
     assert not _rows(tmp_path / "out")
     caption_images(str(photos), directory.uri, str(model_directory), run=RUN)
     assert len(_rows(tmp_path / "out")) == 13
+
+
+def test_the_error_rate_counts_only_images_that_are_listed(photos, model_directory, tmp_path):
+    output, run = tmp_path / "out", RunConfig(**{**vars(RUN), "max_error_rate": 0.1})
+    with pytest.raises(ErrorRateError, match=r"23\.1% of the listed images are not ok"):
+        caption_images(str(photos), str(output), str(model_directory), run=run)
+    for name in ("empty.jpg", "text.jpg"):
+        (photos / name).unlink()
+    summary = caption_images(str(photos), str(output), str(model_directory), run=run)
+    assert (summary.rows, summary.gone) == ({"ok": 10, "undecodable": 3}, 2)
+    for path in photos.glob("photo-*"):
+        path.unlink()
+    with pytest.raises(ErrorRateError, match=r"100\.0% of the listed images are not ok"):
+        caption_images(str(photos), str(output), str(model_directory), run=run)
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"precision": "bf16"}, "precision was fp32, is bf16"),
+        ({"max_pixels": 10_000}, "max_pixels was 256000000, is 10000"),
+        ({"max_bytes": 10_000}, "max_bytes was 256000000, is 10000"),
+    ],
+)
+def test_a_resume_that_would_mix_rows_is_refused_with_what_differs(
+    changed, difference, photos, model_directory, tmp_path
+):
+    arguments = str(photos), str(tmp_path / "out"), str(model_directory)
+    caption_images(*arguments, run=RUN)
+    run = RunConfig(**{**vars(RUN), **changed})
+    for refused in (caption_images, plan_captioning):
+        with pytest.raises(FingerprintError, match=difference) as caught:
+            refused(*arguments, run=run)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_holds_the_resolved_precision_and_no_setting_of_a_run(
+    photos, model_directory, tmp_path, monkeypatch
+):
+    arguments = str(photos), str(tmp_path / "out"), str(model_directory)
+    caption_images(*arguments, run=RunConfig(**{**vars(RUN), "precision": "auto"}))
+    settings = json.loads((tmp_path / "out/__captioner/run.json").read_text())["settings"]
+    assert settings["precision"] == resolve_precision("auto", torch.device("cpu"))
+    changed = {"batch_size": 2, "shard_size": 9, "retries": 0, "decoders": 1, "compile": "off"}
+    changed |= {"precision": settings["precision"], "stop_after_failures": None}
+    assert caption_images(*arguments, run=RunConfig(**{**vars(RUN), **changed})).captioned == 0
+    # On a machine whose hardware resolves it otherwise, the resume is refused.
+    other = {"fp32": "bf16", "bf16": "fp32"}[settings["precision"]]
+    monkeypatch.setattr(plan, "resolve_precision", lambda *_: other)
+    with pytest.raises(FingerprintError, match=rf"precision was \w+, is {other}"):
+        caption_images(*arguments, run=RunConfig(**{**vars(RUN), "precision": "auto"}))

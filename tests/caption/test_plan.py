@@ -199,3 +199,11 @@ def test_the_encoder_is_compiled_where_that_pays(settings, images, expected):
     assert make_plan(images, shards, RunConfig(**settings), on_cpu).run.compile == expected
     plan = make_plan(images, shards, RunConfig(**settings), on_gpu)
     assert plan.run.compile == settings.get("compile", "off")
+
+
+def test_workers_that_read_decode_and_write_import_neither_torch_nor_timm():
+    code = (
+        "import sys, captioner.caption.ray\n"
+        "assert not {'torch', 'timm', 'ray'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
