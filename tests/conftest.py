@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -150,3 +150,20 @@ def local_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of the tiny pretrained model of a family; skips where transformers is not."""
+    pytest.importorskip("transformers")
+    import tiny_pretrained
+
+    written: dict[str, Path] = {}
+
+    def directory(family: str) -> Path:
+        if family not in written:
+            path = tmp_path_factory.mktemp("pretrained") / family
+            written[family] = tiny_pretrained.write(family, path)
+        return written[family]
+
+    return directory

@@ -1,0 +1,56 @@
+"""What the rest of captioner knows of a model: images and prompts in, captions out.
+
+A model is known in two states. A :class:`Model` is found but not loaded: it is small, can be
+pickled, and says what decides its captions and how images are prepared for it. Its
+:meth:`Model.load` gives a :class:`LoadedModel`, which holds the weights on a device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+__all__ = ["Caption", "Finish", "LoadedModel"]
+
+#: Why a caption ended: the model ended it, or it reached the largest number of tokens.
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """A caption.
+
+    Attributes:
+        text: the caption as people read it; not always the words joined by spaces.
+        tokens: the caption's words.
+        token_logprobs: each word's natural log-probability.
+        score: mean natural log-probability of the generated tokens and of the caption's end.
+        attention_THW: a map ``(H, W)`` for each word, or one map; None where none is kept. Each
+            map sums to 1.
+        finish: why the caption ended.
+        captions: further captions of the image where several are sampled, this one first.
+    """
+
+    text: str
+    tokens: list[str]
+    token_logprobs: list[float]
+    score: float
+    attention_THW: np.ndarray | None
+    finish: Finish = "stop"
+    captions: list[str] = field(default_factory=list)
+
+
+class LoadedModel(Protocol):
+    """A model whose weights are in memory."""
+
+    def caption(
+        self, images: Sequence[np.ndarray], prompts: Sequence[str] | None = None
+    ) -> list[Caption]:
+        """Captions uint8 RGB images ``(H, W, 3)``, one caption each, in order.
+
+        Args:
+            images: the images, prepared as the model asks for.
+            prompts: a prompt for each image; None where the model's settings have the prompt.
+        """
+        ...

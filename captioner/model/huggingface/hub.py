@@ -1,0 +1,273 @@
+"""Where a pretrained model's files are: a directory, a bucket, or a model hub.
+
+A model of the hub is written ``owner/name`` or ``owner/name@revision``. Its revision is resolved to
+a commit once; from then on only that commit's files are read, on every machine. Only JSON,
+safetensors, tokenizer and template files are fetched: none of them can hold code that runs.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from captioner import storage
+from captioner.errors import BundleError, one_line
+
+__all__ = ["Location", "is_hub_name", "locate", "weights_among"]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+_HASHED_WHOLE = 1 << 31  # bytes of a weights file; of a larger one, samples are hashed
+_SAMPLE, _SAMPLES = 1 << 16, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """A model's files.
+
+    Attributes:
+        uri: the model as the user named it.
+        kind: ``local``, ``bucket`` or ``hub``.
+        revision: the commit of a model of the hub.
+        files: the names to fetch.
+        identity: what tells this model from any other.
+        config: the content of config.json.
+    """
+
+    uri: str
+    kind: str
+    files: tuple[str, ...]
+    identity: str
+    revision: str | None = None
+    config: dict[str, Any] = field(default_factory=dict, repr=False, hash=False)
+
+    def fetch(self) -> Path:
+        """The directory on this machine that holds the files, which are fetched where they are not.
+
+        Raises:
+            BundleError: they cannot be had.
+        """
+        if self.kind == "local":
+            path = Path(storage.as_path(self.uri))
+            if not (path / "config.json").is_file():
+                raise BundleError(
+                    f"the model {self.uri} is not on this machine; put it in a bucket, "
+                    "or at the same path on every machine"
+                )
+            return path
+        if self.kind == "bucket":
+            return _fetch_bucket(self)
+        with _hub_errors(self.uri):
+            from huggingface_hub import snapshot_download
+
+            name, _ = _split(self.uri)
+            return Path(
+                snapshot_download(name, revision=self.revision, allow_patterns=list(self.files))
+            )
+
+
+def is_hub_name(uri: str) -> bool:
+    """Whether this is written as a model of the hub is, and is no directory here."""
+    return _NAME.fullmatch(uri) is not None and not os.path.isdir(uri)
+
+
+def locate(uri: str) -> Location:
+    """Finds a model's files, and reads its config.json; fetches no weights.
+
+    Raises:
+        BundleError: there is no such model, it cannot be reached, or it has only pickled weights.
+    """
+    if is_hub_name(uri):
+        return _locate_hub(uri)
+    uri = storage.absolute(uri)
+    try:
+        sizes = storage.sizes(uri)
+    except OSError as error:
+        raise BundleError(f"cannot read the model {uri}: {one_line(error)}") from error
+    files = _wanted(uri, list(sizes))
+    local = storage.is_local(uri)
+    digest = hashlib.sha256()
+    for name in files:
+        place = storage.join(uri, name)
+        digest.update(f"{name} {sizes[name]} ".encode())
+        with storage.open_binary(place) as file:
+            for part in _samples(file, sizes[name]):
+                digest.update(part)
+    with storage.open_binary(storage.join(uri, "config.json")) as file:
+        config = _parse_config(uri, file.read())
+    return Location(
+        uri=uri,
+        kind="local" if local else "bucket",
+        files=files,
+        identity=digest.hexdigest(),
+        config=config,
+    )
+
+
+def _samples(file: Any, size: int) -> Iterator[bytes]:
+    """What of a file is hashed: all of it, or, of a large one, parts from begin to end."""
+    if size <= _HASHED_WHOLE:
+        while part := file.read(1 << 20):
+            yield part
+        return
+    for number in range(_SAMPLES):
+        file.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
+        yield file.read(_SAMPLE)
+
+
+def _parse_config(uri: str, data: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise BundleError(f"config.json of the model {uri} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BundleError(f"config.json of the model {uri} is not an object")
+    return config
+
+
+def weights_among(names: Sequence[str]) -> list[str]:
+    """The files of the weights among a directory's names, empty where there are none."""
+    if _INDEX in names:
+        return [name for name in names if fnmatch.fnmatch(name, "model-*.safetensors")]
+    return [_WEIGHTS] if _WEIGHTS in names else []
+
+
+def _wanted(uri: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The files that a model is loaded from.
+
+    Raises:
+        BundleError: it has no config.json or no weights in safetensors.
+    """
+    top = [name for name in names if "/" not in name]
+    if "config.json" not in top:
+        raise BundleError(f"{uri} is not a model: it has no config.json")
+    weights = weights_among(top)
+    if not weights:
+        pickled = [name for name in top if name.endswith(_PICKLES)]
+        if not pickled:
+            raise BundleError(f"{uri} is not a model: it has no {_WEIGHTS}")
+        raise BundleError(
+            f"the model {uri} has its weights only as {pickled[0]}, a format that can run code; "
+            f"convert it once with: captioner import-model {uri} DIRECTORY"
+        )
+    small = [name for name in top if any(fnmatch.fnmatch(name, each) for each in _SMALL)]
+    return tuple(sorted({*small, *weights}))
+
+
+def _split(uri: str) -> tuple[str, str | None]:
+    name, _, revision = uri.partition("@")
+    return name, revision or None
+
+
+def _locate_hub(uri: str) -> Location:
+    name, revision = _split(uri)
+    with _hub_errors(uri):
+        import huggingface_hub as hub
+
+        try:
+            found = hub.HfApi().model_info(name, revision=revision)
+        except hub.errors.OfflineModeIsEnabled:
+            return _locate_cached(uri)
+        commit = str(found.sha)
+        siblings = [each.rfilename for each in found.siblings or []]
+        files = _wanted(uri, siblings)
+        config = Path(hub.hf_hub_download(name, "config.json", revision=commit))
+        return Location(
+            uri=uri,
+            kind="hub",
+            files=files,
+            identity=f"{name}@{commit}",
+            revision=commit,
+            config=_parse_config(uri, config.read_bytes()),
+        )
+
+
+def _locate_cached(uri: str) -> Location:
+    """A model of the hub that was downloaded before."""
+    from huggingface_hub import snapshot_download
+
+    name, revision = _split(uri)
+    path = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    files = _wanted(uri, sorted(each.name for each in path.iterdir()))
+    return Location(
+        uri=uri,
+        kind="hub",
+        files=files,
+        identity=f"{name}@{path.name}",
+        revision=path.name,
+        config=_parse_config(uri, (path / "config.json").read_bytes()),
+    )
+
+
+@contextlib.contextmanager
+def _hub_errors(uri: str) -> Iterator[None]:
+    """Makes one line that says what to do of what the hub's client raises."""
+    try:
+        from huggingface_hub import errors
+        from huggingface_hub.utils import httpx
+    except ImportError as error:
+        raise BundleError(
+            f"the model {uri} is one of the Hugging Face hub, which needs captioner[hf]: "
+            "pip install 'captioner[hf]'"
+        ) from error
+    name, revision = _split(uri)
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise BundleError(
+            f"the model {uri} is gated: accept its terms on its page with your account, then "
+            "set HF_TOKEN to a token of that account"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise BundleError(f"the model {name} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise BundleError(
+            f"there is no model {uri}: no directory here, and none on the hub that is public; "
+            "for a private model set HF_TOKEN"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise BundleError(
+            f"the model {uri} is not in the cache, and the hub is not reached"
+            f"{' because HF_HUB_OFFLINE is set' if os.environ.get('HF_HUB_OFFLINE') else ''}; "
+            "download it once with a network, or give a directory"
+        ) from error
+    except (errors.HfHubHTTPError, httpx.HTTPError) as error:
+        raise BundleError(
+            f"cannot reach the hub for the model {uri}: {one_line(error)[:200]}; if it was "
+            "downloaded before, set HF_HUB_OFFLINE=1"
+        ) from error
+    except OSError as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"cannot download the model {uri}: {one_line(error)[:200]}") from error
+
+
+def _fetch_bucket(location: Location) -> Path:
+    """A bucket's model, copied once to this machine's cache."""
+    path = storage.cache_directory("models") / location.identity
+    if path.is_dir():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with storage.locked(str(path) + ".lock"):
+        if path.is_dir():
+            return path
+        part = path.with_name(path.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for name in location.files:
+            with (
+                storage.open_binary(storage.join(location.uri, name)) as source,
+                open(part / name, "wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 1 << 20)
+        os.replace(part, path)
+    return path

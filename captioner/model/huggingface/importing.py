@@ -1,0 +1,93 @@
+"""Converts a model whose weights are pickled to safetensors, once."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+
+from captioner.errors import BundleError, OutputError, one_line
+from captioner.model.huggingface.families import family_of
+from captioner.model.huggingface.hub import (
+    _hub_errors,
+    _parse_config,
+    _split,
+    is_hub_name,
+)
+from captioner.model.huggingface.loading import _loading_errors, import_transformers
+
+__all__ = ["import_model"]
+
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def import_model(source: str, directory: str) -> Path:
+    """Writes a model of the hub, or of a local directory, as a directory with safetensors.
+
+    Pickled weights are read with ``torch.load(weights_only=True)``, which runs no code.
+
+    Args:
+        source: ``owner/name[@revision]`` or a local directory.
+        directory: the directory to write; it must not exist.
+
+    Returns:
+        The directory.
+
+    Raises:
+        BundleError: the model cannot be had, or its weights are not sound.
+        OutputError: the directory exists, or cannot be written.
+    """
+    target = Path(directory)
+    if target.exists():
+        raise OutputError(f"{directory} exists; choose a directory that does not")
+    library = import_transformers()
+    path = _fetch(source)
+    if not (path / "config.json").is_file():
+        raise BundleError(f"{source} is not a model: it has no config.json")
+    family = family_of(_parse_config(source, (path / "config.json").read_bytes()), source)
+    state: dict[str, torch.Tensor] = {}
+    files = sorted(path.glob("pytorch_model*.bin"))
+    if not files:
+        raise BundleError(f"the model {source} has no pytorch_model.bin to convert")
+    try:
+        for file in files:
+            state |= torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{file.name} of the model {source} is not plain weights: {one_line(error)[:200]}"
+        ) from error
+    part = target.with_name(target.name + ".part")
+    with _loading_errors(source, family):
+        config = library.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+        kind = library.AutoModelForImageTextToText
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype="auto")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for pattern in _SMALL:
+            for file in path.glob(pattern):
+                if not file.name.endswith(".bin.index.json"):
+                    shutil.copyfile(file, part / file.name)
+        model.save_pretrained(part)
+        os.replace(part, target)
+    except OSError as error:
+        raise OutputError(f"cannot write {directory}: {one_line(error)}") from error
+    return target
+
+
+def _fetch(source: str) -> Path:
+    if not is_hub_name(source):
+        return Path(source)
+    with _hub_errors(source):
+        from huggingface_hub import snapshot_download
+
+        name, revision = _split(source)
+        patterns = [*_SMALL, "pytorch_model*.bin"]
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )

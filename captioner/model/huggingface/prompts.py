@@ -1,0 +1,126 @@
+"""Prompts: templates with columns of the source, and the inputs that a model makes of them."""
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from captioner.errors import BundleError, InputError
+from captioner.model.huggingface.families import Family
+
+__all__ = ["columns_of", "fill", "prepare"]
+
+
+def columns_of(template: str) -> list[str]:
+    """The columns that a prompt names in braces, ``{{`` and ``}}`` standing for braces.
+
+    Raises:
+        InputError: the braces do not match, or hold more than a name.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(
+            f"--prompt {template!r}: {error}; write {{{{ and }}}} for braces"
+        ) from error
+    names = [(name, style, conversion) for _, name, style, conversion in parts if name is not None]
+    for name, style, conversion in names:
+        if not name.isidentifier() or style or conversion:
+            raise InputError(
+                f"--prompt {template!r}: {{{name}}} is not a column's name; "
+                "write {{ and }} for braces"
+            )
+    return list(dict.fromkeys(name for name, _, _ in names))
+
+
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """A prompt with the values of a source's row; a null becomes nothing.
+
+    Raises:
+        InputError: the source has no such column.
+    """
+    columns = columns_of(template)
+    if missing := [name for name in columns if name not in row]:
+        known = ", ".join(row) or "none"
+        raise InputError(
+            f"--prompt {template!r}: the source has no column {missing[0]!r}; it has {known}"
+        )
+    values = {name: "" if row[name] is None else str(row[name]) for name in columns}
+    return template.format_map(values)
+
+
+def prepare(
+    family: Family,
+    processor: Any,
+    images: Sequence[np.ndarray],
+    prompts: Sequence[str],
+    system_prompt: str | None = None,
+) -> dict[str, Any]:
+    """The tensors that a model takes for images and their prompts, padded on the left.
+
+    Args:
+        family: the model's.
+        processor: transformers' processor for the model; for families without one, an object with
+            an ``image_processor`` and a ``tokenizer``.
+        images: uint8 RGB ``(H, W, 3)``.
+        prompts: one for each image.
+        system_prompt: the system's turn of a chat.
+    """
+    pictures = [Image.fromarray(image) for image in images]
+    if family.prompt in (None, "prefix"):
+        return _separately(processor, pictures, prompts)
+    if family.name == "BLIP-2" and not any(prompts):
+        return dict(processor(images=pictures, return_tensors="pt"))
+    settings: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    texts = list(prompts)
+    nested: Any = pictures
+    if family.prompt == "chat":
+        texts = [render(processor, prompt, system_prompt) for prompt in prompts]
+        nested = [[picture] for picture in pictures]
+        bos = processor.tokenizer.bos_token
+        if bos is not None and texts[0].startswith(bos):  # the template has it already
+            settings["add_special_tokens"] = False
+    elif family.name == "PaliGemma":
+        texts = [f"<image>{prompt}" for prompt in prompts]
+    inputs = dict(processor(images=nested, text=texts, **settings, **family.image_settings))
+    for name in ("labels", "rows", "cols", "num_crops"):  # not for generation
+        inputs.pop(name, None)
+    return inputs
+
+
+def _separately(
+    processor: Any, pictures: Sequence[Image.Image], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """Pixels, and the tokens of each prefix, which all have the same number."""
+    inputs: dict[str, Any] = {
+        "pixel_values": processor.image_processor(list(pictures), return_tensors="pt")[
+            "pixel_values"
+        ]
+    }
+    if any(prompts):
+        tokens = processor.tokenizer(list(prompts), add_special_tokens=False, return_tensors="pt")
+        inputs["input_ids"] = tokens["input_ids"]
+    return inputs
+
+
+def render(processor: Any, prompt: str, system_prompt: str | None = None) -> str:
+    """A chat of one turn about one image, as the model's template writes it.
+
+    Raises:
+        BundleError: the model has no chat template.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise BundleError(
+            "the model has no chat template, which its prompt needs; "
+            "choose the variant of the model that is made for chats (its name ends in -Instruct "
+            "or -it)"
+        )
+    turns: list[dict[str, Any]] = []
+    if system_prompt is not None:
+        turns.append({"role": "system", "content": [{"type": "text", "text": system_prompt}]})
+    question = [{"type": "image"}, {"type": "text", "text": prompt}]
+    turns.append({"role": "user", "content": question})
+    text: str = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return text
