@@ -100,6 +100,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple and arguments[1:] == (...,):
+        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
     if origin is tuple:
         return (
             isinstance(value, tuple)
@@ -119,6 +121,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(choices) if len(choices) > 1 else choices[0]
     if hint is type(None):
         return "null"
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
+        return f"a tuple, each {_describe(typing.get_args(hint)[0])}"
     if arguments := typing.get_args(hint):
         separator = ", " if typing.get_origin(hint) is tuple else " or "
         return separator.join(_describe(argument) for argument in arguments)
@@ -414,9 +418,14 @@ class ListingConfig(_Checked):
     GROUP = "Images"
 
     extensions: str = setting(
-        "jpg,jpeg,png,webp,bmp,gif,tif,tiff",
+        "jpg,jpeg,jfif,png,webp,avif,bmp,gif,tif,tiff",
         "Extensions of the image files in a folder, separated by commas.",
         option="--ext",
+    )
+    column: str | None = setting(
+        None,
+        "Column of image URIs in a list.",
+        unset="uri, or the only column with a usual name such as url, image, file_name or path",
     )
     limit: int | None = setting(
         None,

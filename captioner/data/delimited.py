@@ -18,6 +18,7 @@ __all__ = ["CsvTable", "Row", "decode_text"]
 
 _IMAGE = re.compile(r"\S.*\.(?:jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif|hei[cf]|jp2|jxl)", re.I)
 _ENDING = re.compile(r"\.[A-Za-z]\w{1,4}$")
+_NAMES = {",": "comma", "\t": "tab"}
 _REMEDY = 'a quote that belongs to the text is doubled (""), and its whole field is in quotes'
 
 
@@ -35,19 +36,28 @@ class CsvTable:
         columns: the names of the columns, in their order.
     """
 
-    def __init__(self, uri: str, data: bytes):
+    def __init__(self, uri: str, data: bytes, *, separator: str = ",", is_quoted: bool = True):
         """Reads the names of the columns.
 
         Args:
             uri: where the data come from, for messages.
             data: UTF-8 text.
+            separator: what stands between fields.
+            is_quoted: whether a quote at the begin of a field ends at another quote; otherwise
+                quotes are characters as others are, and each line is a row.
 
         Raises:
             InputError: the data are not text, are empty, or the first line is damaged.
         """
         self._uri = uri
         self._lines = _Recorder(decode_text(uri, data))
-        self._reader = csv.reader(self._lines, strict=True)
+        self._reader = csv.reader(
+            self._lines,
+            strict=True,
+            delimiter=separator,
+            quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE,
+        )
+        self._separator = separator
         first = self._next()
         if first is None:
             raise InputError(f"{uri} is empty: its first line names the columns")
@@ -67,9 +77,10 @@ class CsvTable:
             if len(row.fields) != count:
                 raise InputError(
                     f"{self._uri}, line {row.line}: {_number(len(row.fields), 'field')}, but "
-                    f"{_number(count, 'column')}: a field with a comma in it is in quotes"
+                    f"{_number(count, 'column')}: a field with a {_NAMES[self._separator]} in it "
+                    "is in quotes"
                 )
-            if _joins_rows(self._lines.recorded, count, place):
+            if self._joins_rows(place):
                 last = row.line + len(self._lines.recorded) - 1
                 raise InputError(
                     f"{self._uri}, line {row.line}: the quote that opens here is closed on line "
@@ -94,6 +105,24 @@ class CsvTable:
                 return None
             if fields:
                 return Row(line, fields)
+
+    def _joins_rows(self, place: int) -> bool:
+        """Whether lines that were read as one row look like several, by the names of images."""
+        opening, *later = self._lines.recorded
+        first_names = self._names(opening, place) if later else set()
+        return any(
+            _alike(name, first)
+            for line in later
+            for name in self._names(line, place)
+            for first in first_names
+        )
+
+    def _names(self, line: str, place: int) -> set[str]:
+        """What stands in the place of the image, counted from the left and from the right."""
+        fields = [field.strip(' "\r\n') for field in line.split(self._separator)]
+        if len(fields) < len(self.columns):
+            return set()
+        return {fields[place], fields[place - len(self.columns)]} - {""}
 
     def _explain(self, error: csv.Error) -> str:
         if "unexpected end of data" in str(error):
@@ -137,26 +166,6 @@ def decode_text(uri: str, data: bytes) -> str:
         line = text.count("\n", 0, place) + 1
         raise InputError(f"{uri}, line {line}: a zero byte, which text does not have")
     return text
-
-
-def _joins_rows(lines: list[str], columns: int, place: int) -> bool:
-    """Whether lines that were read as one row look like several rows, by the names of images."""
-    if len(lines) < 2:
-        return False
-    opening = _names(lines[0], columns, place)
-    for later in lines[1:]:
-        for name in _names(later, columns, place):
-            if any(_alike(name, first) for first in opening):
-                return True
-    return False
-
-
-def _names(line: str, columns: int, place: int) -> set[str]:
-    """What stands in the place of the image, counted from the left and from the right."""
-    fields = [field.strip(' "\r\n') for field in line.split(",")]
-    if len(fields) < columns:
-        return set()
-    return {fields[place], fields[place - columns]} - {""}
 
 
 def _alike(name: str, first: str) -> bool:

@@ -1,8 +1,11 @@
 import csv
+import gzip
 import io
+import json
 import os
 import random
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -90,7 +93,28 @@ def _as_parquet(uris: list[str], **columns: list) -> bytes:
     return sink.getvalue()
 
 
-LISTS = {"txt": _as_txt, "csv": _as_csv, "parquet": _as_parquet}
+def _as_tsv(uris: list[str]) -> bytes:
+    sink = io.StringIO()
+    rows = [["label", "uri"], *([i, uri] for i, uri in enumerate(uris))]
+    csv.writer(sink, delimiter="\t").writerows(rows)
+    return sink.getvalue().encode()
+
+
+def _as_json_lines(uris: list[str]) -> bytes:
+    return "".join(json.dumps({"n": i, "uri": uri}) + "\n" for i, uri in enumerate(uris)).encode()
+
+
+LISTS = {
+    "txt": _as_txt,
+    "csv": _as_csv,
+    "tsv": _as_tsv,
+    "jsonl": _as_json_lines,
+    "parquet": _as_parquet,
+    "txt.gz": lambda uris: gzip.compress(_as_txt(uris)),
+    "csv.gz": lambda uris: gzip.compress(_as_csv(uris)),
+    "TSV.GZ": lambda uris: gzip.compress(_as_tsv(uris)),
+    "ndjson.gz": lambda uris: gzip.compress(_as_json_lines(uris)),
+}
 
 
 @pytest.mark.parametrize("kind", LISTS)
@@ -117,10 +141,77 @@ def test_a_list_names_any_file(tmp_path, kind, name):
     assert storage.read(uri) == b"pixels"
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_a_table_names_files_with_line_breaks(tmp_path, kind):
     (tmp_path / f"list.{kind}").write_bytes(LISTS[kind](["line\nbreak.jpg"]))
     assert _uris(tmp_path / f"list.{kind}") == [f"{tmp_path}/line\nbreak.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_column_may_be_named(tmp_path, kind):
+    columns = {"uri": ["x.jpg", "y.jpg"], "Where": ["a.jpg", "b.jpg"]}
+    path = tmp_path / f"list.{kind}"
+    frame = pd.DataFrame(columns)
+    if kind == "parquet":
+        frame.to_parquet(path)
+    elif kind == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
+    assert _uris(path) == [f"{tmp_path}/x.jpg", f"{tmp_path}/y.jpg"]
+    assert _uris(path, column="Where") == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
+    with pytest.raises(InputError, match=r"^--column where: .* has no column where, but uri, W"):
+        _uris(path, column="where")
+
+
+def test_a_column_is_of_a_table(tmp_path):
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    with pytest.raises(InputError, match=r"list\.txt has no columns: leave it out"):
+        _uris(tmp_path / "list.txt", column="uri")
+    with pytest.raises(
+        InputError, match=r"--column is for a list, and .* is not one by its ending"
+    ):
+        _uris(tmp_path, column="uri")
+
+
+def test_tabs_without_quoting(tmp_path):
+    """Many programs write tab-separated text whose quotes are characters as others are."""
+    rows = ['"Stop" says a sign', '"open', "plain", 'closed"', '"']
+    text = "".join(f"{caption}\t{number}.jpg\n" for number, caption in enumerate(rows))
+    (tmp_path / "list.tsv").write_text("caption\turl\n" + text)
+    assert _uris(tmp_path / "list.tsv") == [f"{tmp_path}/{number}.jpg" for number in range(5)]
+    (tmp_path / "list.tsv").write_text("caption\turl\n" + text + '"open\n')
+    with pytest.raises(InputError, match=r"list\.tsv, line 2: text follows a closing quote"):
+        _uris(tmp_path / "list.tsv")
+
+
+def test_json_lines(tmp_path, caplog):
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"n": 1}\n\n{"url": "a.jpg", "n": 2}\r\n{"url": null}\n{"url": "b.jpg"}\n')
+    assert _uris(path) == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
+    assert caplog.messages == [f"left out: 2 rows of {path} without a URI"]
+    for line, problem in {
+        '{"url": ': "line 2: not valid JSON: ",
+        '{"url": "a", "url": "b"}': "line 2: not valid JSON: 'url' is there twice",
+        "[]": "line 2: not an object, as ",
+        '{"url": 3}': "line 2: url is 3, not text$",
+        '{"url": "a", "image": "b"}': "url and image may each be the column of URIs",
+    }.items():
+        path.write_text('{"url": "a.jpg"}\n' + line + "\n")
+        with pytest.raises(InputError, match=problem) as error:
+            _uris(path)
+        assert str(error.value).startswith(str(path))
+        assert str(error.value).isprintable()
+    path.write_text("\n")
+    with pytest.raises(InputError, match="lists no images"):
+        _uris(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"uri\na.jpg\n", gzip.compress(b"uri\na.jpg\n")[:-9]])
+def test_a_damaged_compressed_list_is_refused(tmp_path, data):
+    (tmp_path / "list.csv.gz").write_bytes(data)
+    with pytest.raises(InputError, match=r"list\.csv\.gz"):
+        _uris(tmp_path / "list.csv.gz")
 
 
 def test_a_long_table_names_files_with_line_breaks(tmp_path):
@@ -171,15 +262,22 @@ def test_what_looks_like_a_number_is_a_name(tmp_path):
         (b"path\na.jpg\n", None),
         (b"\xef\xbb\xbfpath\na.jpg\n", None),
         (b"uri,uri2\na.jpg,b.jpg\n", None),
-        (b"path,label\na.jpg,1\n", "must have one column uri, not path, label: rename"),
-        (b"uri;label\na.jpg;1\n", "must have commas between its columns, not 'uri;label'$"),
-        (b"uri\tlabel\na.jpg\t1\n", r"must have commas between its columns, not 'uri\\tlabel'$"),
+        (b"path,label\na.jpg,1\n", None),
+        (b"n,Image_URL\n1,a.jpg\n", None),
+        (
+            b"id,label\na.jpg,1\n",
+            "no column that is known to hold URIs, but id, label: name",
+        ),
+        (b"path,URL,n\na.jpg,b,1\n", "path and URL may each be the column of URIs: choose one"),
+        (b"url,url,n\na.jpg,b,1\n", "has several columns called url: rename one"),
+        (b"uri;label\na.jpg;1\n", "must have commas between its columns, not 'uri;label': conv"),
+        (b"uri\tlabel\na.jpg\t1\n", r"must have commas between its columns, not 'uri\\tlabel'"),
         (b"uri\n", "lists no images"),
         (b'uri\n""\n', "lists no images"),
         (b"", r"list\.csv is empty: its first line names the columns"),
         (b"uri,n\na.jpg,1\nb.jpg\n", r"list\.csv, line 3: 1 field, but 2 columns"),
         (b"uri\n\xff.jpg\n", r"list\.csv, line 2: not UTF-8 text \(byte 0xff\)"),
-        (b"uri,uri\na.jpg,b.jpg\n", "must have one column uri, not uri, uri: rename"),
+        (b"uri,uri\na.jpg,b.jpg\n", "has several columns called uri: rename one"),
         (b"a.JPG\nb.jpg\n", "begins with an image, a.JPG, not with the name"),
         (b"s3://bucket/a\ns3://bucket/b\n", "begins with an image, s3://bucket/a, not"),
         (b"a.avif\nb.avif\n", r"begins with an image, a\.avif, not"),
@@ -242,7 +340,7 @@ def test_a_list_in_a_bucket_may_name_its_own_folder_and_those_above(memory_bucke
 @pytest.mark.parametrize("name", ["../../a.jpg", "x/../../../bucket/a.jpg"])
 def test_a_list_in_a_bucket_names_nothing_outside_of_it(memory_bucket, name):
     storage.write(f"{memory_bucket}/lists/my.txt", _as_txt([name]))
-    message = rf"^{memory_bucket}/lists/my\.txt lists {name}, which is outside of the bucket$"
+    message = rf"^{memory_bucket}/lists/my\.txt lists an image outside of the bucket: {name}$"
     with pytest.raises(InputError, match=message):
         _uris(f"{memory_bucket}/lists/my.txt")
 

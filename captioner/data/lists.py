@@ -1,0 +1,238 @@
+"""Lists of images: files of text, CSV, TSV, JSON Lines or Parquet that name an image a row."""
+
+import gzip
+import io
+import json
+import logging
+import zlib
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from captioner import storage
+from captioner.config import parse_json
+from captioner.data.delimited import CsvTable, decode_text
+from captioner.errors import InputError, first_of, one_line
+from captioner.storage import Listed
+
+__all__ = ["is_list", "read_list"]
+
+_logger = logging.getLogger(__name__)
+
+_SHOWN = 20  # names of columns in a message
+
+#: Names, in lower case, of columns that hold the URIs of images in published tables.
+_URI_NAMES = frozenset(
+    """
+    uri url image image_uri image_url image_path img img_url img_path file file_name filename
+    file_path filepath path photo picture
+    """.split()  # noqa: SIM905
+)
+
+
+def is_list(source: str) -> bool:
+    """Whether a source is a list by its name."""
+    return _kind(source) in _READERS
+
+
+def read_list(source: str, column: str | None = None) -> list[Listed]:
+    """The images of a list, each once, in the list's order.
+
+    Args:
+        source: a ``.txt`` file with a URI a line; or a ``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson``
+            or ``.parquet`` file with a column of URIs; all but the last may be compressed
+            (``.csv.gz``). Relative paths start from the list's own folder.
+        column: the column of URIs; by default ``uri``, else the only column, else the only one
+            whose name is usual for URIs, as ``url``, ``image``, ``file_name`` and ``path`` are.
+
+    Raises:
+        InputError: the list cannot be read, is damaged, has no such column, or names no image or
+            images outside of its bucket.
+    """
+    kind = _kind(source)
+    if kind == "txt" and column is not None:
+        raise InputError(f"--column is for a table, and {source} has no columns: leave it out")
+    uris = _READERS[kind](source, _read(source), column)
+    if empty := sum(not uri for uri in uris):
+        _logger.warning("left out: %d rows of %s without a URI", empty, source)
+    absolute = [_from(source, uri) for uri in uris if uri]
+    listed = [Listed(uri, None) for uri in dict.fromkeys(absolute)]
+    if not listed:
+        raise InputError(f"{source} lists no images")
+    if repeated := len(absolute) - len(listed):
+        _logger.warning("left out: %d URIs of %s that it lists already", repeated, source)
+    return listed
+
+
+def _kind(source: str) -> str:
+    """The list's ending, without the dot; empty for what is compressed and must not be."""
+    name = source.lower().rsplit("/", 1)[-1]
+    plain = name.removesuffix(".gz")
+    kind = plain.rpartition(".")[2] if "." in plain else ""
+    return "" if kind == "parquet" and plain != name else kind
+
+
+def _read(source: str) -> bytes:
+    try:
+        data = storage.read(source)
+        return gzip.decompress(data) if source.lower().endswith(".gz") else data
+    except FileNotFoundError as error:
+        raise InputError(f"{source} does not exist") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"cannot read {source}: {one_line(error)}") from error
+
+
+def _read_lines(source: str, data: bytes, column: str | None) -> list[str]:
+    # splitlines() and strip() would take characters of a name, as U+2028, for white space.
+    lines = (line.strip(" \t\r") for line in decode_text(source, data).split("\n"))
+    return [line for line in lines if line]
+
+
+def _read_csv(source: str, data: bytes, column: str | None) -> list[str]:
+    """A column as text: an image called 0001 is not number 1."""
+    return _text_column(CsvTable(source, data), source, column)
+
+
+def _read_tsv(source: str, data: bytes, column: str | None) -> list[str]:
+    """As CSV, unless that is damaged: many programs write tabs without quoting anything."""
+    try:
+        return _text_column(CsvTable(source, data, separator="\t"), source, column)
+    except InputError as error:
+        plain = CsvTable(source, data, separator="\t", is_quoted=False)
+        try:
+            return _text_column(plain, source, column)
+        except InputError:
+            raise error from None
+
+
+def _text_column(table: CsvTable, source: str, column: str | None) -> list[str]:
+    name = _uri_column(table.columns, source, column, is_text=True)
+    place = table.columns.index(name)
+    return [row.fields[place] for row in table.rows(name)]
+
+
+def _read_json_lines(source: str, data: bytes, column: str | None) -> list[str | None]:
+    rows: list[tuple[int, dict[str, object]]] = []
+    for number, line in enumerate(decode_text(source, data).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except InputError as error:
+            raise InputError(f"{source}, line {number}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{source}, line {number}: not an object, as {{…}} is")
+        rows.append((number, row))
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    name = _uri_column(names, source, column)
+    uris = []
+    for number, row in rows:
+        uri = row.get(name)
+        if not isinstance(uri, (str, type(None))):
+            shown = json.dumps(uri)[:100]
+            raise InputError(f"{source}, line {number}: {name} is {shown}, not text")
+        uris.append(uri)
+    return uris
+
+
+def _read_parquet(source: str, data: bytes, column: str | None) -> list[str | None]:
+    """A column, and nothing of the others, which may be many or large."""
+    try:
+        # Arrow's own threads may outlive Python's last moment, which aborts the process.
+        file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
+        name = _uri_column(file.schema_arrow.names, source, column, is_text=True)
+        values = file.read([name], use_threads=False)[name]
+        if pa.types.is_primitive(values.type):
+            raise InputError(f"{source}: the column {name} holds {values.type}, not text")
+        return values.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+        raise InputError(f"cannot read {source}: {one_line(error)}") from error
+
+
+_READERS: dict[str, Callable[[str, bytes, str | None], Sequence[str | None]]] = {
+    "txt": _read_lines,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "jsonl": _read_json_lines,
+    "ndjson": _read_json_lines,
+    "parquet": _read_parquet,
+}
+
+
+def _uri_column(
+    names: Sequence[str], source: str, column: str | None, *, is_text: bool = False
+) -> str:
+    """The name of the column of URIs in a table with these columns."""
+    shown = first_of(names, _SHOWN)
+    if column is not None:
+        if names.count(column) != 1:
+            how_often = "no column" if column not in names else "several columns called"
+            raise InputError(f"--column {column}: {source} has {how_often} {column}, but {shown}")
+        return column
+    if names.count("uri") == 1:
+        return "uri"
+    if len(names) == 1:
+        if is_text:
+            _check_only_column(names[0], source)
+        return names[0]
+    known = sorted({name for name in names if name.lower() in _URI_NAMES}, key=names.index)
+    if len(known) == 1 and names.count(known[0]) > 1:
+        raise InputError(f"{source} has several columns called {known[0]}: rename one")
+    if len(known) == 1:
+        return known[0]
+    if known:
+        raise InputError(
+            f"{source}: {' and '.join(known)} may each be the column of URIs: "
+            "choose one with --column"
+        )
+    raise InputError(
+        f"{source} has no column that is known to hold URIs, but {shown}: name it with --column; "
+        "the first line of a CSV or TSV file names the columns"
+    )
+
+
+def _check_only_column(name: str, source: str) -> None:
+    """Refuses what is not the name of a column, but the first row or several names."""
+    if ";" in name or "\t" in name:
+        raise InputError(
+            f"{source} must have commas between its columns, not {name!r}: convert it, or call a "
+            "file with tabs .tsv"
+        )
+    if "." in name or "/" in name or _is_file(_from(source, name)):
+        raise InputError(
+            f"{source} begins with an image, {name}, not with the name of the column: "
+            "add uri as the first line, or rename the file to .txt"
+        )
+
+
+def _is_file(uri: str) -> bool:
+    try:
+        storage.read(uri, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _from(source: str, uri: str) -> str:
+    """The URI that a list means: a relative one starts from the list's own folder."""
+    base = source[: source.rfind("/") + 1]
+    if "://" not in base or "://" in uri or uri.startswith("/"):
+        return storage.readable(storage.absolute(uri, base))
+    scheme, place = base.split("://", 1)
+    return f"{scheme}://{'/'.join(_resolved(place.split('/')[:-1], uri.split('/'), source))}"
+
+
+def _resolved(folder: Sequence[str], path: Sequence[str], source: str) -> list[str]:
+    """The parts of a path from a folder in a bucket, whose first part is the bucket."""
+    parts, bucket = list(folder), len(folder[:1])
+    for part in path:
+        if part == "..":
+            if len(parts) == bucket:
+                raise InputError(f"{source} lists an image outside of the bucket: {'/'.join(path)}")
+            parts.pop()
+        elif part != ".":
+            parts.append(part)
+    return parts
