@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -27,12 +28,15 @@ from captioner.config import (
     TrainConfig,
 )
 from captioner.errors import CaptionerError, InputError, printable
+from captioner.runtime.signals import limit_stopping
+from captioner.runtime.streams import error_of_stdout, has_own_streams, protect_streams
 
 __all__ = ["main"]
 
 Config = TypeVar("Config")
 
 _INTERRUPTED = "captioner: stopped by SIGINT"
+_MOST_SECONDS_TO_STOP = 20  # after a signal: Kubernetes grants 30 seconds
 
 
 class _Echo(logging.Handler):
@@ -45,6 +49,23 @@ class _Echo(logging.Handler):
 class _Commands(click.Group):
     """Prints our errors as one line and exits with their code; ``--debug`` shows where from."""
 
+    def main(self, *arguments: Any, **keywords: Any) -> Any:
+        """Runs a command; neither a broken stream nor a read that hangs outlives it."""
+        protect_streams()
+        if has_own_streams():
+            limit_stopping(_MOST_SECONDS_TO_STOP)
+        try:
+            return super().main(*arguments, **keywords)
+        except SystemExit as end:
+            if not end.code and (reason := error_of_stdout()):
+                click.echo(f"captioner: cannot write to standard output: {reason}", err=True)
+                raise SystemExit(1) from end
+            if end.code and has_own_streams() and _is_at_work():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code if isinstance(end.code, int) else 1)
+            raise
+
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
@@ -56,6 +77,13 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo(_INTERRUPTED, err=True)
             context.exit(130)
+
+
+def _is_at_work() -> bool:
+    """Whether threads would keep the process from ending, such as reads that hang."""
+    return any(
+        not each.daemon for each in threading.enumerate() if each is not threading.main_thread()
+    )
 
 
 @contextmanager

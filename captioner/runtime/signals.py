@@ -1,37 +1,50 @@
-"""SIGTERM and Ctrl-C: an orderly end, also where it is Ray that waits."""
+"""SIGTERM and Ctrl-C: an orderly end, in the time that a cluster grants."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-__all__ = ["Signals", "catch_signals", "keep_handlers"]
-
+__all__ = ["Signals", "catch_signals", "keep_handlers", "limit_stopping"]
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+_limit: float | None = None  # seconds; see limit_stopping
 
 
 @dataclass
 class Signals:
-    """What has arrived: the number of the first signal, or None."""
+    """The number of the first signal that arrived, or None."""
 
     received: int | None = None
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt where a signal came while nothing could be raised."""
+        """Raises KeyboardInterrupt where a signal arrived while nothing could be raised."""
         if self.received is not None:
             raise KeyboardInterrupt
+
+
+def limit_stopping(seconds: float | None) -> None:
+    """Ends this process so many seconds after the first signal that :func:`catch_signals` catches.
+
+    Clean-up may wait for a store that does not answer, and Kubernetes kills a pod 30 seconds after
+    SIGTERM. For programs that own their process; None, as at first, sets no limit.
+    """
+    global _limit
+    _limit = seconds
 
 
 @contextmanager
 def catch_signals() -> Iterator[Signals]:
     """While entered, SIGTERM raises KeyboardInterrupt in the main thread, as Ctrl-C does.
 
-    KeyboardInterrupt itself, because it is what Ray's waiting loops let through. After the first
-    signal SIGTERM is ignored, for the end to be orderly; Ctrl-C interrupts that too. A signal
-    that is ignored already stays so. In another thread than the main one this does nothing.
+    It is KeyboardInterrupt because Ray's waiting loops let that through. After the first signal
+    SIGTERM is ignored, for the end to be orderly; Ctrl-C interrupts the end as well. A signal that
+    is ignored already stays ignored. In any thread but the main one this does nothing.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
@@ -42,6 +55,10 @@ def catch_signals() -> Iterator[Signals]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signals.received = number
+        if _limit is not None:
+            watchdog = threading.Timer(_limit, _end, (number,))
+            watchdog.daemon = True
+            watchdog.start()
         raise KeyboardInterrupt
 
     with keep_handlers():
@@ -51,9 +68,20 @@ def catch_signals() -> Iterator[Signals]:
         yield signals
 
 
+def _end(number: int) -> None:
+    """Ends the process at once, with the exit code of the signal."""
+    print(
+        f"captioner: stopped by {signal.Signals(number).name}, without the time to clean up; "
+        "run the same command again to resume",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(128 + number)
+
+
 @contextmanager
 def keep_handlers() -> Iterator[None]:
-    """Puts the handlers of SIGTERM and Ctrl-C back in the end, whatever was done to them."""
+    """Restores the handlers of SIGTERM and Ctrl-C at the end, whatever was done to them."""
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _STOPPING}
     try:
         yield

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -354,6 +355,33 @@ def test_a_job_that_is_stopped_while_ray_starts_leaves_no_process(
     )
     assert "Traceback" not in error
     assert not processes.keys() & _processes().keys()
+
+
+@contextmanager
+def _silent_server() -> Iterator[str]:
+    """The URL of a server that takes requests and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
+def test_a_stop_waits_neither_for_reads_that_hang_nor_for_a_lost_output(
+    engine, model_directory, tmp_path
+):
+    output, source = tmp_path / "out", tmp_path / "list.txt"
+    with _silent_server() as url:
+        source.write_text("".join(f"{url}/{number}.jpg\n" for number in range(20)))
+        with _started(_command(source, output, model_directory, engine)) as job:
+            _wait(job, lambda: any((output / "__captioner").glob("attempts/*.json")))
+            (output / "__captioner").rename(tmp_path / "lost")
+            begin = time.monotonic()
+            job.send_signal(signal.SIGTERM)
+            _, error = job.communicate(timeout=60)
+            seconds = time.monotonic() - begin
+    assert job.returncode == 128 + signal.SIGTERM, error
+    assert error.splitlines()[-1].startswith("captioner: stopped by SIGTERM"), error
+    assert "Traceback" not in error
+    assert seconds < 30
 
 
 # What cannot be written.
