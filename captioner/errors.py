@@ -4,6 +4,7 @@
 
     CaptionerError             exit code 1
     ├── InputError             2   an argument, a source or a dataset that cannot be used
+    │   └── StorageError       2   ... because its whole store cannot be used (see below)
     ├── BundleError            2   a model directory that is not a sound bundle
     ├── OutputError            2   an output directory that cannot be used for this job
     │   └── FingerprintError   2   ... because another job's settings made it
@@ -29,6 +30,7 @@ __all__ = [
     "InputError",
     "OutputError",
     "StoppedError",
+    "StorageError",
     "first_of",
     "one_line",
     "printable",
@@ -48,6 +50,14 @@ class InputError(CaptionerError, ValueError):
     """An argument, a source of images or a dataset cannot be used."""
 
     exit_code = 2
+
+
+class StorageError(InputError):
+    """A whole store cannot be used: no package, no valid credentials, or no answer from its host.
+
+    Every file of the store fails alike. A job stops on this error; it never becomes the row of one
+    image, unlike an OSError, which concerns one file.
+    """
 
 
 class BundleError(CaptionerError):

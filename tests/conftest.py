@@ -29,6 +29,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skipped)
 
 
+#: File names that a URI, a shell or a pattern could take for something else.
+ODD_NAMES = [
+    "plain.jpg",
+    "two words.jpg",
+    " space around .jpg",
+    "line\nbreak.jpg",
+    "tab\there.jpg",
+    "quotes ' and \".jpg",
+    "100%.jpg",
+    "%41%zz.jpg",
+    "🐕 ça.jpg",
+    "composed \u00e9.jpg",
+    "decomposed e\u0301.jpg",
+    "line\u2028separator.jpg",
+    "a::b.jpg",
+    "s3:c.jpg",
+    "star*[1]?.jpg",
+    "#hash&and=.jpg",
+    "back\\slash.jpg",
+    "~home.jpg",
+    "$HOME.jpg",
+    "-dash.jpg",
+    ".hidden.jpg",
+    "two.dots.jpg",
+]
+
 WORDS = [
     "a",
     "the",

@@ -216,14 +216,14 @@ class _Flaky:
 def test_what_may_pass_is_tried_again(problem, tries, tmp_path, monkeypatch):
     [path] = write_photos(tmp_path, 1)
     waits: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    monkeypatch.setattr(storage.retries.time, "sleep", waits.append)
     flaky = _Flaky(10, problem)
-    monkeypatch.setattr(storage, "_open_local", flaky)
+    monkeypatch.setattr(storage.reading, "_open_local", flaky)
     image = load_image(JOB, str(path), None)
     assert (image.row.status, flaky.tries) == ("unreadable", tries)
     assert len(waits) == tries - 1
     for number, wait in enumerate(waits):
         assert 0.1 * 2**number <= wait <= 0.2 * 2**number
     flaky = _Flaky(tries - 1, problem)
-    monkeypatch.setattr(storage, "_open_local", flaky)
+    monkeypatch.setattr(storage.reading, "_open_local", flaky)
     assert load_image(JOB, str(path), None).row.status == "ok"

@@ -1,0 +1,40 @@
+"""Files by URI, through fsspec: list, read, write atomically, lock.
+
+A URI is a local path, a ``file:`` URI (percent-encoded, RFC 8089) or anything that fsspec has a
+file system for (``s3://``, ``gs://``, ``abfs://``, ``memory://``). Credentials belong to the file
+system: they come from the environment and never appear in a message. Errors of a bucket's client
+become OSErrors after transient errors have been retried.
+"""
+
+from captioner.storage.cache import cache_directory
+from captioner.storage.filesystems import arrow_filesystem, is_local
+from captioner.storage.listing import Listed, find, is_directory, names, sizes
+from captioner.storage.locks import locked
+from captioner.storage.reading import Ranges, open_binary, read, size, version
+from captioner.storage.uris import absolute, as_path, join, readable
+from captioner.storage.writing import delete, is_temporary, write, writing
+
+__all__ = [
+    "Listed",
+    "Ranges",
+    "absolute",
+    "arrow_filesystem",
+    "as_path",
+    "cache_directory",
+    "delete",
+    "find",
+    "is_directory",
+    "is_local",
+    "is_temporary",
+    "join",
+    "locked",
+    "names",
+    "open_binary",
+    "read",
+    "readable",
+    "size",
+    "sizes",
+    "version",
+    "write",
+    "writing",
+]

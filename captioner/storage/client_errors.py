@@ -1,0 +1,71 @@
+"""What an error of a file system or a bucket's client means."""
+
+import asyncio
+import errno
+import re
+
+__all__ = ["http_status", "is_transient", "reason"]
+
+# In a client's message, the query of a URL may hold a signature, and its authority a password.
+_SECRETS = re.compile(r"(?<=://)(?:[^/\s@]*:[^\s@]*|[^/\s@]+)@|(?<=\S)\?[^\s\"'?]*=[^\s\"']*")
+
+_TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}
+_TRANSIENT_NUMBERS = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ESTALE,
+}
+# By name: none of these packages is required.
+_TRANSIENT_NAMES = {
+    "aiohttp.ClientConnectionError",
+    "aiohttp.ClientPayloadError",
+    "azure.IncompleteReadError",
+    "azure.ServiceRequestError",
+    "azure.ServiceResponseError",
+    "botocore.HTTPClientError",
+    "botocore.IncompleteReadError",
+    "botocore.ResponseParserError",
+    "google.TransportError",
+    "requests.ConnectionError",
+    "requests.Timeout",
+}
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed when it is retried."""
+    if isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)):
+        return True
+    if _names(error) & _TRANSIENT_NAMES:
+        return True
+    if (status := http_status(error)) is not None:
+        return status in _TRANSIENT_STATUSES
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS
+
+
+def _names(error: BaseException) -> set[str]:
+    """An error's class and its bases, as ``PACKAGE.CLASS``."""
+    return {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+
+
+def http_status(error: Exception) -> int | None:
+    """The HTTP status that an error, or its cause, stands for."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        # botocore's, aiohttp's, Azure's and gcsfs's, in this order
+        found = [metadata.get("HTTPStatusCode")]
+        found += [getattr(each, name, None) for name in ("status", "status_code", "code")]
+        for status in found:
+            if isinstance(status, int):
+                return status
+    return None
+
+
+def reason(error: Exception) -> str:
+    """The message of an error on one line, without what may be a secret."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return _SECRETS.sub("…", text) or type(error).__name__
