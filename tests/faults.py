@@ -1,7 +1,8 @@
 """Runs captioner with faults put into its processes: ``python faults.py ENGINE caption …``.
 
 An image file that ends in ``KILL`` kills the process that decodes it. Where the environment has
-``KILL_MODEL``, a magenta image kills the one whose model sees it. Where it names a file in
+``KILL_MODEL``, a magenta image kills the one whose model sees it. While a file that it names in
+``BROKEN_DEVICE`` exists, any image does, as on a GPU that is broken. Where it names a file in
 ``KILL_RENAME`` that does not exist, the first process to rename a part makes that file and is
 killed before the renaming.
 """
@@ -33,13 +34,15 @@ def install() -> None:
             die()
 
     images.decode = poisoned_decode
-    if "KILL_MODEL" in os.environ:  # torch takes seconds to import
+    broken = os.environ.get("BROKEN_DEVICE", "")
+    if "KILL_MODEL" in os.environ or broken:  # torch takes seconds to import
         from captioner.model.native import Captioner
 
         call = Captioner.__call__
 
         def poisoned_call(self, images_BHW3):
-            if (images_BHW3 == (255, 0, 255)).all((1, 2, 3)).any():
+            magenta = (images_BHW3 == (255, 0, 255)).all((1, 2, 3)).any()
+            if os.path.exists(broken) or ("KILL_MODEL" in os.environ and magenta):
                 die()
             return call(self, images_BHW3)
 

@@ -30,6 +30,7 @@ from captioner.data import images
 from captioner.data.listing import list_source
 from captioner.errors import (
     CaptionerError,
+    DeviceError,
     ErrorRateError,
     IncompleteError,
     StoppedError,
@@ -291,7 +292,8 @@ class _Books:
     def close_after(self, problem: BaseException, done: Done, signals: Signals) -> None:
         """After an error or a signal, which leaves no time to read the parts."""
         self._directory.tidy()
-        if isinstance(problem, (CaptionerError, KeyboardInterrupt)):
+        orderly = isinstance(problem, (CaptionerError, KeyboardInterrupt))
+        if orderly and not isinstance(problem, DeviceError):  # which tells of the image in hand
             self._crash_log.end_orderly()
         if signals.received is not None or isinstance(problem, KeyboardInterrupt):
             self._write(done, {}, missing=self._images - self._finished(), error="stopped")

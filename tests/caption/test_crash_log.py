@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from captioner.caption.batches import BatchCaptioner, caption_alone
 from captioner.caption.crash_log import Crashes, CrashLog
+from captioner.caption.job import caption_images
 from captioner.caption.steps import CaptionJob
 from captioner.config import DecodeConfig, RunConfig
 from captioner.errors import DeviceError
-from captioner.model.native import Caption
+from captioner.model.native import Caption, Captioner
 from captioner.output.manifest import Shard
 from captioner.schema import CaptionRow
 from conftest import write_photos
@@ -159,3 +161,27 @@ def test_a_damaged_file_tells_that_the_shard_was_in_hand(tmp_path, data):
     log.end_orderly()
     assert log.shards() == set()
     assert log.crashes(1) is None
+
+
+def test_an_image_that_loses_the_device_is_set_aside_after_some_runs(
+    tmp_path, model_directory, monkeypatch
+):
+    """In this process, where only another run can use the device again."""
+    photos = write_photos(tmp_path / "photos", 5)
+    Image.new("RGB", (64, 64), (255, 0, 255)).save(photos[2], format="png")
+    caption = Captioner.__call__
+
+    def lose(self, images_BHW3):
+        if (images_BHW3 == (255, 0, 255)).all((1, 2, 3)).any():
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered\nmore")
+        return caption(self, images_BHW3)
+
+    monkeypatch.setattr(Captioner, "__call__", lose)
+    arguments = str(tmp_path / "photos"), str(tmp_path / "out"), str(model_directory)
+    run = RunConfig(engine="local", device="cpu", max_error_rate=1)
+    for _ in range(3):
+        with pytest.raises(
+            DeviceError, match=r"is lost: CUDA error: device-side assert triggered\."
+        ):
+            caption_images(*arguments, run=run)
+    assert caption_images(*arguments, run=run).rows == {"ok": 4, "failed": 1}

@@ -163,6 +163,33 @@ def test_an_image_that_kills_its_process_is_set_aside(
     assert failed["error"] == "it killed the process that captioned it, more than once"
 
 
+@pytest.mark.parametrize("engine", [pytest.param("local", marks=pytest.mark.thorough), "ray"])
+def test_a_device_that_breaks_stops_the_job_and_sets_no_image_aside(
+    engine, model_directory, tmp_path
+):
+    photos, output, broken = tmp_path / "photos", tmp_path / "out", tmp_path / "broken"
+    write_photos(photos, 12)
+    broken.touch()
+    command = [sys.executable, str(FAULTS), engine, "caption", str(photos), str(output)]
+    command += ["--model", str(model_directory), *SMALL]
+    if engine == "local":  # the first process dies with a batch, the others with the probe
+        for _ in range(4):
+            assert _run(command, BROKEN_DEVICE=str(broken)).returncode == -signal.SIGKILL
+    done = _run(command, BROKEN_DEVICE=str(broken))
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().split("\n")[-1]
+    assert re.fullmatch(
+        r"captioner: cpu of machine \S+ seems to be broken: 3 processes in a row died there .*"
+        r"no image is set aside because of it",
+        last,
+    ), done.stderr
+    assert _parts(output) == 0
+    broken.unlink()  # it is repaired
+    done = _run(command, BROKEN_DEVICE=str(broken))
+    assert done.returncode == 0, done.stderr
+    assert _check(output, photos) == {"ok": 12}
+
+
 # Kills from outside.
 
 
