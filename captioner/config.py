@@ -559,7 +559,7 @@ class RunConfig(_Checked):
         if self.actors is not None:
             self.actor_range  # noqa: B018
 
-    def of_rows(self) -> dict[str, Any]:
+    def row_settings(self) -> dict[str, Any]:
         """The settings that can change a row, by name; ``precision`` is not resolved."""
         return {name: getattr(self, name) for name in ("precision", "max_pixels", "max_bytes")}
 

@@ -8,26 +8,22 @@ import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner import storage
 from captioner.caption.crash_log import CrashLog
 from captioner.caption.early_failures import EarlyFailures
+from captioner.caption.inputs import Inputs
 from captioner.caption.local import run_local
-from captioner.caption.plan import OnRay, Placement, Plan, choose_engine, make_plan, placed
+from captioner.caption.plan import OnRay, Placement, Plan, make_plan, placed
 from captioner.caption.ray import run_on_ray
-from captioner.caption.steps import CaptionJob, ShardResult
+from captioner.caption.steps import ShardResult
 from captioner.caption.summary import Done, Summary
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
-from captioner.data import images
-from captioner.data.listing import list_source
 from captioner.errors import (
     CaptionerError,
     DeviceError,
@@ -35,100 +31,19 @@ from captioner.errors import (
     IncompleteError,
     StoppedError,
 )
-from captioner.model.bundle import Bundle
-from captioner.model.bundle import load as load_bundle
 from captioner.output.compaction import expose
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import new_shards
 from captioner.runtime.memory import keep_few_kernels
 from captioner.runtime.progress import progress_bar
 from captioner.runtime.signals import Signals, catch_signals
-from captioner.schema import MANIFEST, SCHEMA_VERSION
-from captioner.storage import Listed
+from captioner.schema import MANIFEST
 
 __all__ = ["caption_images", "plan_captioning"]
 
 _SHOWN = 20  # images without a row that an error names
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a job reads before it begins: the model, the listing, and the settings."""
-
-    bundle: Bundle
-    listed: list[Listed]
-    directory: OutputDirectory
-    decode: DecodeConfig
-    run: RunConfig
-    limited: bool
-
-    @classmethod
-    def read(
-        cls,
-        source: str,
-        output: str,
-        model: str,
-        decode: DecodeConfig | None,
-        run: RunConfig | None,
-        listing: ListingConfig | None,
-    ) -> "_Inputs":
-        listing = listing or ListingConfig()
-        run = run or RunConfig()
-        choose_engine(run)  # may refuse
-        directory = OutputDirectory(storage.absolute(output))
-        bundle = load_bundle(model)
-        listed = list_source(storage.absolute(source), listing)
-        _check_schemes(listed)
-        return cls(
-            bundle=bundle,
-            listed=listed,
-            directory=directory,
-            decode=(decode or DecodeConfig()).with_model_defaults(bundle.config),
-            run=run,
-            limited=listing.limit is not None,
-        )
-
-    def fingerprint(self, placement: Placement) -> dict[str, Any]:
-        """All that can change a row, by name."""
-        return {
-            "model": self.bundle.digests["model.safetensors"],
-            "model settings": self.bundle.digests["config.json"],
-            "vocabulary": self.bundle.digests["tokenizer.json"],
-            "preprocessing version": images.PREPROCESSING_VERSION,
-            "schema version": SCHEMA_VERSION,
-            **asdict(self.decode),
-            **self.run.of_rows(),
-            "precision": placement.precision,
-        }
-
-    def gone(self, manifest: pa.Table) -> set[str]:
-        """The images of earlier runs that are not listed any more; a limit hides no image."""
-        if self.limited:
-            return set()
-        return set(manifest["uri"].to_pylist()) - {each.uri for each in self.listed}
-
-    def job(self, plan: Plan) -> CaptionJob:
-        """What each process of the job needs to know."""
-        return CaptionJob(
-            output=self.directory.uri,
-            image_size=self.bundle.config.image_size,
-            grid=0 if self.decode.attention == "none" else self.bundle.grid,
-            decode=self.decode,
-            run=plan.run,
-        )
-
-
-def _check_schemes(listed: Sequence[Listed]) -> None:
-    """Finds out before the first shard that a package for some of the URIs is missing.
-
-    Raises:
-        InputError: it is.
-    """
-    first = {each.uri.split("://")[0]: each.uri for each in reversed(listed) if "://" in each.uri}
-    for uri in first.values():
-        storage.is_local(uri)
 
 
 def plan_captioning(
@@ -146,7 +61,7 @@ def plan_captioning(
     Raises:
         CaptionerError: what :func:`caption_images` would raise before its first image.
     """
-    inputs = _Inputs.read(source, output, model, decode, run, listing)
+    inputs = Inputs.read(source, output, model, decode, run, listing)
     directory = inputs.directory
     with placed(inputs.run, dry=True) as placement:
         begun = directory.check(inputs.fingerprint(placement), overwrite=overwrite)
@@ -193,7 +108,7 @@ def caption_images(
     with catch_signals() as signals:
         directory = None
         try:
-            inputs = _Inputs.read(source, output, model, decode, run, listing)
+            inputs = Inputs.read(source, output, model, decode, run, listing)
             directory = inputs.directory
             with directory.locked():
                 return _execute(inputs, signals, overwrite=overwrite)
@@ -204,13 +119,13 @@ def caption_images(
             raise _stopped(directory, signals.received or signal.SIGINT) from problem
 
 
-def _execute(inputs: _Inputs, signals: Signals, *, overwrite: bool) -> Summary:
+def _execute(inputs: Inputs, signals: Signals, *, overwrite: bool) -> Summary:
     """Captions what is left, and closes the books however that ends, once Ray is shut down."""
     done, books = Done(), None
     try:
         with placed(inputs.run) as placement:
-            plan, gone = _begin(inputs, placement, overwrite=overwrite)
-            books = _Books(inputs.directory, plan.images, len(gone))
+            plan, unlisted = _begin(inputs, placement, overwrite=overwrite)
+            books = _Books(inputs.directory, plan.images, len(unlisted))
             for result in _results(plan, inputs, signals):
                 done.add(result.rows, result.timing)
     except BaseException as problem:
@@ -219,11 +134,11 @@ def _execute(inputs: _Inputs, signals: Signals, *, overwrite: bool) -> Summary:
                 books.close_after(problem, done, signals)
         raise
     summary = books.close(done)
-    _check_error_rate(summary, inputs, gone)
+    _check_error_rate(summary, inputs, unlisted)
     return summary
 
 
-def _begin(inputs: _Inputs, placement: Placement, *, overwrite: bool) -> tuple[Plan, set[str]]:
+def _begin(inputs: Inputs, placement: Placement, *, overwrite: bool) -> tuple[Plan, set[str]]:
     """Makes the output this job's; returns the plan, and the images that are not listed any more.
 
     Raises:
@@ -238,10 +153,10 @@ def _begin(inputs: _Inputs, placement: Placement, *, overwrite: bool) -> tuple[P
         directory.delete_held()
         expose(directory, manifest, {shard.number for shard in failed})
         shards += failed
-    return make_plan(len(manifest), shards, inputs.run, placement), inputs.gone(manifest)
+    return make_plan(len(manifest), shards, inputs.run, placement), inputs.unlisted(manifest)
 
 
-def _results(plan: Plan, inputs: _Inputs, signals: Signals) -> Iterator[ShardResult]:
+def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResult]:
     """Runs the engine with a progress bar; yields the results whose rows are written."""
     if not plan.shards:
         if plan.run.profile is not None:
@@ -269,8 +184,8 @@ def _results(plan: Plan, inputs: _Inputs, signals: Signals) -> Iterator[ShardRes
 class _Books:
     """Closes the books of a run: what it did and what the output holds, as summary.json."""
 
-    def __init__(self, directory: OutputDirectory, images: int, gone: int):
-        self._directory, self._images, self._gone = directory, images, gone
+    def __init__(self, directory: OutputDirectory, images: int, unlisted: int):
+        self._directory, self._images, self._gone = directory, images, unlisted
         self._crash_log = CrashLog(directory.uri)
         self._started, self._begin = _now(), time.monotonic()
 
@@ -315,7 +230,7 @@ class _Books:
             images=self._images,
             rows=rows,
             missing=missing,
-            gone=self._gone,
+            unlisted=self._gone,
             captioned=done.images,
             seconds=time.monotonic() - self._begin,
             started=self._started,
@@ -327,15 +242,15 @@ class _Books:
         return summary
 
 
-def _check_error_rate(summary: Summary, inputs: _Inputs, gone: set[str]) -> None:
+def _check_error_rate(summary: Summary, inputs: Inputs, unlisted: set[str]) -> None:
     """Compares the share of listed images that are not ok with the limit.
 
     Raises:
         ErrorRateError: it is larger.
     """
     rows = Counter(summary.rows)
-    if gone:
-        rows -= _statuses(inputs.directory, gone)
+    if unlisted:
+        rows -= _statuses(inputs.directory, unlisted)
     images = rows.total()
     bad = (images - rows["ok"]) / images if images else 0.0
     if bad > inputs.run.max_error_rate:

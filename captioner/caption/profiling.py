@@ -1,4 +1,4 @@
-"""What torch does in a few batches of a caption job, as a trace that Chrome opens."""
+"""Records what torch does in a few batches of a caption job, as a trace that Chrome opens."""
 
 import os
 import tempfile
@@ -13,19 +13,19 @@ from captioner import storage
 
 __all__ = ["Profiler"]
 
-_BATCHES = 3  # that are recorded: some megabytes
-_SILENT = "99"  # above all that torch's profiler tells stderr
+_BATCHES = 3  # recorded batches, which take some megabytes
+_SILENT = "99"  # a log level above all messages of torch's profiler
 
 
 class Profiler:
-    """Records the first few batches but one, which has kernels to compile and memory to find.
+    """Records a few batches after the first, which compiles kernels and allocates memory.
 
-    To be entered around a job. The trace is written as soon as these batches are done, or when the
-    job ends before; not where it fails before.
+    Enter it around a job. The trace is written as soon as the batches are done, or when a shorter
+    job ends; a job that fails earlier writes none.
 
     Args:
-        target: the file to write, local or in a bucket; packed where its name ends in ``.gz``.
-        skip: batches before those that are recorded.
+        target: the file to write, local or in a bucket; compressed if its name ends in ``.gz``.
+        skip: batches before the recorded ones.
     """
 
     def __init__(self, target: str, *, skip: int = 1):
@@ -46,7 +46,7 @@ class Profiler:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """To be entered around a batch.
+        """Enter it around each batch.
 
         Raises:
             OutputError: the trace cannot be written.
@@ -61,8 +61,9 @@ class Profiler:
             self._stop(write=True)
 
     def _stop(self, *, write: bool) -> None:
-        assert self._profile is not None
         recorded, self._profile = self._profile, None
+        if recorded is None:
+            return
         recorded.stop()
         if not write:
             return

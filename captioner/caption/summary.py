@@ -40,7 +40,7 @@ class Summary:
         rows: all rows of the output, by status; empty where a signal ended the run, since the
             parts are not read then.
         missing: images without a row.
-        gone: images that an earlier run listed and this run did not; their rows are kept.
+        unlisted: images that an earlier run listed and this run did not; their rows are kept.
         captioned: rows that this run wrote.
         seconds: from the first shard to the last, the start of the engine included.
         started: when the run started, ISO 8601, UTC.
@@ -53,7 +53,7 @@ class Summary:
     images: int
     rows: dict[str, int]
     missing: int
-    gone: int
+    unlisted: int
     captioned: int
     seconds: float
     started: str
@@ -71,8 +71,8 @@ class Summary:
         text = f"{self.counts()}; {self.captioned} now, {self.images_per_second:.1f} images/s"
         if self.timing.bottleneck:
             text += f", limited by {_LIMITED_BY[self.timing.bottleneck]}"
-        if self.gone:
-            text += f"; {self.gone} images are not listed any more; their rows are kept"
+        if self.unlisted:
+            text += f"; {self.unlisted} images are not listed any more; their rows are kept"
         return text
 
     def figures(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ray: connecting to a cluster, or starting one on this machine."""
+"""Ray: connects to a cluster, or starts one on this machine."""
 
 import logging
 import os
@@ -17,9 +17,9 @@ __all__ = ["connected", "is_known_to_grow"]
 
 
 def is_known_to_grow(ray: Any) -> bool:
-    """Whether an autoscaler has told Ray how large the cluster can be; not all of them do.
+    """Whether an autoscaler has told Ray how large the cluster can grow; not all of them do.
 
-    That is not public in Ray 2.60.
+    Ray 2.60 has no public function for that.
     """
     state = getattr(getattr(ray, "_private", None), "state", None)
     ask = getattr(getattr(state, "state", None), "get_max_resources_from_cluster_config", None)
@@ -28,17 +28,24 @@ def is_known_to_grow(ray: Any) -> bool:
 
 @contextmanager
 def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
-    """Joins the cluster that RAY_ADDRESS names, or starts Ray here for this job alone."""
+    """Joins the cluster that RAY_ADDRESS names, or starts Ray here for this job alone.
+
+    Args:
+        log_to_driver: show the workers' output, as Ray Train needs it.
+
+    Raises:
+        InputError: there is no such cluster, or Ray cannot be started.
+    """
     if not os.environ.get("RAY_ADDRESS"):
-        # Read when Ray is imported. Without a token of our own Ray leaves one in the home
-        # directory, where clusters that are started later trip over it.
+        # Read when Ray is imported. Without a token in the environment Ray writes one to the home
+        # directory, and clusters that are started later fail because of it.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address.startswith("http"):
         raise InputError(
-            f"RAY_ADDRESS is {address}, which is for ray job submit: unset it, or give "
-            "--engine local"
+            f"RAY_ADDRESS is {address}, the address for ray job submit: unset it, or set it to "
+            "the cluster's address"
         )
     import ray
 
@@ -47,16 +54,16 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
         return
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.WARNING}
     if address == "local":
-        options["include_dashboard"] = log_to_driver  # Ray Train asks it what has become of actors
+        options["include_dashboard"] = log_to_driver  # Ray Train asks it for the state of actors
     logging.getLogger("ray._private.worker").addFilter(_is_not_of_handlers)
-    # A thread of its own begins: there Ray leaves the handler of SIGTERM alone, and a signal
-    # interrupts the waiting for it, never Ray in the midst of starting its processes. They end with
-    # the thread that started them, so that it stays.
+    # Another thread starts Ray: there Ray leaves the handler of SIGTERM alone, and a signal
+    # interrupts the wait for the thread, never Ray while it starts its processes. The processes end
+    # with the thread that started them; it therefore lives until Ray is shut down.
     with ThreadPoolExecutor(1, thread_name_prefix="ray") as pool:
         beginning = pool.submit(ray.init, address=address, **options)
         try:
             try:
-                with keep_handlers():  # one of Ray's C++ libraries puts its own in their place
+                with keep_handlers():  # one of Ray's C++ libraries replaces them
                     beginning.result()
             except (OSError, RuntimeError, ValueError) as error:
                 what = "start Ray" if address == "local" else f"reach Ray at RAY_ADDRESS, {address}"
@@ -68,5 +75,5 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
 
 
 def _is_not_of_handlers(record: logging.LogRecord) -> bool:
-    """Whether it is not Ray's warning that it left SIGTERM's handler alone."""
+    """Whether a record is anything but Ray's warning that it left the handler of SIGTERM alone."""
     return "SIGTERM handler is not set" not in record.getMessage()

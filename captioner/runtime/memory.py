@@ -1,4 +1,4 @@
-"""What a process on a CPU keeps in memory beside its tensors: freed blocks, compiled kernels."""
+"""What a process on a CPU keeps beside its tensors: freed blocks and compiled kernels."""
 
 import ctypes
 import functools
@@ -19,19 +19,19 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def keep_few_kernels() -> None:
-    """Bounds what oneDNN keeps: by default 1024 kernels, compiled for each new size of a batch.
+    """Lets oneDNN keep 128 compiled kernels instead of 1024; each batch size needs its own.
 
-    To be called before the first of them, whoever's it is: oneDNN looks once. Does nothing where
-    the user has set a number.
+    Call it before the first kernel is compiled: oneDNN reads the setting once. Does nothing where
+    the environment sets a number.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def keep_freed_memory() -> None:
-    """Keeps what this process frees for its next allocation. Does nothing without glibc.
+    """Keeps freed blocks for this process's next allocations. Does nothing without glibc.
 
-    By default glibc gives every large block back to the kernel, and each tensor of a forward pass
-    is then paged in anew: on a CPU that can cost more than half of the time.
+    By default glibc returns every large block to the kernel, and each tensor of a forward pass is
+    paged in again. On a CPU that can take more than half of the time.
     """
     if (library := _glibc()) is not None:
         library.mallopt(_MMAP_MAX, 0)
@@ -40,6 +40,6 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Gives back to the system what is free, blocks of all sizes. Does nothing without glibc."""
+    """Returns freed blocks of all sizes to the kernel. Does nothing without glibc."""
     if (library := _glibc()) is not None:
         library.malloc_trim(0)

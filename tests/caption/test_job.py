@@ -282,14 +282,14 @@ def test_images_that_are_not_listed_any_more_keep_their_rows(photos, model_direc
     for name in ("photo-0000.jpg", "photo-0005.jpg"):
         (photos / name).unlink()
     summary = caption_images(str(photos), str(output), str(model_directory), run=RUN)
-    assert summary.gone == 2
+    assert summary.unlisted == 2
     assert summary.describe().endswith("; 2 images are not listed any more; their rows are kept")
     assert _rows(output) == before
     limited = ListingConfig(limit=3)
     summary = caption_images(
         str(photos), str(output), str(model_directory), run=RUN, listing=limited
     )
-    assert summary.gone == 0
+    assert summary.unlisted == 0
 
 
 def test_two_jobs_on_one_output_are_one_too_many(photos, model_directory, tmp_path):
@@ -308,7 +308,7 @@ def test_the_error_rate_counts_only_images_that_are_listed(photos, model_directo
     for name in ("empty.jpg", "text.jpg"):
         (photos / name).unlink()
     summary = caption_images(str(photos), str(output), str(model_directory), run=run)
-    assert (summary.rows, summary.gone) == ({"ok": 10, "undecodable": 3}, 2)
+    assert (summary.rows, summary.unlisted) == ({"ok": 10, "undecodable": 3}, 2)
     for path in photos.glob("photo-*"):
         path.unlink()
     with pytest.raises(ErrorRateError, match=r"100\.0% of the listed images are not ok"):

@@ -130,7 +130,7 @@ def test_actors_of_nodes_that_are_yet_to_come(settings, expected):
     [
         (
             "http://127.0.0.1:8265",
-            "RAY_ADDRESS is http://127.0.0.1:8265, which is for ray job subm",
+            "RAY_ADDRESS is http://127.0.0.1:8265, the address for ray job su",
         ),
         ("here and there", "cannot reach Ray at RAY_ADDRESS, here and there: "),
     ],

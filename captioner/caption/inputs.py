@@ -1,0 +1,114 @@
+"""What a caption job reads before it begins, and the fingerprint that follows from it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from captioner import storage
+from captioner.caption.plan import Placement, Plan, choose_engine
+from captioner.caption.steps import CaptionJob
+from captioner.config import DecodeConfig, ListingConfig, RunConfig
+from captioner.data import images
+from captioner.data.listing import list_source
+from captioner.model.bundle import Bundle
+from captioner.model.bundle import load as load_bundle
+from captioner.output.directory import OutputDirectory
+from captioner.schema import SCHEMA_VERSION
+from captioner.storage import Listed
+
+__all__ = ["Inputs"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads before it begins.
+
+    Attributes:
+        bundle: the model.
+        listed: the images of the source.
+        directory: the output.
+        decode: what decides the captions, with the model's defaults.
+        run: how the job runs.
+        limited: only the first images of the source are listed.
+    """
+
+    bundle: Bundle
+    listed: list[Listed]
+    directory: OutputDirectory
+    decode: DecodeConfig
+    run: RunConfig
+    limited: bool
+
+    @classmethod
+    def read(
+        cls,
+        source: str,
+        output: str,
+        model: str,
+        decode: DecodeConfig | None,
+        run: RunConfig | None,
+        listing: ListingConfig | None,
+    ) -> "Inputs":
+        """Loads the model and lists the source; None stands for the default settings.
+
+        Raises:
+            InputError: the source cannot be listed, or a setting cannot be used.
+            BundleError: the model cannot be loaded.
+        """
+        listing = listing or ListingConfig()
+        run = run or RunConfig()
+        choose_engine(run)  # which refuses some settings, before anything is read
+        directory = OutputDirectory(storage.absolute(output))
+        bundle = load_bundle(model)
+        listed = list_source(storage.absolute(source), listing)
+        _check_schemes(listed)
+        return cls(
+            bundle=bundle,
+            listed=listed,
+            directory=directory,
+            decode=(decode or DecodeConfig()).with_model_defaults(bundle.config),
+            run=run,
+            limited=listing.limit is not None,
+        )
+
+    def fingerprint(self, placement: Placement) -> dict[str, Any]:
+        """All that can change a row, by name."""
+        return {
+            "model": self.bundle.digests["model.safetensors"],
+            "model settings": self.bundle.digests["config.json"],
+            "vocabulary": self.bundle.digests["tokenizer.json"],
+            "preprocessing version": images.PREPROCESSING_VERSION,
+            "schema version": SCHEMA_VERSION,
+            **asdict(self.decode),
+            **self.run.row_settings(),
+            "precision": placement.precision,
+        }
+
+    def unlisted(self, manifest: pa.Table) -> set[str]:
+        """The images of earlier runs that are not listed any more; a limit hides no image."""
+        if self.limited:
+            return set()
+        return set(manifest["uri"].to_pylist()) - {each.uri for each in self.listed}
+
+    def job(self, plan: Plan) -> CaptionJob:
+        """What each process of the job needs to know."""
+        return CaptionJob(
+            output=self.directory.uri,
+            image_size=self.bundle.config.image_size,
+            grid=0 if self.decode.attention == "none" else self.bundle.grid,
+            decode=self.decode,
+            run=plan.run,
+        )
+
+
+def _check_schemes(listed: Sequence[Listed]) -> None:
+    """Finds out before the first shard whether URIs of all kinds can be opened.
+
+    Raises:
+        StorageError: the package for some of the URIs is missing.
+    """
+    first = {each.uri.split("://")[0]: each.uri for each in reversed(listed) if "://" in each.uri}
+    for uri in first.values():
+        storage.is_local(uri)
