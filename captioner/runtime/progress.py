@@ -66,7 +66,7 @@ class _Bar(Progress):
 
 
 class _Lines(Progress):
-    """A line every few seconds, even while nothing is finished: the log shows that the job is alive."""
+    """A line every few seconds, even while nothing is finished: the job is seen to be alive."""
 
     def __init__(self, total: int, unit: str, initial: int, description: str):
         self._total, self._unit, self._description = total, unit, description
