@@ -191,6 +191,10 @@ class ModelConfig(_Checked):
         minimum=1,
         maximum=128,
     )
+    tokenizer: Literal["whitespace", "ptb"] = setting(
+        "whitespace",
+        "How captions are split into words: at white space, or with punctuation apart (ptb).",
+    )
     vocabulary_size: int = setting(4, "Entries of the vocabulary.", minimum=4)
     max_length: int = setting(50, "Positions the decoder knows.", minimum=2, maximum=1024)
     width: int = setting(1024, "Width of the decoder.", minimum=1)
@@ -382,6 +386,7 @@ class DecodeConfig(_Checked):
         None,
         "Beam width, in captions; 1 is greedy search.",
         minimum=1,
+        maximum=100,
         unset="the model's own; 3 for the bundled model",
     )
     length_penalty: float = setting(
@@ -394,6 +399,7 @@ class DecodeConfig(_Checked):
         None,
         "Longest caption, in words, its end included.",
         minimum=1,
+        maximum=1024,
         unset="the longest that the model knows",
     )
     allow_unknown: bool = setting(
@@ -407,7 +413,7 @@ class DecodeConfig(_Checked):
     )
 
     def with_model_defaults(self, model: ModelConfig) -> "DecodeConfig":
-        """These settings, with the model's beam where none is asked for."""
+        """These settings, with the model's beam width if none is given."""
         return self if self.beam else dataclasses.replace(self, beam=model.beam)
 
 
@@ -596,6 +602,7 @@ PRESETS = {
             mean=(127 / 255,) * 3,
             std=(128 / 255,) * 3,
             grid=None,
+            tokenizer="ptb",
             width=384,
             layers=3,
             heads=6,

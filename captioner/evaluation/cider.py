@@ -1,15 +1,15 @@
-"""CIDEr-D of single captions against fixed references, fast enough to train on.
+"""CIDEr-D of single captions against fixed references, fast enough for a training reward.
 
-Vedantam et al. 2015, as pycocoevalcap computes it: n-grams of 1 to 4 words weighted by how rare
-they are among the images, counts clipped at the reference's, a Gaussian penalty on a difference in
-length. The references' n-grams are weighted once; pycocoevalcap does so at every call.
+Vedantam et al. 2015, as pycocoevalcap computes it: n-grams of 1 to 4 words, weighted by how rare
+they are among the images; counts clipped at the reference's; a Gaussian penalty on a difference in
+length. The references are weighted once; pycocoevalcap weights them at every call.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 
-__all__ = ["CiderD", "content_words"]
+__all__ = ["CiderD"]
 
 _LONGEST = 4  # words of an n-gram
 _SIGMA = 6.0  # of the length penalty
@@ -17,19 +17,19 @@ _SIGMA = 6.0  # of the length penalty
 Vector = dict[tuple[str, ...], float]
 
 
-def content_words(caption: str) -> list[str]:
-    """The caption's lower-case words, split on white space as a vocabulary's.
-
-    Those of punctuation alone are left out; what stands beside a word, as in ``grass.``, is kept.
-    """
-    return [word for word in caption.lower().split() if any(c.isalnum() for c in word)]
-
-
 class CiderD:
-    """Scores captions of known images."""
+    """Scores captions of known images.
+
+    It takes words as :func:`captioner.model.tokenization.scoring_words` gives them, and then equals
+    pycocoevalcap's CIDEr with its PTB tokens.
+    """
 
     def __init__(self, references: Sequence[Sequence[Sequence[str]]]):
-        """``references[i]`` are the captions of image ``i``, each a sequence of words."""
+        """Weighs the references.
+
+        Args:
+            references: for each image its captions, each a sequence of words.
+        """
         counted = [[_count(words) for words in captions] for captions in references]
         frequency = Counter(
             ngram for captions in counted for ngram in {n for count in captions for n in count}
@@ -44,7 +44,7 @@ class CiderD:
         ]
 
     def score(self, image: int, words: Sequence[str]) -> float:
-        """CIDEr-D of a caption of that image, usually between 0 and 1, at most 10."""
+        """CIDEr-D of a caption of an image: between 0 and 10, seldom above 1."""
         vectors, norms, length = self._weigh(_count(words), len(words))
         total = 0.0
         for reference_vectors, reference_norms, reference_length in self._references[image]:
@@ -64,7 +64,7 @@ class CiderD:
     def _weigh(
         self, count: Counter[tuple[str, ...]], words: int
     ) -> tuple[list[Vector], list[float], int]:
-        """Weighted n-grams and their norm, for each n; and the length in pairs of words."""
+        """Weighted n-grams and their norm for each n, and the number of pairs of words."""
         vectors: list[Vector] = [{} for _ in range(_LONGEST)]
         for ngram, times in count.items():
             weight = self._weights.get(ngram, self._log_images)

@@ -6,7 +6,6 @@ tokenizer are Java programs that come with it.
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from captioner.errors import CaptionerError, InputError
+from captioner.model.tokenization import scoring_words
 
 __all__ = ["NAMES", "Scores", "Tokenizer", "choose_tokenizer", "score", "tokenize"]
 
@@ -205,26 +205,27 @@ def _reason(stderr: str) -> str:
 
 
 def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """Captions as words with spaces between them: lower case, without most punctuation.
+    """Splits captions into lower-case words with spaces between them, without most punctuation.
 
-    ``ptb`` is Stanford's PTBTokenizer, run and cleaned as pycocoevalcap does. ``simple`` is a
-    regular expression that gives the same but for oddities (smileys, web addresses, tags, rare
-    contractions).
+    ``ptb`` is Stanford's PTBTokenizer, run and cleaned as pycocoevalcap does. ``simple`` is
+    :func:`captioner.model.tokenization.scoring_words`, which needs no Java and gives the same words
+    except in rare cases.
 
     Raises:
         CaptionerError: Java failed.
     """
+    if tokenizer == "simple":
+        return [" ".join(scoring_words(caption)) for caption in captions]
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
     # One line each: the Java program answers line by line.
     lines = [" ".join(caption.split()) for caption in captions]
-    tokenized = _ptb(lines) if tokenizer == "ptb" else map(_simple, lines)
     removed = frozenset(PUNCTUATIONS)
-    return [" ".join(word for word in each if word not in removed) for each in tokenized]
+    return [" ".join(word for word in each if word not in removed) for each in _ptb(lines)]
 
 
 def _ptb(lines: list[str]) -> list[list[str]]:
-    """Not by pycocoevalcap's class: it writes into its own folder, and to stderr."""
+    """Runs PTBTokenizer; pycocoevalcap's own class writes into its folder and to stderr."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     folder = os.path.dirname(ptbtokenizer.__file__)
@@ -242,63 +243,3 @@ def _ptb(lines: list[str]) -> list[list[str]]:
         reason = _reason(process.stderr.decode(errors="replace"))
         raise CaptionerError(f"the PTB tokenizer failed: {reason}")
     return [line.split(" ") for line in tokenized]
-
-
-_TRANSLATED = str.maketrans(
-    {
-        "‘": "`",
-        "’": "'",
-        '"': " ",
-        "“": " ",
-        "”": " ",
-        "«": " ",
-        "»": " ",
-        "…": "...",
-        "–": "--",
-        "—": "--",
-        "½": "1/2",
-        "¼": "1/4",
-        "¾": "3/4",
-        "€": "$",
-        "£": "#",
-        "(": " -lrb- ",
-        ")": " -rrb- ",
-        "[": " -lsb- ",
-        "]": " -rsb- ",
-        "{": " -lcb- ",
-        "}": " -rcb- ",
-    }
-)
-_SPLIT = re.compile(
-    r"(?<=\w)(?=n't\b)|(?<=\bcan)(?=not\b)|(?<=\bgon)(?=na\b)|(?<=\bgot)(?=ta\b)"
-    r"|(?<=\bwan)(?=na\b)|(?<=\bgim)(?=me\b)|(?<=\blem)(?=me\b)",
-    re.IGNORECASE,
-)
-_WORD = re.compile(
-    r"""
-      -[lr][rsc]b-
-    | (?i:n't|'(?:s|m|d|re|ve|ll|em|til|cause)\b|(?<!\d)'\d\ds?\b|'n\b'?|y'(?=all\b)|ma'am\b)
-    | (?i:\b(?:mr|mrs|ms|dr|st|jr|sr|vs|etc|mt|ft|rd|ave|blvd|co|corp|inc|ltd|bros|dept|univ|prof
-        |sgt|lt|capt|col|cpl|gen|maj|gov|rev|hon|sen|rep|pres|ph\.d|no(?=\.\ ?\d)
-        |jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri)\.)
-    | [^\W\d_](?:\.[^\W\d_])*\.(?![^\W_])         # U.S., p.m., plan B.
-    | \.?\d+(?:[.,:]\d+)+(?:-[^\W_]+)*            # 3,000 and 10:30
-    | \.\d+
-    | [#@][^\W\d_]\w*
-    | [^\W_]+
-      (?: (?: [-/_]
-            | (?<=[^\W\d_])[.!?](?=[^\W\d_])      # jumps.A
-            | (?<=\b[odl])'(?=\w\w)               # o'clock
-            | (?<=\b[ODL])'(?=\w\w)
-            | (?<=[A-Z])&(?=[A-Z])                # AT&T
-          ) [^\W_]+ )*
-    | [!?]{2,} | _+ | \*+
-    | [^\s\U00010000-\U0010FFFF]
-    """,
-    re.VERBOSE,
-)
-
-
-def _simple(line: str) -> list[str]:
-    split = _SPLIT.sub(" ", line.translate(_TRANSLATED))
-    return [word.lower() for word in _WORD.findall(split)]

@@ -1,7 +1,7 @@
 """A model directory, local or in a bucket: model.safetensors, config.json, tokenizer.json.
 
-All three are data: nothing in a bundle is unpickled or executed. Training leaves images.json beside
-them, which is no part of the model: the names of the images that it has seen.
+All three are data: nothing in a bundle is unpickled or executed. Training also writes images.json,
+the names of the images that the model has seen, which is not part of the model.
 """
 
 import hashlib
@@ -143,7 +143,7 @@ def load(directory: str) -> Bundle:
             "tokenizer.json": _read(directory, "tokenizer.json", _LARGEST_TOKENIZER),
         }
         config = _parse_config(contents["config.json"])
-        vocabulary = Vocabulary.from_json(contents["tokenizer.json"].decode())
+        vocabulary = Vocabulary.from_json(contents["tokenizer.json"].decode(), config.tokenizer)
         if len(vocabulary) != config.vocabulary_size:
             raise BundleError(
                 f"tokenizer.json has {len(vocabulary)} words, config.json {config.vocabulary_size}"

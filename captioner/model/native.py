@@ -30,20 +30,20 @@ _logger = logging.getLogger(__name__)
 class Caption:
     """A caption.
 
-    ``score`` is the mean natural log-probability of the words and of the end. ``attention_TGG``
-    has a map for each word, or one map, the mean over the words and the end, as in the notebook's
-    overlay; it is None where the decode settings ask for none.
+    Attributes:
+        text: the caption as people read it; not always the words joined by spaces.
+        tokens: the words.
+        token_logprobs: the natural log-probability of each word.
+        score: the mean natural log-probability of the words and of the end.
+        attention_TGG: a map for each word; or one map, the mean over the words and the end, as in
+            the notebook's overlay; None if the decode settings ask for no maps.
     """
 
+    text: str
     tokens: list[str]
     token_logprobs: list[float]
     score: float
     attention_TGG: np.ndarray | None
-
-    @property
-    def text(self) -> str:
-        """The words, joined by spaces."""
-        return " ".join(self.tokens)
 
 
 def _keep_compiled() -> None:
@@ -160,8 +160,10 @@ class Captioner:
             maps_SP = maps_SP.mean(0, keepdims=True) if mean else maps_SP[:words]
             side = math.isqrt(maps_SP.shape[1])
             maps_SP = maps_SP.reshape(-1, side, side)
+        tokens = self.vocabulary.words(hypothesis.ids)
         return Caption(
-            tokens=self.vocabulary.words(hypothesis.ids),
+            text=self.vocabulary.join(tokens),
+            tokens=tokens,
             token_logprobs=hypothesis.logprobs[:words],
             score=float(np.mean(hypothesis.logprobs)),
             attention_TGG=maps_SP,

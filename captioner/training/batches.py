@@ -15,10 +15,11 @@ from torch import Tensor
 from captioner.config import ModelConfig, TrainConfig
 from captioner.data.dataset import CaptionedImage
 from captioner.data.views import load_view
+from captioner.model.tokenization import TokenizerKind
 from captioner.model.vocabulary import PAD, Vocabulary
 from captioner.training.features import Features
 
-__all__ = ["Batch", "Source", "collate", "plan_batches"]
+__all__ = ["Batch", "Source", "captions_to_encode", "collate", "plan_batches"]
 
 
 def collate(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
@@ -32,6 +33,20 @@ def collate(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
     for row, sequence in enumerate(rows):
         ids[row, : len(sequence)] = sequence
     return torch.from_numpy(ids)
+
+
+def captions_to_encode(
+    image: CaptionedImage, which: str, kind: TokenizerKind
+) -> list[str] | list[list[str]]:
+    """The captions of an image to train on: texts, or the words that the dataset gives.
+
+    Args:
+        image: the image.
+        which: ``first`` or ``all`` of its captions.
+        kind: how the model splits captions; at white space it splits the texts itself.
+    """
+    captions = image.tokens if kind == "ptb" and image.tokens else image.captions
+    return captions[:1] if which == "first" else captions
 
 
 _SIDE = re.compile(r"(left|right)(most|wards?|hand|handed)?")
@@ -105,7 +120,8 @@ class Source:
     def __post_init__(self) -> None:
         chosen = [e.captions[:1] if self.captions == "first" else e.captions for e in self.examples]
         encode = partial(self.vocabulary.encode, max_length=self.model.max_length)
-        self.ids = [[encode(text) for text in texts] for texts in chosen]
+        given = partial(captions_to_encode, which=self.captions, kind=self.vocabulary.kind)
+        self.ids = [[encode(caption) for caption in given(e)] for e in self.examples]
         self.unsided = [
             [ids for ids, text in zip(encoded, texts, strict=True) if not _names_a_side(text)]
             for encoded, texts in zip(self.ids, chosen, strict=True)

@@ -17,9 +17,10 @@ from captioner import storage
 from captioner.config import TrainConfig
 from captioner.data.dataset import Split
 from captioner.errors import CaptionerError, InputError, first_of, printable
-from captioner.evaluation.cider import CiderD, content_words
+from captioner.evaluation.cider import CiderD
 from captioner.model import bundle
 from captioner.model.bundle import SeenImages
+from captioner.model.tokenization import scoring_words
 from captioner.runtime.progress import Progress, progress_bar
 from captioner.training.batches import Source
 from captioner.training.features import compute_features
@@ -84,7 +85,7 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
     if config.scst_epochs:
         trainer.reward_for(training.examples)
     judge = CiderD(
-        [[content_words(text) for text in each.captions] for each in validation.examples]
+        [[scoring_words(text) for text in each.captions] for each in validation.examples]
     )
     reported = training.unreadable | validation.unreadable
     # Nobody writes the next one before all have read this one: an epoch needs all of them.
@@ -113,7 +114,7 @@ def _train_loop(job: _Job, worker: _Worker) -> None:
         if not captions:
             raise InputError("none of the images to validate on can be read or decoded")
         if worker.rank == 0:
-            scores = [judge.score(image, content_words(text)) for image, text in captions.items()]
+            scores = [judge.score(image, scoring_words(text)) for image, text in captions.items()]
             critical = number > config.epochs
             epoch = Epoch(
                 epoch=number,

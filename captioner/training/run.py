@@ -14,7 +14,7 @@ from typing import Any
 
 from captioner import storage
 from captioner.config import LaunchConfig, ModelConfig, TrainConfig
-from captioner.data.dataset import CaptionedImage, Split
+from captioner.data.dataset import Split
 from captioner.errors import InputError, OutputError
 from captioner.model import bundle
 from captioner.model.build import build_model
@@ -22,6 +22,7 @@ from captioner.model.bundle import Bundle, SeenImages
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import Vocabulary
 from captioner.runtime.progress import in_ray_job
+from captioner.training.batches import captions_to_encode
 from captioner.training.journal import Epoch
 from captioner.training.loop import _PRIVATE, _Job, _train_loop, _Worker
 from captioner.training.ray import _train_on_ray
@@ -126,8 +127,13 @@ def _initial(
     if earlier is not None:
         return earlier.model, earlier.vocabulary
     vocabulary = Vocabulary.from_captions(
-        (text for each in job.split.train for text in _used(each, job.config)),
+        (
+            caption
+            for each in job.split.train
+            for caption in captions_to_encode(each, job.config.captions, model_config.tokenizer)
+        ),
         minimum_count=job.config.minimum_count,
+        kind=model_config.tokenizer,
     )
     model_config = replace(model_config, vocabulary_size=len(vocabulary))
     return build_model(model_config, encoder_weights, seed=job.config.seed), vocabulary
@@ -136,10 +142,6 @@ def _initial(
 def _read_epochs(output: str) -> list[Epoch]:
     data = storage.read(storage.join(output, "epochs.json"))
     return [Epoch(**each) for each in json.loads(data)]
-
-
-def _used(image: CaptionedImage, config: TrainConfig) -> list[str]:
-    return image.captions[:1] if config.captions == "first" else image.captions
 
 
 def _digest(split: Split) -> str:

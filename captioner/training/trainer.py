@@ -29,9 +29,10 @@ from torch.optim.swa_utils import AveragedModel
 from captioner.config import DecodeConfig, TrainConfig
 from captioner.data.dataset import CaptionedImage
 from captioner.errors import InputError
-from captioner.evaluation.cider import CiderD, content_words
+from captioner.evaluation.cider import CiderD
 from captioner.model.generate import generate, sample
 from captioner.model.network import CaptionModel
+from captioner.model.tokenization import scoring_words
 from captioner.model.vocabulary import EOS, PAD, SPECIAL, START, UNKNOWN, Vocabulary
 from captioner.runtime import prefetch
 from captioner.runtime.device import choose_device, choose_dtype
@@ -275,13 +276,13 @@ class Trainer:
     def _reward_words(self, ids: Sequence[int]) -> list[str]:
         ended = EOS in ids
         words = self.vocabulary.words(ids[1 : ids.index(EOS)] if ended else ids[1:])
-        return [*content_words(" ".join(words)), *([SPECIAL[EOS]] if ended else [])]
+        return [*scoring_words(self.vocabulary.join(words)), *([SPECIAL[EOS]] if ended else [])]
 
     def reward_for(self, examples: Sequence[CaptionedImage]) -> None:
         """Prepares self-critical training on these images."""
         end = [SPECIAL[EOS]]
         self.reward = CiderD(
-            [[content_words(text) + end for text in each.captions] for each in examples]
+            [[scoring_words(text) + end for text in each.captions] for each in examples]
         )
 
     def _logits(self, inputs: Tensor, ids_RT: Tensor) -> Tensor:
@@ -345,5 +346,5 @@ class Trainer:
             readable = batch.readable.tolist()
             for image, kept, hypothesis in zip(batch.images, readable, hypotheses, strict=True):
                 if kept:
-                    captions[image] = " ".join(self.vocabulary.words(hypothesis.ids))
+                    captions[image] = self.vocabulary.join(self.vocabulary.words(hypothesis.ids))
         return self._sum(total) / max(1.0, self._sum(words)), captions

@@ -43,7 +43,7 @@ class _Model:
         self.sizes.append(len(numbers))
         if len(numbers) > self.most or set(numbers) & set(self.bad):
             self.raises()
-        return [Caption([str(number)], [0.0], 0.0, None) for number in numbers]
+        return [Caption(str(number), [str(number)], [0.0], 0.0, None) for number in numbers]
 
 
 def _captioned(images: list[Loaded]) -> list[str | None]:

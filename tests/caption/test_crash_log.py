@@ -37,7 +37,7 @@ class _Model:
         self.calls += 1
         if self.calls - 1 in self.deadly or -1 in self.deadly:
             raise self.raises
-        return [Caption(["a"], [0.0], 0.0, None)] * len(images_BHW3)
+        return [Caption("a", ["a"], [0.0], 0.0, None)] * len(images_BHW3)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import socket
 import struct
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 from captioner.errors import BundleError, OutputError
 from captioner.model import bundle
+from captioner.model.vocabulary import Vocabulary
 from conftest import tiny_model
 
 
@@ -55,6 +57,24 @@ def test_a_damaged_bundle_gets_one_line(name, damage, message, tmp_path, model_d
     with pytest.raises(BundleError, match=message) as raised:
         bundle.load(str(tmp_path))
     assert "\n" not in str(raised.value)
+
+
+def test_the_kind_of_tokenizer_is_kept(tmp_path: Path):
+    vocabulary = Vocabulary.from_captions(["a dog's ball."] * 5, kind="ptb")
+    model = tiny_model(tokenizer="ptb", vocabulary_size=len(vocabulary))
+    bundle.save(str(tmp_path), model, vocabulary)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["tokenizer"] == "ptb"
+    loaded = bundle.load(str(tmp_path)).vocabulary
+    assert loaded.encode("A dog's ball.", 9) == vocabulary.encode("a dog 's ball .", 9)
+
+
+def test_a_bundle_that_names_no_tokenizer_splits_at_white_space(model_directory, tmp_path: Path):
+    shutil.copytree(model_directory, tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["model"]["tokenizer"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert bundle.load(str(tmp_path / "old")).vocabulary.kind == "whitespace"
+    assert bundle.load(bundle.DEFAULT).vocabulary.kind == "whitespace"
 
 
 def test_the_images_that_a_model_has_seen_are_no_part_of_it(place: str, vocabulary):
