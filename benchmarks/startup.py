@@ -62,16 +62,16 @@ def stepwise(begin: float, photos: str, output: str) -> None:
         timed("import torch", __import__)("torch")
         timed("import timm", __import__)("timm")
         timed("import the rest", __import__)("captioner.caption.job")
-    from captioner.caption import job as pipeline
-    from captioner.caption import local as inprocess
+    from captioner.caption import inputs, job
+    from captioner.caption import steps as stages
     from captioner.caption.batches import BatchCaptioner
     from captioner.model import bundle
 
-    pipeline.load_bundle = timed("load the model", pipeline.load_bundle)
+    inputs.load_bundle = timed("load the model", inputs.load_bundle)
     BatchCaptioner.load = timed("prepare the model", BatchCaptioner.load)  # type: ignore
     BatchCaptioner.__call__ = timed("caption", BatchCaptioner.__call__)  # type: ignore
-    inprocess.write_part = timed("write the part", inprocess.write_part)
-    caption_images = timed("all of the job", pipeline.caption_images)
+    stages.write_part = timed("write the part", stages.write_part)
+    caption_images = timed("all of the job", job.caption_images)
     caption_images(photos, output, bundle.DEFAULT)
     inner = ("load the model", "prepare the model", "caption", "write the part")
     steps["list, read, decode, keep the books"] = steps.pop("all of the job") - sum(
