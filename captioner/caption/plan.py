@@ -16,7 +16,16 @@ from captioner.output.manifest import Shard
 from captioner.runtime.cluster import connected
 from captioner.runtime.device import choose_device, resolve_precision
 
-__all__ = ["InProcess", "OnRay", "Placement", "Plan", "choose_engine", "make_plan", "placed"]
+__all__ = [
+    "InProcess",
+    "OnRay",
+    "Placement",
+    "Plan",
+    "choose_engine",
+    "make_plan",
+    "placed",
+    "precision_on_ray",
+]
 
 _COMPILE_FROM = 10_000  # images: compiling takes as long as it then saves on about so many
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -145,18 +154,21 @@ def placed(run: RunConfig, *, dry: bool = False) -> Iterator[Placement]:
         return
     with connected() as ray:
         pool = fit_actors(ray, run)
-        yield OnRay(ray, pool, _precision_on_ray(ray, pool, run, dry=dry))
+        yield OnRay(ray, pool, precision_on_ray(ray, pool, run, dry=dry))
 
 
-def _precision_on_ray(
+def precision_on_ray(
     ray: Any, pool: ActorPool, run: RunConfig, *, dry: bool
 ) -> Literal["fp32", "bf16"]:
-    """The precision of the actors: one for all of them, as the first free place resolves it."""
+    """The precision of the actors: one for all of them, as a task in an actor's place resolves it.
+
+    A dry run does not wait for a place: it takes bf16 for GPUs that are yet to come.
+    """
     if run.precision != "auto":
         return run.precision
     if not pool.gpus and _is_this_machine(ray):
         return resolve_precision("auto", torch.device("cpu"))
-    if dry and not pool.room:  # a node that is yet to come cannot be asked; its GPU is a recent one
+    if dry and not pool.room:
         return "bf16" if pool.gpus else resolve_precision("auto", torch.device("cpu"))
     ask = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_precision_here)
     precision: Literal["fp32", "bf16"] = ray.get(ask.remote(run.device))

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from captioner.caption.actors import fit_actors
-from captioner.caption.plan import InProcess, make_plan
+from captioner.caption.plan import InProcess, make_plan, precision_on_ray
 from captioner.cli import main
 from captioner.config import LaunchConfig, RunConfig
 from captioner.errors import InputError
@@ -30,7 +30,13 @@ def _cluster(*nodes: dict[str, float], growing: bool = False) -> SimpleNamespace
         total.update(node)
     return SimpleNamespace(
         cluster_resources=lambda: dict(total),
-        nodes=lambda: [dead, *({"Alive": True, "Resources": node} for node in nodes)],
+        nodes=lambda: [
+            dead,
+            *(
+                {"Alive": True, "Resources": node, "NodeManagerHostname": f"node-{number}"}
+                for number, node in enumerate(nodes)
+            ),
+        ],
         _private=SimpleNamespace(state=SimpleNamespace(state=state)),
     )
 
@@ -207,3 +213,26 @@ def test_workers_that_read_decode_and_write_import_neither_torch_nor_timm():
         "assert not {'torch', 'timm', 'ray'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_actors_of_a_cluster_have_one_precision():
+    nodes, asked = ({"CPU": 8}, {"CPU": 16, "GPU": 4}), []
+
+    class Task:
+        def remote(self, device: str) -> str:
+            return f"precision on {device}"
+
+    cluster = _cluster(*nodes)
+    cluster.remote = lambda **reserved: asked.append(reserved) or (lambda _: Task())
+    cluster.get = lambda result: {"precision on auto": "fp32"}[result]  # as on older GPUs
+    pool = fit_actors(cluster, RunConfig())
+    assert precision_on_ray(cluster, pool, RunConfig(), dry=False) == "fp32"
+    assert asked == [{"num_cpus": 0.75, "num_gpus": 1}]
+    assert precision_on_ray(cluster, pool, RunConfig(precision="bf16"), dry=False) == "bf16"
+    assert len(asked) == 1, "what is given is not asked for"
+
+
+def test_a_dry_run_does_not_wait_for_a_cluster_to_grow():
+    run = RunConfig(gpus_per_actor=1.0, wait_for_nodes=True)
+    cluster = _cluster({"CPU": 8})
+    assert precision_on_ray(cluster, fit_actors(cluster, run), run, dry=True) == "bf16"
