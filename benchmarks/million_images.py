@@ -81,7 +81,7 @@ def caption(source: str, directory: OutputDirectory) -> dict[str, object]:
     import pyarrow.parquet as pq
 
     maps, words = np.zeros(11 * 81, np.uint8).tobytes(), ["word"] * 11
-    schema = part_schema(attention="tokens", grid=9, levels=127)
+    schema = part_schema(attention="tokens", levels=127)
     for shard in directory.remaining(directory.manifest()):
         count = len(shard.uris)
         columns = {

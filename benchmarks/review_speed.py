@@ -126,7 +126,7 @@ def get(url: str) -> bytes:
 def write_output(output: str, rows: int, part_rows: int, shard_rows: int = 256) -> None:
     """An output of a finished job, as far as readers look at it."""
     generator = np.random.default_rng(0)
-    schema = part_schema(attention="tokens", grid=9, levels=127)
+    schema = part_schema(attention="tokens", levels=127)
     uris = [f"/photos/{number // 1000:05d}/{number:09d}.jpg" for number in range(rows)]
     number = np.arange(rows)
     columns = [uris, np.full(rows, 50_000), number // shard_rows, number % shard_rows]

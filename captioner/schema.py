@@ -2,8 +2,8 @@
 
 A part is a Parquet file with these columns. Its schema metadata says how to read the attention
 maps (see :mod:`captioner.output.attention`): ``captioner.schema``, ``captioner.attention`` (which
-maps), ``captioner.attention.version``, ``captioner.attention.grid`` (``G``) and
-``captioner.attention.levels``.
+maps), ``captioner.attention.version`` and ``captioner.attention.levels``. The maps' height and
+width are in the row: they may differ from image to image.
 """
 
 import builtins
@@ -25,7 +25,7 @@ __all__ = [
     "rows_to_table",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ATTENTION_VERSION = 1
 
 Status = Literal["ok", "unreadable", "undecodable", "rejected", "failed"]
@@ -47,6 +47,10 @@ COLUMNS = pa.schema(
         pa.field("bytes", pa.int64()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
+        pa.field("attention_height", pa.int32()),
+        pa.field("attention_width", pa.int32()),
+        pa.field("finish", pa.string()),
+        pa.field("captions", pa.list_(pa.string())),
     ]
 )
 
@@ -78,16 +82,19 @@ class CaptionRow:
     bytes: int | None = None
     status: Status
     error: str | None = None
+    attention_height: int | None = None
+    attention_width: int | None = None
+    finish: str | None = None
+    captions: list[str] | None = None
 
 
-def part_schema(*, attention: str, grid: int, levels: int) -> pa.Schema:
+def part_schema(*, attention: str, levels: int) -> pa.Schema:
     """The schema of a part, with the metadata that a reader of its attention maps needs."""
     return COLUMNS.with_metadata(
         {
             "captioner.schema": str(SCHEMA_VERSION),
             "captioner.attention": attention,
             "captioner.attention.version": str(ATTENTION_VERSION),
-            "captioner.attention.grid": str(grid),
             "captioner.attention.levels": str(levels),
         }
     )

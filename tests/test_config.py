@@ -82,7 +82,7 @@ def _refused(kind: type, message: str, **values: object) -> None:
         (
             DecodeConfig,
             {"attention": None},
-            "attention must be one of tokens, mean, none, not None",
+            "attention must be one of auto, tokens, mean, none, not None",
         ),
         (ListingConfig, {"limit": 0}, "limit must be at least 1, not 0"),
         (

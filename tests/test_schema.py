@@ -48,6 +48,10 @@ def test_the_columns_are_those_of_the_contract():
         ("bytes", "int64"),
         ("status", "string"),
         ("error", "string"),
+        ("attention_height", "int32"),
+        ("attention_width", "int32"),
+        ("finish", "string"),
+        ("captions", "list<item: string>"),
     ]
     assert [field.name for field in COLUMNS if not field.nullable] == ["uri", "status"]
 
@@ -67,8 +71,8 @@ def test_the_statuses_are_those_of_the_contract():
     assert typing.get_args(schema.Status) == STATUSES
 
 
-def test_the_versions_are_1():
-    assert (schema.SCHEMA_VERSION, schema.ATTENTION_VERSION) == (1, 1)
+def test_the_versions_are_those_of_the_contract():
+    assert (schema.SCHEMA_VERSION, schema.ATTENTION_VERSION) == (2, 1)
 
 
 def test_a_row_has_the_columns_fields():
@@ -109,20 +113,19 @@ def test_the_largest_sizes_fit():
 
 
 def test_a_part_says_how_to_read_its_maps():
-    declared = part_schema(attention="tokens", grid=14, levels=127)
+    declared = part_schema(attention="tokens", levels=127)
     assert declared.remove_metadata().equals(COLUMNS)
     assert declared.metadata == {
-        b"captioner.schema": b"1",
+        b"captioner.schema": b"2",
         b"captioner.attention": b"tokens",
         b"captioner.attention.version": b"1",
-        b"captioner.attention.grid": b"14",
         b"captioner.attention.levels": b"127",
     }
 
 
 def test_parts_are_read_with_their_types_and_metadata(tmp_path):
     """Also where the first part, which readers take the schema from, has no caption at all."""
-    declared = part_schema(attention="tokens", grid=2, levels=127)
+    declared = part_schema(attention="tokens", levels=127)
     for number, rows in enumerate([[BAD, BAD], [GOOD, BAD]]):
         path = tmp_path / f"part-{number:06d}.parquet"
         table = rows_to_table(rows, declared)

@@ -18,9 +18,9 @@ from captioner.caption.crash_log import Crashes, CrashLog
 from captioner.caption.steps import CaptionJob, Loaded, load_image
 from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig
+from captioner.data.preparation import Preparation
 from captioner.errors import DeviceError, one_line
-from captioner.model.bundle import Bundle
-from captioner.model.native import Caption, Captioner
+from captioner.model.base import Caption, Model
 from captioner.output import attention
 from captioner.output.manifest import Shard
 from captioner.runtime.device import identify
@@ -31,7 +31,7 @@ __all__ = ["BatchCaptioner", "caption_alone"]
 _SMALLEST = 8  # images a batch at first, where the batch size is found by trial
 _TRIED = 3  # batches of each size
 _FASTER = 1.05  # least ratio of the speeds for which the batch size is doubled
-_GREY = 128  # of the probe's pixels
+_GREY, _PROBE = 128, 256  # of the probe: its pixels' value, and its side
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 _logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class BatchCaptioner:
 
     def __init__(
         self,
-        captioner: Callable[[np.ndarray], Sequence[Caption]],
+        captioner: Callable[[Sequence[np.ndarray]], Sequence[Caption]],
         decode: DecodeConfig,
         batch_size: int | Literal["auto"],
         most: int = 1 << 20,
@@ -66,25 +66,24 @@ class BatchCaptioner:
         self.timing = Timing()
 
     @classmethod
-    def load(cls, job: CaptionJob, bundle: Bundle) -> "BatchCaptioner":
-        """Loads a bundle's model onto the device that the job names."""
+    def load(cls, job: CaptionJob, model: Model) -> "BatchCaptioner":
+        """Loads a model onto the device that the job names."""
         run = job.run
-        captioner = Captioner(
-            bundle,
+        loaded = model.load(
             job.decode,
             device=run.device,
             precision=run.precision,
             compiled=run.compile == "on",
         )
-        device = identify(captioner.device)
-        return cls(captioner, job.decode, run.batch_size, most=run.shard_size, device=device)
+        device = identify(loaded.device)
+        return cls(loaded.caption, job.decode, run.batch_size, most=run.shard_size, device=device)
 
     def take_timing(self) -> Timing:
         """The timing since this was called last."""
         timing, self.timing = self.timing, Timing()
         return timing
 
-    def probe(self, image_size: int) -> None:
+    def probe(self, preparation: Preparation) -> None:
         """Captions a plain grey image, which shows that the device works.
 
         Raises:
@@ -92,7 +91,8 @@ class BatchCaptioner:
             torch.AcceleratorError: the device is lost.
         """
         try:
-            self._captioner(np.full((1, image_size, image_size, 3), _GREY, np.uint8))
+            width, height = preparation.target(_PROBE, _PROBE)
+            self._captioner([np.full((height, width, 3), _GREY, np.uint8)])
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -162,11 +162,11 @@ class BatchCaptioner:
 
     def _caption(self, batch: Sequence[Loaded]) -> None:
         pixels = [image.pixels_HW3 for image in batch if image.pixels_HW3 is not None]
-        captions = self._captioner(np.stack(pixels))
+        captions = self._captioner(pixels)
         maps = [
             (None, None)
-            if caption.attention_TGG is None
-            else attention.encode(caption.attention_TGG, self._decode.attention_levels)
+            if caption.attention_THW is None
+            else attention.encode(caption.attention_THW, self._decode.attention_levels)
             for caption in captions
         ]
         for image, caption, (attention_bytes, peaks) in zip(batch, captions, maps, strict=True):
@@ -174,6 +174,9 @@ class BatchCaptioner:
             row.caption, row.tokens = caption.text, caption.tokens
             row.token_logprobs, row.score = caption.token_logprobs, caption.score
             row.attention, row.attention_peak = attention_bytes, peaks
+            if caption.attention_THW is not None:
+                row.attention_height, row.attention_width = caption.attention_THW.shape[1:]
+            row.finish, row.captions = caption.finish, caption.captions or None
 
 
 def _is_out_of_memory(problem: Exception) -> bool:
@@ -195,7 +198,7 @@ def caption_alone(
     crashes = crash_log.crashes(shard.number) or Crashes()
     crash_log.begin(shard.number, crashes)  # no image is in hand while the device is probed
     crash_log.begin_probe(captioner.device)
-    captioner.probe(job.image_size)
+    captioner.probe(job.preparation)
     crash_log.end_probe(captioner.device)
     crashes.prove(captioner.device)
     rows = []

@@ -12,8 +12,8 @@ from captioner.caption.steps import CaptionJob
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.data import images
 from captioner.data.listing import list_source
-from captioner.model.bundle import Bundle
-from captioner.model.bundle import load as load_bundle
+from captioner.model.base import Model
+from captioner.model.loading import load_model
 from captioner.output.directory import OutputDirectory
 from captioner.schema import SCHEMA_VERSION
 from captioner.storage import Listed
@@ -26,7 +26,7 @@ class Inputs:
     """What a job reads before it begins.
 
     Attributes:
-        bundle: the model.
+        model: the model; a pretrained model's weights are not read yet.
         listed: the images of the source.
         directory: the output.
         decode: what decides the captions, with the model's defaults.
@@ -34,7 +34,7 @@ class Inputs:
         limited: only the first images of the source are listed.
     """
 
-    bundle: Bundle
+    model: Model
     listed: list[Listed]
     directory: OutputDirectory
     decode: DecodeConfig
@@ -51,7 +51,7 @@ class Inputs:
         run: RunConfig | None,
         listing: ListingConfig | None,
     ) -> "Inputs":
-        """Loads the model and lists the source; None stands for the default settings.
+        """Finds the model and lists the source; None stands for the default settings.
 
         Raises:
             InputError: the source cannot be listed, or a setting cannot be used.
@@ -61,14 +61,15 @@ class Inputs:
         run = run or RunConfig()
         choose_engine(run)  # which refuses some settings, before anything is read
         directory = OutputDirectory(storage.absolute(output))
-        bundle = load_bundle(model)
+        found = load_model(model)
+        decode = found.resolve(decode or DecodeConfig())
         listed = list_source(storage.absolute(source), listing)
         _check_schemes(listed)
         return cls(
-            bundle=bundle,
+            model=found,
             listed=listed,
             directory=directory,
-            decode=(decode or DecodeConfig()).with_model_defaults(bundle.config),
+            decode=decode,
             run=run,
             limited=listing.limit is not None,
         )
@@ -76,9 +77,7 @@ class Inputs:
     def fingerprint(self, placement: Placement) -> dict[str, Any]:
         """All that can change a row, by name."""
         return {
-            "model": self.bundle.digests["model.safetensors"],
-            "model settings": self.bundle.digests["config.json"],
-            "vocabulary": self.bundle.digests["tokenizer.json"],
+            **self.model.identity,
             "preprocessing version": images.PREPROCESSING_VERSION,
             "schema version": SCHEMA_VERSION,
             **asdict(self.decode),
@@ -96,8 +95,7 @@ class Inputs:
         """What each process of the job needs to know."""
         return CaptionJob(
             output=self.directory.uri,
-            image_size=self.bundle.config.image_size,
-            grid=0 if self.decode.attention == "none" else self.bundle.grid,
+            preparation=self.model.preparation,
             decode=self.decode,
             run=plan.run,
         )

@@ -90,7 +90,7 @@ def caption_images(
     Args:
         source: a directory, or a file of URIs: see :func:`captioner.data.listing.list_source`.
         output: see :class:`captioner.output.directory.OutputDirectory`.
-        model: a model's directory.
+        model: a model's directory, or ``owner/name[@revision]`` on a model hub.
         decode: what decides the captions; a resumed job needs the same.
         run: how the job runs.
         listing: which files are images.
@@ -165,9 +165,9 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
     _logger.info(plan.describe())
     job, shards = inputs.job(plan), list(plan.shards)
     if isinstance(plan.placement, OnRay):
-        engine = run_on_ray(job, inputs.bundle, shards, plan.placement.ray, plan.placement.pool)
+        engine = run_on_ray(job, inputs.model, shards, plan.placement.ray, plan.placement.pool)
     else:
-        engine = run_local(job, inputs.bundle, shards)
+        engine = run_local(job, inputs.model, shards)
     failures, bad = EarlyFailures(job), 0
     bar = progress_bar(plan.images, unit="image", initial=plan.images - plan.remaining)
     with bar as progress, closing(engine) as running:

@@ -24,7 +24,7 @@ from captioner.caption.steps import (
 )
 from captioner.caption.timing import Timing
 from captioner.errors import DeviceError
-from captioner.model.bundle import Bundle
+from captioner.model.base import Model
 from captioner.output.manifest import Shard
 from captioner.runtime.prefetch import look_ahead
 from captioner.schema import CaptionRow
@@ -33,16 +33,17 @@ __all__ = ["run_local"]
 
 _BATCHES_AHEAD = 2  # of decoded images, at least
 _IMAGES_AHEAD = 4  # for each thread that decodes, at least
+_BYTES_AHEAD = 1 << 30  # of decoded images, at most
 _PATIENCE = 5  # seconds for the crash log's entries to be written when the job stops
 
 
-def run_local(job: CaptionJob, bundle: Bundle, shards: list[Shard]) -> Results:
+def run_local(job: CaptionJob, model: Model, shards: list[Shard]) -> Results:
     """Captions shards, first those that processes died with.
 
     Raises:
         DeviceError: the device is lost: only another process can use it again.
     """
-    captioner = BatchCaptioner.load(job, bundle)
+    captioner = BatchCaptioner.load(job, model)
     try:
         if job.run.profile is None:
             yield from _Engine(job, captioner, nullcontext).run(shards)
@@ -112,8 +113,9 @@ class _Engine:
         """Each shard with its batches of loaded images; loading goes ahead, across shards."""
         loading = look_ahead(
             self._load(shards, readers),
-            lambda: max(
-                _BATCHES_AHEAD * self._captioner.batch_size, _IMAGES_AHEAD * self._decoders
+            lambda: min(
+                max(_BATCHES_AHEAD * self._captioner.batch_size, _IMAGES_AHEAD * self._decoders),
+                _BYTES_AHEAD // self._job.preparation.most_bytes,
             ),
         )
         numbered = {shard.number: shard for shard in shards}

@@ -33,12 +33,14 @@ from captioner.schema import COLUMNS, CaptionRow
 
 if TYPE_CHECKING:
     from captioner.caption.actors import ActorPool
-    from captioner.model.bundle import Bundle
+    from captioner.model.base import Model
 
 __all__ = ["CaptionStage", "load_stage", "run_on_ray", "write_stage"]
 
 _READERS = 4  # threads of a decode task: reading waits, and Pillow decodes without Python's lock
 _CPUS_OF_A_WRITE_TASK = 0.25
+_BYTES_AHEAD = 1 << 33  # of decoded images, unless so many shards are more
+_SHARDS_AHEAD = 4
 
 _SHARD = pa.schema(
     {
@@ -48,6 +50,7 @@ _SHARD = pa.schema(
         "redone": pa.list_(pa.int64()),
         "rows": pa.list_(pa.struct(list(COLUMNS))),
         "pixels": pa.list_(pa.large_binary()),
+        "shapes": pa.list_(pa.list_(pa.int32())),
         "ready": pa.float64(),
         "timing": pa.struct([(each.name, pa.float64()) for each in fields(Timing)]),
         "error": pa.binary(),
@@ -56,7 +59,7 @@ _SHARD = pa.schema(
 
 
 def run_on_ray(
-    job: CaptionJob, bundle: "Bundle", shards: list[Shard], ray: Any, pool: "ActorPool"
+    job: CaptionJob, model: "Model", shards: list[Shard], ray: Any, pool: "ActorPool"
 ) -> Results:
     """Captions shards on the cluster that this process is connected to.
 
@@ -69,7 +72,7 @@ def run_on_ray(
     context = _context(job, shards, pool)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     one_shard = {"batch_size": 1, "batch_format": "pyarrow"}
-    constructor = {"job": job, "bundle": ray.put(bundle), "threads": pool.threads}
+    constructor = {"job": job, "model": ray.put(model), "threads": pool.threads}
     for_job: dict[str, Any] = {"fn_kwargs": {"job": job}, **one_shard}
     items = [asdict(shard) for shard in shards]
     with DataContext.current(context):  # the process's other uses of Ray keep their own settings
@@ -102,8 +105,9 @@ def _context(job: CaptionJob, shards: Sequence[Shard], pool: "ActorPool") -> Any
     if pool.decoders is not None:
         # Ray would decode ahead until a sixth of the machine's memory is full. A shard for each
         # decode task and two for each actor are enough; Ray keeps some of it for other stages.
-        pixels = 3 * job.image_size**2 * max(len(shard.uris) for shard in shards)  # bytes of one
+        pixels = job.preparation.most_bytes * max(len(shard.uris) for shard in shards)  # of one
         ahead = 2 * (pool.decoders + 2 * pool.most) * pixels
+        ahead = min(ahead, max(_BYTES_AHEAD, _SHARDS_AHEAD * pixels))
         context.execution_options.resource_limits = ExecutionResources(object_store_memory=ahead)
     context.target_max_block_size = None  # never split a block: it is a shard
     context.enable_progress_bars = False
@@ -134,26 +138,31 @@ def _pack(shard: Shard, images_of: Sequence[Loaded] | None, timing: Timing) -> p
 
     ``ready`` is the time by the clock of this machine.
     """
-    rows = pixels = None
+    rows = pixels = shapes = None
     if images_of is not None:
         rows = [asdict(image.row) for image in images_of]
         pixels = [
             None if image.pixels_HW3 is None else image.pixels_HW3.tobytes() for image in images_of
         ]
-    row = {"rows": rows, "pixels": pixels, "ready": time.time(), "timing": asdict(timing)}
+        shapes = [
+            None if image.pixels_HW3 is None else list(image.pixels_HW3.shape)
+            for image in images_of
+        ]
+    packed = {"rows": rows, "pixels": pixels, "shapes": shapes}
+    row = packed | {"ready": time.time(), "timing": asdict(timing)}
     return pa.Table.from_pylist([asdict(shard) | row], schema=_SHARD)
 
 
-def _unpack(table: pa.Table, image_size: int) -> tuple[Shard, list[Loaded] | None]:
+def _unpack(table: pa.Table) -> tuple[Shard, list[Loaded] | None]:
     [values] = table.select(["number", "uris", "sizes", "redone"]).to_pylist()
     shard = Shard(**values)
     [rows], [pixels] = table["rows"].to_pylist(), table["pixels"]
     if rows is None:
         return shard, None
-    shape = (image_size, image_size, 3)
+    [shapes] = table["shapes"].to_pylist()
     arrays = (
         np.frombuffer(data.as_buffer(), np.uint8).reshape(shape) if data.is_valid else None
-        for data in pixels.values
+        for data, shape in zip(pixels.values, shapes, strict=True)
     )
     return shard, [
         Loaded(CaptionRow(**row), pixels_HW3) for row, pixels_HW3 in zip(rows, arrays, strict=True)
@@ -177,7 +186,7 @@ def load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
 class CaptionStage:
     """A process that holds the model."""
 
-    def __init__(self, job: CaptionJob, bundle: Any, threads: int | None):
+    def __init__(self, job: CaptionJob, model: Any, threads: int | None):
         import ray
         import torch
 
@@ -194,7 +203,7 @@ class CaptionStage:
                     "Ray reserved a GPU, but torch cannot use it: nvidia-smi shows the driver, "
                     f"torch.version.cuda is {torch.version.cuda}"
                 )
-            self.captioner = BatchCaptioner.load(job, ray.get(bundle))
+            self.captioner = BatchCaptioner.load(job, ray.get(model))
         except CaptionerError as error:  # raised here, it would come as pages of Ray's frames
             self.error = error
         self.ended: float | None = None  # when the last shard did
@@ -209,7 +218,7 @@ class CaptionStage:
         if self.error is not None:
             raise self.error
         timing = self._waited(table["ready"][0].as_py())
-        shard, loaded = _unpack(table, self.job.image_size)
+        shard, loaded = _unpack(table)
         try:
             if loaded is None or self.crash_log.crashes(shard.number) is not None:
                 rows = caption_alone(self.job, self.captioner, shard, self.crash_log)
@@ -244,7 +253,7 @@ class CaptionStage:
 @_errors_as_rows
 def write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
     """A captioned shard in; its result out, once its part is written."""
-    shard, captioned = _unpack(table, job.image_size)
+    shard, captioned = _unpack(table)
     if captioned is None:
         raise RuntimeError(f"shard {shard.number} is to be written without its rows")
     timing = Timing(**table["timing"][0].as_py())

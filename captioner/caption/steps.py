@@ -19,6 +19,7 @@ from captioner import storage
 from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data import images
+from captioner.data.preparation import Preparation
 from captioner.errors import CaptionerError, OutputError, one_line
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import Shard
@@ -73,12 +74,11 @@ Results = Generator[ShardResult, None, None]
 class CaptionJob:
     """What each process of a job needs to know; small, and the same on every machine.
 
-    ``grid`` is the side of an attention map, 0 where no maps are kept.
+    ``preparation`` is the shape that the model wants its images in.
     """
 
     output: str
-    image_size: int
-    grid: int
+    preparation: Preparation
     decode: DecodeConfig
     run: RunConfig
 
@@ -120,7 +120,7 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
         row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=one_line(problem))
         return Loaded(row, None)
     decoded = images.decode(
-        data, job.image_size, max_pixels=job.run.max_pixels, max_bytes=job.run.max_bytes
+        data, job.preparation, max_pixels=job.run.max_pixels, max_bytes=job.run.max_bytes
     )
     row = CaptionRow(
         uri=uri,
@@ -181,9 +181,7 @@ def write_part(job: CaptionJob, shard: Shard, captioned: Sequence[CaptionRow]) -
     """
     if [row.uri for row in captioned] != shard.uris:
         raise RuntimeError(f"the rows of shard {shard.number} are not those of its images")
-    schema = part_schema(
-        attention=job.decode.attention, grid=job.grid, levels=job.decode.attention_levels
-    )
+    schema = part_schema(attention=job.decode.attention, levels=job.decode.attention_levels)
     rows = rows_to_table(captioned).cast(schema)
     if shard.redone:
         rows = _put(OutputDirectory(job.output).read_part(shard.number), shard, rows)

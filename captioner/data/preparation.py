@@ -38,6 +38,13 @@ class Preparation:
         if self.enlarge and (self.max_side is None or self.max_pixels is not None):
             raise ValueError("enlarge needs max_side alone")
 
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of the largest result, in RGB."""
+        sides = [side for side in (self.size, self.max_side) if side is not None]
+        areas = [side * side for side in sides]
+        return 3 * min([*areas, *([] if self.max_pixels is None else [self.max_pixels])])
+
     def target(self, width: int, height: int) -> tuple[int, int]:
         """The result's width and height for an image of this width and height, in pixels."""
         if self.size is not None:

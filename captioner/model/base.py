@@ -7,11 +7,17 @@ pickled, and says what decides its captions and how images are prepared for it. 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-__all__ = ["Caption", "Finish", "LoadedModel"]
+from captioner.config import DecodeConfig
+from captioner.data.preparation import Preparation
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Caption", "Finish", "LoadedModel", "Model"]
 
 #: Why a caption ended: the model ended it, or it reached the largest number of tokens.
 Finish = Literal["stop", "length"]
@@ -42,7 +48,12 @@ class Caption:
 
 
 class LoadedModel(Protocol):
-    """A model whose weights are in memory."""
+    """A model whose weights are on a device."""
+
+    @property
+    def device(self) -> "torch.device":
+        """The device."""
+        ...
 
     def caption(
         self, images: Sequence[np.ndarray], prompts: Sequence[str] | None = None
@@ -52,5 +63,43 @@ class LoadedModel(Protocol):
         Args:
             images: the images, prepared as the model asks for.
             prompts: a prompt for each image; None where the model's settings have the prompt.
+        """
+        ...
+
+
+class Model(Protocol):
+    """A model that is found and not loaded."""
+
+    @property
+    def preparation(self) -> Preparation:
+        """What decode workers make of an image for this model."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this model's captions from another model's, for a job's fingerprint."""
+        ...
+
+    def resolve(self, decode: DecodeConfig) -> DecodeConfig:
+        """The settings with this model's own values where none are given.
+
+        Raises:
+            InputError: the model does not have a setting that is given, or a package is missing.
+        """
+        ...
+
+    def load(
+        self, decode: DecodeConfig, *, device: str, precision: str, compiled: bool = False
+    ) -> LoadedModel:
+        """Reads the weights onto a device.
+
+        Args:
+            decode: resolved settings.
+            device: see :func:`captioner.runtime.device.choose_device`.
+            precision: ``auto``, ``fp32`` or ``bf16``.
+            compiled: compile what can be compiled.
+
+        Raises:
+            CaptionerError: the model cannot be loaded here.
         """
         ...

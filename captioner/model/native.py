@@ -37,6 +37,7 @@ class Caption:
         score: the mean natural log-probability of the words and of the end.
         attention_TGG: a map for each word; or one map, the mean over the words and the end, as in
             the notebook's overlay; None if the decode settings ask for no maps.
+        ended: whether the model ended the caption before its longest length.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Caption:
     token_logprobs: list[float]
     score: float
     attention_TGG: np.ndarray | None
+    ended: bool = True
 
 
 def _keep_compiled() -> None:
@@ -167,4 +169,5 @@ class Captioner:
             token_logprobs=hypothesis.logprobs[:words],
             score=float(np.mean(hypothesis.logprobs)),
             attention_TGG=maps_SP,
+            ended=hypothesis.ended,
         )

@@ -1,6 +1,6 @@
 """Attention maps ↔ bytes (codec version 1), and maps over images.
 
-The codec: a value of one of a caption's ``T`` maps of ``G×G``, ``peak`` being that map's largest,
+The codec: a value of one of a caption's ``T`` maps of ``H×W``, ``peak`` being that map's largest,
 is stored as ``round(value / peak · levels)``, one byte, row-major, map after map; it is read back
 as ``byte · peak / levels``. The result is off by at most ``peak / (2 · levels)``, and by float32
 rounding. Parquet's zstd packs the bytes; fewer levels pack tighter.
@@ -14,39 +14,44 @@ from PIL import Image
 __all__ = ["colour", "decode", "encode", "heatmap", "overlay"]
 
 
-def encode(maps_TGG: np.ndarray, levels: int = 127) -> tuple[bytes, list[float]]:
+def encode(maps_THW: np.ndarray, levels: int = 127) -> tuple[bytes, list[float]]:
     """Attention maps as bytes.
 
     Args:
-        maps_TGG: non-negative floats ``(T, G, G)``.
+        maps_THW: non-negative floats ``(T, H, W)``.
         levels: steps between 0 and a map's largest value, at most 255.
 
     Returns:
-        ``T·G·G`` bytes, and the largest value of each map.
+        ``T·H·W`` bytes, and the largest value of each map.
 
     Raises:
         ValueError: a value is negative or not finite, or a byte cannot hold so many levels.
     """
     if not 1 <= levels <= 255:
         raise ValueError(f"levels must be from 1 to 255, not {levels}")
-    maps_TGG = np.asarray(maps_TGG, dtype=np.float32)
-    if not (np.isfinite(maps_TGG).all() and (maps_TGG >= 0).all()):
+    maps_THW = np.asarray(maps_THW, dtype=np.float32)
+    if not (np.isfinite(maps_THW).all() and (maps_THW >= 0).all()):
         raise ValueError("attention maps must be finite and not negative")
-    peaks_T = maps_TGG.max(axis=(1, 2), initial=0)
+    peaks_T = maps_THW.max(axis=(1, 2), initial=0)
     scale_T = levels / np.where(peaks_T > 0, peaks_T, np.inf).astype(np.float64)
-    quantised = np.rint(maps_TGG * scale_T[:, None, None]).astype(np.uint8)
+    quantised = np.rint(maps_THW * scale_T[:, None, None]).astype(np.uint8)
     return quantised.tobytes(), peaks_T.tolist()
 
 
 def decode(
-    data: bytes, peaks: Sequence[float], *, grid: int | None = None, levels: int = 127
+    data: bytes,
+    peaks: Sequence[float],
+    *,
+    grid: tuple[int, int] | int | None = None,
+    levels: int = 127,
 ) -> np.ndarray:
-    """The maps that :func:`encode` stored, as float32 ``(T, G, G)``.
+    """The maps that :func:`encode` stored, as float32 ``(T, H, W)``.
 
     Args:
-        data: ``T·G·G`` bytes.
+        data: ``T·H·W`` bytes.
         peaks: the ``T`` largest values.
-        grid: ``G``; found from the lengths where it is not given.
+        grid: height and width of a map, or one number for a square; where it is not given, maps
+            are taken to be square.
         levels: as the file's schema metadata has it.
 
     Raises:
@@ -55,9 +60,10 @@ def decode(
     count = len(peaks)
     if grid is None:
         grid = round((len(data) / count) ** 0.5) if count else 0
-    if len(data) != count * grid * grid:
-        raise ValueError(f"{len(data)} bytes are not {count} maps of {grid}×{grid}")
-    quantised = np.frombuffer(data, np.uint8).reshape(count, grid, grid)
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    if len(data) != count * height * width:
+        raise ValueError(f"{len(data)} bytes are not {count} maps of {height}×{width}")
+    quantised = np.frombuffer(data, np.uint8).reshape(count, height, width)
     return quantised * (np.asarray(peaks, np.float32) / np.float32(levels))[:, None, None]
 
 

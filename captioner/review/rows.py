@@ -75,7 +75,7 @@ def find_row(output: str, uri: str) -> CaptionedRow:
 
 
 def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:
-    """The maps of a row of a part with this schema, ``(T, G, G)``.
+    """The maps of a row of a part with this schema, ``(T, H, W)``.
 
     Raises:
         OutputError: they cannot be read.
@@ -84,7 +84,7 @@ def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:
         return attention.decode(
             row["attention"],
             row["attention_peak"],
-            grid=int(schema.metadata[b"captioner.attention.grid"]),
+            grid=(row["attention_height"], row["attention_width"]),
             levels=int(schema.metadata[b"captioner.attention.levels"]),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -10,12 +10,16 @@ from captioner.caption.batches import BatchCaptioner
 from captioner.caption.steps import CaptionJob, Loaded, load_image
 from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, RunConfig
-from captioner.model.native import Caption
+from captioner.data.preparation import Preparation
+from captioner.model.base import Caption
 from captioner.schema import CaptionRow
 from conftest import write_photos
 
 JOB = CaptionJob(
-    output="", image_size=8, grid=0, decode=DecodeConfig(attention="none"), run=RunConfig()
+    output="",
+    preparation=Preparation(size=8),
+    decode=DecodeConfig(attention="none"),
+    run=RunConfig(),
 )
 
 
@@ -38,12 +42,16 @@ class _Model:
         self.raises, self.bad, self.most = raises, bad, most
         self.sizes: list[int] = []
 
-    def __call__(self, images_BHW3: np.ndarray) -> list[Caption]:
-        numbers = images_BHW3[:, 0, 0, 0].tolist()
+    def __call__(self, images: list[np.ndarray]) -> list[Caption]:
+        numbers = [int(image[0, 0, 0]) for image in images]
         self.sizes.append(len(numbers))
         if len(numbers) > self.most or set(numbers) & set(self.bad):
             self.raises()
-        return [Caption(str(number), [str(number)], [0.0], 0.0, None) for number in numbers]
+        return [_caption(str(number)) for number in numbers]
+
+
+def _caption(word: str) -> Caption:
+    return Caption(text=word, tokens=[word], token_logprobs=[0.0], score=0.0, attention_THW=None)
 
 
 def _captioned(images: list[Loaded]) -> list[str | None]:

@@ -11,15 +11,23 @@ from captioner.caption.crash_log import Crashes, CrashLog
 from captioner.caption.job import caption_images
 from captioner.caption.steps import CaptionJob
 from captioner.config import DecodeConfig, RunConfig
+from captioner.data.preparation import Preparation
 from captioner.errors import DeviceError
-from captioner.model.native import Caption, Captioner
+from captioner.model.base import Caption
+from captioner.model.native import Captioner
 from captioner.output.manifest import Shard
 from captioner.schema import CaptionRow
 from conftest import write_photos
 
 JOB = CaptionJob(
-    output="", image_size=8, grid=0, decode=DecodeConfig(attention="none"), run=RunConfig()
+    output="",
+    preparation=Preparation(size=8),
+    decode=DecodeConfig(attention="none"),
+    run=RunConfig(),
 )
+
+
+_A = Caption(text="a", tokens=["a"], token_logprobs=[0.0], score=0.0, attention_THW=None)
 
 
 class _Killed(BaseException):
@@ -33,11 +41,11 @@ class _Model:
         self.deadly, self.calls = deadly, 0
         self.raises = raises or _Killed()
 
-    def __call__(self, images_BHW3):
+    def __call__(self, images):
         self.calls += 1
         if self.calls - 1 in self.deadly or -1 in self.deadly:
             raise self.raises
-        return [Caption("a", ["a"], [0.0], 0.0, None)] * len(images_BHW3)
+        return [_A] * len(images)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from conftest import write_photos
 IMAGES = 35  # in nine shards, the last of which has one fewer
 MAP = 20_000  # bytes
 SIZE = 85_000  # of a part, about
-SCHEMA = part_schema(attention="tokens", grid=3, levels=127)
+SCHEMA = part_schema(attention="tokens", levels=127)
 
 
 def _write_part(uri: str, number: int, uris: list[str]) -> None:

@@ -64,7 +64,7 @@ def test_a_new_directory_becomes_the_jobs(output):
     created = run.pop("created")
     assert created.endswith("+00:00")
     assert run == {
-        "schema_version": 1,
+        "schema_version": 2,
         "fingerprint": hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest(),
         "settings": SETTINGS,
         "captioner_version": __version__,

@@ -37,6 +37,11 @@ class PretrainedCaptioner:
         self.family, self.model, self.processor, self.settings = family, model, processor, settings
         self._architecture = architecture_of(family, model)
 
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the model."""
+        return torch.device(self.model.device)
+
     @torch.inference_mode()
     def caption(
         self, images: Sequence[np.ndarray], prompts: Sequence[str] | None = None

@@ -30,7 +30,7 @@ class GenerationSettings:
     repetition_penalty: float | None = None
     seed: int = 0
     captions: int = 1
-    attention: Literal["tokens", "mean", "none"] | None = None
+    attention: Literal["auto", "tokens", "mean", "none"] = "auto"
 
     def resolved(self, family: Family) -> "GenerationSettings":
         """These settings with the family's defaults.
@@ -39,7 +39,7 @@ class GenerationSettings:
             InputError: the family has no such option, or two options exclude each other.
         """
         self._check_prompt(family)
-        if self.attention not in (None, "none") and family.maps is None:
+        if self.attention in ("tokens", "mean") and family.maps is None:
             raise InputError(f"{family.name} has no attention maps: use --attention none")
         if self.temperature and (self.beam or 1) > 1:
             raise InputError(
@@ -58,7 +58,7 @@ class GenerationSettings:
         values = asdict(self)
         if self.prompt is None and family.prompt is not None:
             values["prompt"] = family.default_prompt
-        if self.attention is None:
+        if self.attention == "auto":
             values["attention"] = family.default_attention
         if self.max_new_tokens is None:
             values["max_new_tokens"] = family.new_tokens

@@ -1,0 +1,136 @@
+"""Finds a model by its URI: one that captioner trained, or a pretrained one."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from captioner import storage
+from captioner.config import DecodeConfig
+from captioner.data.preparation import Preparation
+from captioner.errors import InputError
+from captioner.model import bundle
+from captioner.model.base import Caption, Model
+from captioner.model.huggingface.hub import is_hub_name
+from captioner.model.huggingface.model import find_model
+from captioner.model.native import Captioner
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NativeModel", "is_pretrained", "load_model"]
+
+_LARGEST_CONFIG = 10_000_000  # bytes
+_NOT_NATIVE = (
+    "prompt",
+    "system_prompt",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+    "captions",
+)
+
+
+def load_model(uri: str) -> Model:
+    """Finds a model; a pretrained model's weights are not read yet.
+
+    Args:
+        uri: a directory, local or in a bucket; or ``owner/name[@revision]`` on a model hub.
+
+    Raises:
+        BundleError: there is no such model, or it cannot be used.
+        InputError: a package for it is missing.
+    """
+    if is_pretrained(uri):
+        return find_model(uri)
+    return NativeModel(bundle.load(uri))
+
+
+def is_pretrained(uri: str) -> bool:
+    """Whether a model is in the form of transformers: its config.json has a ``model_type``."""
+    if is_hub_name(uri):
+        return True
+    try:
+        place = storage.join(storage.absolute(uri), "config.json")
+        config = json.loads(storage.read(place, _LARGEST_CONFIG))
+    except (OSError, ValueError, InputError):  # whoever loads it as a bundle says what is wrong
+        return False
+    return isinstance(config, dict) and "format" not in config and "model_type" in config
+
+
+@dataclass(frozen=True)
+class NativeModel:
+    """A model that captioner trained: its bundle."""
+
+    bundle: bundle.Bundle
+
+    @property
+    def preparation(self) -> Preparation:
+        """A square."""
+        return Preparation(size=self.bundle.config.image_size)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The digests of the bundle's files."""
+        digests = self.bundle.digests
+        return {
+            "model": digests["model.safetensors"],
+            "model settings": digests["config.json"],
+            "vocabulary": digests["tokenizer.json"],
+        }
+
+    def resolve(self, decode: DecodeConfig) -> DecodeConfig:
+        """The settings with the model's beam width, and maps for each word.
+
+        Raises:
+            InputError: a setting is for pretrained models.
+        """
+        for each in dataclasses.fields(decode):
+            if each.name in _NOT_NATIVE and getattr(decode, each.name) != each.default:
+                option = "--" + each.name.replace("_", "-")
+                raise InputError(
+                    f"{option} is for pretrained models, and this model was trained by captioner: "
+                    f"remove {option}"
+                )
+        decode = decode.with_model_defaults(self.bundle.config)
+        if decode.attention == "auto":
+            decode = dataclasses.replace(decode, attention="tokens")
+        return decode
+
+    def load(
+        self, decode: DecodeConfig, *, device: str, precision: str, compiled: bool = False
+    ) -> "_LoadedNative":
+        """Moves the bundle's model to a device."""
+        return _LoadedNative(
+            Captioner(self.bundle, decode, device=device, precision=precision, compiled=compiled)
+        )
+
+
+class _LoadedNative:
+    def __init__(self, captioner: Captioner):
+        self._captioner = captioner
+
+    @property
+    def device(self) -> "torch.device":
+        return self._captioner.device
+
+    def caption(
+        self, images: Sequence[np.ndarray], prompts: Sequence[str] | None = None
+    ) -> list[Caption]:
+        """Captions squares of the model's size; it takes no prompts."""
+        return [
+            Caption(
+                text=caption.text,
+                tokens=caption.tokens,
+                token_logprobs=caption.token_logprobs,
+                score=caption.score,
+                attention_THW=caption.attention_TGG,
+                finish="stop" if caption.ended else "length",
+            )
+            for caption in self._captioner(np.stack(images))
+        ]
