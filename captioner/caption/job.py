@@ -200,7 +200,10 @@ class _Books:
         summary = self._write(done, accounts.rows, missing=len(accounts.missing))
         if accounts.missing:
             first = ", ".join(accounts.missing[:_SHOWN])
-            raise IncompleteError(f"{len(accounts.missing)} images have no row: {first}")
+            raise IncompleteError(
+                f"{len(accounts.missing)} images have no row; run the same command again. "
+                f"Missing: {first}"
+            )
         self._crash_log.delete()
         return summary
 

@@ -14,7 +14,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")  # one for a machine and all of 
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; for ``auto`` a GPU where there is one.
+    """The device of that name; for ``auto`` a GPU if there is one.
 
     Raises:
         InputError: there is no such device here.
@@ -27,7 +27,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where CUDA is not compiled in
-        raise InputError(f"no device {name!r} here") from error
+        raise InputError(
+            f"no device {name!r} here; use auto, cpu, cuda, cuda:1 or mps, as the machine has"
+        ) from error
     return device
 
 
