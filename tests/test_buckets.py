@@ -752,7 +752,7 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, source, proxy):
     assert line.startswith(f"captioner: cannot write {bucket}-none/out/__captioner/run.json: ")
     assert "The specified bucket does not exist" in line
     line = _mistake("caption", source, f"{bucket}/out", "--model", f"{bucket}-none/model")
-    assert line == f"captioner: the model {bucket}-none/model is not sound: it has no config.json"
+    assert line == f"captioner: the model {bucket}-none/model cannot be used: it has no config.json"
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_caption_show_and_report(tmp_path: Path, model_directory: Path):
     assert "\nlast run: 3 images in " in result.output
     result = _run("caption", photos[0].parent, output, "--model", model_directory, "--engine=local")
     assert result.exit_code == 0, result.output
-    assert "\nlast run: nothing captioned, ended " in _run("report", output).output
+    assert "\nlast run: no image captioned, ended " in _run("report", output).output
     summary = output / "__captioner" / "summary.json"
     for broken in ("", '{"captioned": 3}', '{"captioned": "<b>", "seconds": 1}', "[]"):
         summary.write_text(broken)
@@ -73,7 +73,7 @@ def test_caption_show_and_report(tmp_path: Path, model_directory: Path):
     pq.write_table(part.replace_schema_metadata(), output / "part-000000.parquet")
     result = _run("show", output, photos[1].name, "-o", tmp_path / "overlay.png")
     assert result.exit_code == 2
-    assert result.output.endswith(" has attention maps that cannot be read\n")
+    assert result.output.endswith(" are damaged\n")
     (output / "part-000000.parquet").unlink()
     result = _run("report", output, "--missing")
     assert result.exit_code == 1
@@ -89,8 +89,8 @@ def test_report_names_an_image_of_each_status(tmp_path: Path, model_directory: P
     assert result.output.endswith("; captioner report shows why\n")
     lines = _run("report", tmp_path / "out").output.splitlines()
     assert lines[:2] == ["4 images listed", "  2 ok"]
-    assert lines[2].startswith(f"  2 undecodable, as {tmp_path}/photos/text.jpg: ")
-    assert len(lines[2]) > len(f"  2 undecodable, as {tmp_path}/photos/text.jpg: ")
+    assert lines[2].startswith(f"  2 undecodable, for example {tmp_path}/photos/text.jpg: ")
+    assert len(lines[2]) > len(f"  2 undecodable, for example {tmp_path}/photos/text.jpg: ")
 
 
 def test_show_of_a_folder_that_is_no_output_says_so(tmp_path: Path):
@@ -139,7 +139,7 @@ def test_show_finds_a_name_that_is_no_text(named: Path):
         assert result.exit_code == 0, result.output
     result = _run("show", named / "out", f"b/{name}", "-o", named / "overlay.png")
     assert result.exit_code == 2
-    assert result.output == f"captioner: no images of {named}/out are b/caf\\udce9.jpg\n"
+    assert result.output == f"captioner: no images of {named}/out match b/caf\\udce9.jpg\n"
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ def _refused(kind: type, message: str, **values: object) -> None:
             "precision must be one of auto, fp32, bf16, not 'fp16'",
         ),
         (DecodeConfig, {"beam": 0}, "beam must be at least 1, not 0"),
+        (DecodeConfig, {"beam": 100_000}, "beam must be at most 100, not 100000"),
+        (DecodeConfig, {"max_words": 10**9}, "max_words must be at most 1024, not 1000000000"),
+        (ModelConfig, {"beam": 101}, "beam must be at most 100, not 101"),
+        (ModelConfig, {"tokenizer": "bpe"}, "tokenizer must be one of whitespace, ptb, not 'bpe'"),
         (
             DecodeConfig,
             {"attention_levels": 100},
@@ -283,3 +287,8 @@ def test_settings_need_neither_torch_nor_ray():
     code = "import sys, captioner.config; print({'torch', 'ray', 'numpy'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"
+
+
+def test_small_splits_punctuation_and_the_notebook_splits_at_white_space():
+    assert PRESETS["small"].model.tokenizer == "ptb"
+    assert PRESETS["notebook"].model.tokenizer == "whitespace"

@@ -1,4 +1,4 @@
-"""Captions of a dataset's images, made now or by a caption job, and their scores."""
+"""Scores for captions of a dataset's images, made here or by a caption job."""
 
 import io
 import json
@@ -39,14 +39,18 @@ __all__ = [
 ]
 
 _SHOWN = 10
-_DECODING = ("beam", "length_penalty", "max_words", "allow_unknown")  # what decides a caption
+_DECODING = ("beam", "length_penalty", "max_words", "allow_unknown")  # settings in the table
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """Images with references, a caption for each, and how the captions were made.
+    """Images with references and a caption for each.
 
-    ``left_out`` names what could not be scored, by reason.
+    Attributes:
+        images: the images.
+        captions: a caption for each image.
+        settings: how the captions were made.
+        left_out: for each reason the URIs that are not scored.
     """
 
     images: list[CaptionedImage]
@@ -55,7 +59,7 @@ class Captioned:
     left_out: dict[str, list[str]]
 
     def describe_left_out(self) -> list[str]:
-        """A line for each reason, with the first names."""
+        """A line for each reason, with the first URIs."""
         lines = []
         for reason, uris in self.left_out.items():
             lines.append(f"left out: {len(uris)} {reason}: {first_of(uris, _SHOWN)}")
@@ -65,14 +69,14 @@ class Captioned:
 def choose_images(
     data: Dataset, *, split: str | None, names: str | None, allow_missing: bool = False
 ) -> list[CaptionedImage]:
-    """Some images of a dataset.
+    """Chooses the images of a dataset to evaluate on.
 
     Args:
         data: the dataset.
         split: ``train``, ``val``, ``test`` or ``all``.
-        names: a file of image names, a line each, instead of a split; where both are None, all
-            images are taken.
-        allow_missing: accept a file of which more than half of the names are of no image.
+        names: a file of image names, one per line, instead of a split. If both are None, all
+            images are chosen.
+        allow_missing: accept a file if more than half of its names are not in the dataset.
 
     Raises:
         InputError: the dataset has no such images, or the file cannot be read.
@@ -88,13 +92,16 @@ def choose_images(
 def describe_seen(
     images: Sequence[CaptionedImage], data: Dataset, model: str, *, split: str | None
 ) -> str | None:
-    """How many images a model has seen in training, in a line; None where it knows of none.
+    """Says in a line how many of the images a model has seen in training.
 
     Args:
-        images: what to evaluate on.
-        data: the dataset that they are of.
+        images: the images to evaluate on.
+        data: the dataset that contains them.
         model: a bundle's directory.
-        split: of which they are; None where they were named one by one.
+        split: the split that they are; None if they were named in a file.
+
+    Returns:
+        The line; None if the model has seen none of them or has no record.
 
     Raises:
         InputError: the model was trained on images of the split ``val`` or ``test``.
@@ -114,7 +121,7 @@ def describe_seen(
     known = " and ".join(f"{side} {count}" for side, count in counts.items() if count)
     text = f"{model} was {known} of these {len(images)} images, by their names"
     if counts["trained on"] and split in ("val", "test"):
-        raise InputError(f"{text}: its split was another; name images with --list")
+        raise InputError(f"{text}: it was trained on another split; name the images with --list")
     return text
 
 
@@ -124,17 +131,17 @@ def caption_dataset(
     """Captions images in this process.
 
     Args:
-        images: what to caption.
+        images: the images.
         model: a bundle's directory.
         decode: what decides the captions.
-        run: its device, precision, batch size and decoders count.
+        run: only its device, precision, batch size and decoders are used.
 
     Raises:
         BundleError: the model cannot be loaded.
-        InputError: there is no such device, or ``run.batch_size`` is not a number.
+        InputError: the device does not exist, or ``run.batch_size`` is ``auto``.
     """
     if run.batch_size == "auto":
-        raise InputError("batch_size must be a number to evaluate: auto is for caption jobs")
+        raise InputError("--batch-size auto is for caption jobs: give a number to evaluate")
     loaded = bundle.load(model)
     decode = decode.with_model_defaults(loaded.config)
     captioner = Captioner(loaded, decode, device=run.device, precision=run.precision)
@@ -165,10 +172,12 @@ def caption_dataset(
 
 
 def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
-    """A caption job's captions of images, found by URI, or else by a file name that is unique.
+    """Reads the captions that a caption job wrote for images.
+
+    They are joined by URI, or else by a file name that is unique on both sides.
 
     Raises:
-        OutputError: it is no caption job's output, or a part of it cannot be read.
+        OutputError: ``output`` is not a caption job's output, or a part cannot be read.
     """
     directory = OutputDirectory(output)
     job = directory.read_json("run.json").get("settings", {})
@@ -196,7 +205,7 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
 
 
 def _by_name(uris: Iterable[str]) -> dict[str, str]:
-    """URIs by file name, those left out that share one."""
+    """URIs by file name; URIs that share a name are left out."""
     named = [(uri.rsplit("/", 1)[-1], uri) for uri in uris]
     count = Counter(name for name, _ in named)
     return {name: uri for name, uri in named if count[name] == 1}
@@ -208,13 +217,13 @@ def _without_empty(reasons: dict[str, list[str]]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Captions and their scores, for a person, a program or a closer look."""
+    """Captions and their scores, as a table, JSON or Parquet."""
 
     captioned: Captioned
     scores: Scores
 
     def lines(self) -> list[str]:
-        """An aligned table: scores times 100, the number of images, how the captions were made."""
+        """An aligned table: scores times 100, number of images, decoding settings."""
         rows = [
             (metrics.NAMES[name], f"{100 * value:.1f}")
             for name, value in self.scores.corpus.items()
@@ -229,7 +238,7 @@ class Evaluation:
         return [f"{name:<{name_width}}  {value:>{value_width}}" for name, value in rows]
 
     def to_json(self) -> str:
-        """The same figures as they are, not times 100, with every name that was left out."""
+        """The scores, not times 100, and every URI that was left out, as JSON."""
         values = {
             "scores": self.scores.corpus,
             "images": len(self.captioned.images),
@@ -242,9 +251,9 @@ class Evaluation:
         return json.dumps(values, indent=2)
 
     def to_parquet(self) -> bytes:
-        """A Parquet file with a row an image, the lowest CIDEr first.
+        """A Parquet file with a row per image, the lowest CIDEr first.
 
-        The columns are ``uri``, ``caption``, ``references`` and the scores but BLEU-1 to 3.
+        The columns are ``uri``, ``caption``, ``references`` and all scores except BLEU-1 to 3.
         """
         columns = {
             "uri": [image.uri for image in self.captioned.images],
@@ -266,7 +275,7 @@ def evaluate(captioned: Captioned, *, tokenizer: str = "auto", spice: bool = Fal
     """Scores captions; see :func:`captioner.evaluation.metrics.score`.
 
     Raises:
-        InputError: there is nothing to score, or see there.
+        InputError: there is nothing to score, or as :func:`captioner.evaluation.metrics.score`.
     """
     if not captioned.images:
         raise InputError("no image has both a caption and references")

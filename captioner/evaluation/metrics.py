@@ -1,7 +1,7 @@
-"""Captions and references in, scores out: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
+"""Scores captions against references: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
-The scorers are pycocoevalcap's, which the extra ``eval`` installs. METEOR, SPICE and the PTB
-tokenizer are Java programs that come with it.
+The scorers are pycocoevalcap's, which the extra ``eval`` installs. METEOR, SPICE and PTBTokenizer
+are Java programs that come with it.
 """
 
 import json
@@ -20,7 +20,7 @@ __all__ = ["NAMES", "Scores", "Tokenizer", "choose_tokenizer", "score", "tokeniz
 
 Tokenizer = Literal["ptb", "simple"]
 
-#: The metrics in the order in which papers print them, and what they call them.
+#: The metrics and their names, in the order of papers' tables.
 NAMES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
@@ -37,9 +37,11 @@ NAMES = {
 class Scores:
     """Scores of captions, by the keys of :data:`NAMES`.
 
-    ``corpus`` holds those of all captions together; all lie between 0 and 1, but for CIDEr, which
-    reaches 10. ``images`` holds a list for each metric, a value a caption, in the captions' order.
-    ``left_out`` says which metrics could not be computed, and why.
+    Attributes:
+        corpus: the score of all captions together; between 0 and 1, CIDEr between 0 and 10.
+        images: the score of each caption, in the captions' order.
+        tokenizer: what split the captions.
+        left_out: the metrics that could not be computed, with the reason.
     """
 
     corpus: dict[str, float]
@@ -53,10 +55,10 @@ class Scores:
 
 
 def choose_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name; for ``auto``, ``ptb`` where Java runs, else ``simple``.
+    """Chooses a tokenizer: ``auto`` is ``ptb`` if Java runs, else ``simple``.
 
     Raises:
-        InputError: pycocoevalcap is not installed, or ``ptb`` is asked for where no Java runs.
+        InputError: pycocoevalcap is not installed, or ``ptb`` is chosen and Java does not run.
     """
     try:
         import pycocoevalcap.cider.cider  # noqa: F401
@@ -69,12 +71,14 @@ def choose_tokenizer(name: str) -> Tokenizer:
     if _java_runs():
         return "ptb"
     if name == "ptb":
-        raise InputError("the tokenizer ptb needs Java, and no java runs here: use simple")
+        raise InputError(
+            "--tokenizer ptb needs Java, which does not run here: use --tokenizer simple"
+        )
     return "simple"
 
 
 def _java_runs() -> bool:
-    """Whether there is a Java; macOS has a ``java`` that only says where to get one."""
+    """Whether Java runs. macOS has a ``java`` that only says where to download Java."""
     if shutil.which("java") is None:
         return False
     return subprocess.run(["java", "-version"], capture_output=True).returncode == 0  # noqa: S607
@@ -89,34 +93,34 @@ def score(
 ) -> Scores:
     """Scores captions against what people wrote about the same images.
 
-    CIDEr weighs words by how many of these images have them in their references, so scores of
-    different sets of images do not compare, and those of a single image are 0.
+    CIDEr weighs words by the number of images that have them in their references. Scores of
+    different sets of images therefore do not compare, and the CIDEr of a single image is 0.
 
     Args:
-        captions: one an image.
-        references: one or more an image, in the captions' order.
-        tokenizer: ``ptb``; ``simple``, which needs no Java, and leaves METEOR and SPICE out; or
+        captions: one per image.
+        references: one or more per image, in the captions' order.
+        tokenizer: ``ptb``; ``simple``, which needs no Java and leaves out METEOR and SPICE; or
             ``auto``, see :func:`choose_tokenizer`.
-        spice: compute SPICE, which is slow, and downloads its models when it is first used.
+        spice: compute SPICE, which is slow and downloads its models at its first use.
 
     Raises:
-        InputError: see :func:`choose_tokenizer`; or an image has no reference; or no reference of
-            any image has a word.
-        CaptionerError: Java failed to tokenize.
+        InputError: as :func:`choose_tokenizer`; or an image has no reference; or no reference has
+            a word.
+        CaptionerError: PTBTokenizer failed.
     """
     chosen = choose_tokenizer(tokenizer)
     if len(captions) != len(references) or not all(references):
         raise InputError("every caption needs one reference or more")
     flat = tokenize([*captions, *(each for image in references for each in image)], chosen)
     tokenized = iter(flat)
-    # The keys sort in order, also as text.
+    # Keys of equal length: the scorers sort them as text.
     hypotheses = {f"{i:012d}": [next(tokenized)] for i in range(len(captions))}
     targets = {
         key: [next(tokenized) for _ in image]
         for key, image in zip(hypotheses, references, strict=True)
     }
     if not any(flat[len(captions) :]):
-        raise InputError("no reference has a word")
+        raise InputError("no reference has a word: check the dataset's captions")
     return _score_tokenized(hypotheses, targets, chosen, spice)
 
 
@@ -140,7 +144,7 @@ def _score_tokenized(
     java = {"meteor": _meteor} | ({"spice": _spice} if spice else {})
     for name, compute in java.items():
         if tokenizer == "simple":
-            left_out[name] = "it needs Java and the tokenizer ptb"
+            left_out[name] = "it needs Java and --tokenizer ptb"
             continue
         try:
             results[name] = compute(targets, hypotheses)
@@ -156,7 +160,7 @@ def _score_tokenized(
 
 
 class _JavaError(Exception):
-    """A metric's Java program, or the download of its models, failed."""
+    """The Java program of a metric, or the download of its models, failed."""
 
 
 def _meteor(targets: dict[str, list[str]], hypotheses: dict[str, list[str]]) -> Any:
@@ -165,16 +169,16 @@ def _meteor(targets: dict[str, list[str]], hypotheses: dict[str, list[str]]) -> 
     meteor = Meteor()
     try:
         return meteor.compute_score(targets, hypotheses)
-    except (OSError, ValueError) as error:  # the pipe broke, or it answered with no number
+    except (OSError, ValueError) as error:  # the pipe broke, or the answer is not a number
         raise _JavaError(f"its Java program failed ({type(error).__name__})") from error
     finally:
-        if meteor.lock.locked():  # it failed while it held the lock, which its end waits for
+        if meteor.lock.locked():  # it failed with the lock held, which its destructor waits for
             meteor.lock.release()
         meteor.meteor_p.kill()
         meteor.meteor_p.communicate()
 
 
-# In a process of its own, since the program and its Java write to both streams as they like.
+# In a separate process, because SPICE and its Java program write to stdout and stderr.
 _SPICE = """
 import json, socket, sys
 from pycocoevalcap.spice.spice import Spice
@@ -198,10 +202,10 @@ def _spice(targets: dict[str, list[str]], hypotheses: dict[str, list[str]]) -> A
 
 
 def _reason(stderr: str) -> str:
-    """The line of a traceback, Python's or Java's, that says what happened."""
+    """The line of a Python or Java traceback that says what happened."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     java = [line for line in lines if line.startswith(("Exception in", "Caused by", "Error:"))]
-    return (java or lines or ["it failed without a message"])[-1][:200]
+    return (java or lines or ["the program gave no message"])[-1][:200]
 
 
 def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> list[str]:
@@ -212,13 +216,13 @@ def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     except in rare cases.
 
     Raises:
-        CaptionerError: Java failed.
+        CaptionerError: PTBTokenizer failed.
     """
     if tokenizer == "simple":
         return [" ".join(scoring_words(caption)) for caption in captions]
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
-    # One line each: the Java program answers line by line.
+    # One line per caption: the Java program answers line by line.
     lines = [" ".join(caption.split()) for caption in captions]
     removed = frozenset(PUNCTUATIONS)
     return [" ".join(word for word in each if word not in removed) for each in _ptb(lines)]
@@ -241,5 +245,5 @@ def _ptb(lines: list[str]) -> list[list[str]]:
     tokenized = process.stdout.decode().split("\n")[:-1]
     if process.returncode or len(tokenized) != len(lines):
         reason = _reason(process.stderr.decode(errors="replace"))
-        raise CaptionerError(f"the PTB tokenizer failed: {reason}")
+        raise CaptionerError(f"PTBTokenizer failed: {reason}; use --tokenizer simple")
     return [line.split(" ") for line in tokenized]

@@ -1,4 +1,4 @@
-"""A new model, from its settings and its encoder's published weights."""
+"""Builds a new model from its settings and the published weights of its encoder."""
 
 import io
 
@@ -15,17 +15,17 @@ __all__ = ["build_model"]
 
 
 def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> CaptionModel:
-    """A new model: a pretrained encoder, a decoder at random.
+    """Builds a model with a pretrained encoder and a random decoder.
 
     Args:
         config: the model's settings.
-        weights: a file of the encoder's published weights (``.safetensors``, or a state dict that
-            torch saved, which is read without unpickling anything else), local or in a bucket; None
-            downloads timm's.
-        seed: of the decoder.
+        weights: a file of the encoder's published weights, local or in a bucket: ``.safetensors``,
+            or a state dict saved by torch, which is read with ``weights_only``. None downloads
+            timm's weights.
+        seed: of the decoder's weights.
 
     Raises:
-        InputError: the weights cannot be had, or do not fit.
+        InputError: the weights cannot be downloaded or read, or do not fit the encoder.
     """
     torch.manual_seed(seed)
     if weights is None:

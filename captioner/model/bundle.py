@@ -53,9 +53,13 @@ _LARGEST_IMAGES = 1 << 28
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model with its vocabulary, and the SHA-256 of each of its files.
+    """A model with its vocabulary.
 
-    ``grid`` is the side of the model's attention maps.
+    Attributes:
+        model: the network.
+        vocabulary: its words.
+        digests: the SHA-256 of each file; for config.json of the settings in it.
+        grid: side of the attention maps, in cells.
     """
 
     model: CaptionModel
@@ -71,9 +75,11 @@ class Bundle:
 
 @dataclass(frozen=True)
 class SeenImages:
-    """The images that a model was trained on, and those that it was chosen on, by name.
+    """The images that a model has seen, by their names in the dataset.
 
-    The names are those of the tables of captions.
+    Attributes:
+        trained: the images that it was trained on.
+        validated: the images that its best epoch was chosen on.
     """
 
     trained: frozenset[str]
@@ -90,16 +96,16 @@ def save(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a bundle; config.json, which makes it one, comes last.
+    """Writes a bundle; config.json, which completes it, is written last.
 
     Args:
-        directory: where to; it is made.
-        model: the model.
+        directory: local or in a bucket; created if it does not exist.
+        model: the network.
         vocabulary: its words.
-        dtype: what the weights are stored in, float32, float16 or bfloat16; None: as they are.
+        dtype: type of the stored weights, float32, float16 or bfloat16; None keeps their type.
 
     Raises:
-        OutputError: it cannot be written, or a weight is too large for the dtype.
+        OutputError: the bundle cannot be written, or a weight is too large for ``dtype``.
     """
     state = {
         name: _stored(name, tensor.detach().cpu(), dtype).contiguous()
@@ -122,19 +128,19 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     stored = tensor.to(dtype)
     if overflowing := tensor[tensor.isfinite() & ~stored.isfinite()].tolist():
-        raise OutputError(f"{name} has a weight of {overflowing[0]:g}, too large for {dtype}")
+        raise OutputError(f"the weight {overflowing[0]:g} in {name} is too large for {dtype}")
     return stored
 
 
 def load(directory: str) -> Bundle:
     """Reads a bundle; the model is in float32, on the CPU and in eval mode.
 
-    A bundle may come from anywhere: no name in it is looked up outside timm's registry, and
-    nothing is allocated that config.json asks for and model.safetensors does not hold.
+    A bundle need not be trusted: no name in it is looked up outside timm's registry, and no
+    memory is allocated for weights that config.json asks for and model.safetensors does not hold.
 
     Raises:
-        InputError: there are credentials in the URI.
-        BundleError: something is missing, damaged, or does not fit the rest.
+        InputError: the URI contains credentials.
+        BundleError: a file is missing or damaged, or the files do not fit together.
     """
     directory = storage.absolute(directory)
     try:
@@ -152,8 +158,8 @@ def load(directory: str) -> Bundle:
         contents[_WEIGHTS] = _read_weights(directory, expected)
         state = safetensors.torch.load(contents[_WEIGHTS])
         for name, tensor in state.items():
-            if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # they hand NaN on
-                raise BundleError(f"{name} has a weight that is not finite")
+            if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # NaN too
+                raise BundleError(f"{name} contains a weight that is not finite")
         if config.tied_embeddings:
             state[_HEAD] = state["decoder.embedding.weight"]
         model = CaptionModel(config)
@@ -161,20 +167,20 @@ def load(directory: str) -> Bundle:
     except _UnreadableError:
         raise
     except (SafetensorError, UnicodeDecodeError, InputError, BundleError) as error:
-        reason = " ".join(str(error).split())  # timm's and Rust's messages may have several lines
-        raise BundleError(f"the model {directory} is not sound: {reason[:300]}") from error
+        reason = " ".join(str(error).split())  # timm's messages may have several lines
+        raise BundleError(f"the model {directory} cannot be used: {reason[:300]}") from error
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    # The version that wrote config.json does not change a caption.
+    # The settings alone: the version that wrote config.json does not change a caption.
     settings = json.dumps(asdict(config), sort_keys=True).encode()
     digests["config.json"] = hashlib.sha256(settings).hexdigest()
     return Bundle(model.eval(), vocabulary, digests, config.grid or side)
 
 
 def save_images(directory: str, images: SeenImages) -> None:
-    """Writes which images the model in a directory has seen.
+    """Writes the names of the images that the model in a directory has seen.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     names = {"trained": sorted(images.trained), "validated": sorted(images.validated)}
     text = json.dumps(names, indent=0) + "\n"
@@ -182,16 +188,19 @@ def save_images(directory: str, images: SeenImages) -> None:
 
 
 def load_images(directory: str) -> SeenImages | None:
-    """Which images the model in a directory has seen; None where that cannot be had.
+    """Reads the names of the images that the model in a directory has seen.
+
+    Returns:
+        The names, or None if the model has no such file.
 
     Raises:
-        InputError: there are credentials in the URI, or there is no such file system here.
-        BundleError: the record is damaged.
+        InputError: the URI contains credentials, or its file system is not installed.
+        BundleError: the file is damaged.
     """
     try:
         with storage.open_binary(storage.join(storage.absolute(directory), IMAGES)) as file:
             data = file.read(_LARGEST_IMAGES)
-    except OSError:  # a store that may not be listed does not say what is not there
+    except OSError:  # a bucket without the right to list answers 403 for a missing file
         return None
     try:
         parsed = parse_json(data)
@@ -200,12 +209,14 @@ def load_images(directory: str) -> SeenImages | None:
         if not all(names_only):
             raise TypeError
     except (InputError, KeyError, TypeError) as error:
-        raise BundleError(f"{IMAGES} of the model {directory} is not two lists of names") from error
+        raise BundleError(
+            f"{IMAGES} of the model {directory} is damaged: it should hold two lists of names"
+        ) from error
     return SeenImages(*map(frozenset, sides))
 
 
 class _UnreadableError(BundleError):
-    """Nothing is known about the bundle but that it cannot be read."""
+    """A file cannot be read, which says nothing about the bundle itself."""
 
 
 @contextmanager
@@ -215,7 +226,7 @@ def _opened(directory: str, name: str) -> Iterator[BinaryIO]:
             yield file
     except FileNotFoundError as error:
         raise BundleError(f"it has no {name}") from error
-    except InputError as error:  # no such file system here
+    except InputError as error:  # the file system is not installed
         raise _UnreadableError(str(error)) from error
     except OSError as error:
         reason = error.strerror or str(error)
@@ -226,7 +237,7 @@ def _read(directory: str, name: str, limit: int) -> bytes:
     with _opened(directory, name) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise BundleError(f"{name} has more than {limit} bytes")
+        raise BundleError(f"{name} is larger than {limit} bytes")
     return data
 
 
@@ -234,25 +245,28 @@ def _parse_config(data: bytes) -> ModelConfig:
     try:
         parsed = parse_json(data)
         if parsed["format"] != _FORMAT:
-            raise InputError(f"its format is {parsed['format']!r}, not {_FORMAT!r}")
+            raise InputError(f"the format is {parsed['format']!r}, not {_FORMAT!r}")
         return from_mapping(ModelConfig, parsed["model"])
     except (InputError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise BundleError(f"config.json: {reason}") from error
 
 
 def _outline(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
-    """The tensors that a bundle of this model stores, without their memory; its features' side."""
+    """The tensors that this model stores, without allocating them; and the side of its features."""
     try:
         with torch.device("meta"), torch.inference_mode():
             model = CaptionModel(config).eval()
             side = config.image_size
             features_BhwC = model.encoder(torch.zeros(1, side, side, 3))
-    except Exception as error:  # each of timm's backbones fails in its own way
+    except Exception as error:  # timm's backbones raise errors of many types
         raise BundleError(f"config.json: {error or type(error).__name__}") from error
     _, height, width, channels = features_BhwC.shape
     if height != width or channels != model.encoder.channels:
-        raise BundleError(f"config.json: {config.backbone} gives {height}×{width}×{channels}")
+        raise BundleError(
+            f"config.json: {config.backbone} gives features of {height}×{width}×{channels}, "
+            "which are not square"
+        )
     state = model.state_dict()
     if config.tied_embeddings:
         del state[_HEAD]
@@ -260,32 +274,35 @@ def _outline(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
 
 
 def _read_weights(directory: str, expected: Mapping[str, Tensor]) -> bytes:
-    """The bytes of model.safetensors, read only once its header has promised what is expected."""
+    """The bytes of model.safetensors, read only if its header lists the expected tensors."""
     with _opened(directory, _WEIGHTS) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _LARGEST_HEADER:
-            raise BundleError(f"{_WEIGHTS} has a header of {length} bytes")
+            raise BundleError(f"{_WEIGHTS}: a header of {length} bytes is too large")
         try:
             header = parse_json(file.read(length))
         except InputError as error:
-            raise BundleError(f"{_WEIGHTS} has no header: {error}") from error
+            raise BundleError(f"{_WEIGHTS}: the header cannot be read: {error}") from error
         end = 8 + length + _check_header(header, expected)
         file.seek(0)
         data = file.read(end + 1)
     if len(data) != end:
-        raise BundleError(f"{_WEIGHTS} is {'longer' if len(data) > end else 'shorter'} than {end}")
+        raise BundleError(
+            f"{_WEIGHTS} is {'longer' if len(data) > end else 'shorter'} than the {end} bytes that "
+            "its header says"
+        )
     return data
 
 
 def _check_header(header: Any, expected: Mapping[str, Tensor]) -> int:
-    """Compares a safetensors header with the tensors that are expected; returns their bytes."""
+    """Compares a safetensors header with the expected tensors; returns their size in bytes."""
     if not isinstance(header, dict):
-        raise BundleError(f"{_WEIGHTS} has no header")
+        raise BundleError(f"{_WEIGHTS}: the header is not an object")
     stored = header.keys() - {"__metadata__"}
     if missing := sorted(expected.keys() - stored):
-        raise BundleError(f"{_WEIGHTS} has no {missing[0]}")
+        raise BundleError(f"{_WEIGHTS} lacks the tensor {missing[0]}")
     if extra := sorted(stored - expected.keys()):
-        raise BundleError(f"{_WEIGHTS} has {extra[0]!r}, which the model does not have")
+        raise BundleError(f"{_WEIGHTS} has an unknown tensor {extra[0]!r}")
     total = 0
     for name, tensor in expected.items():
         entry = header[name] if isinstance(header[name], dict) else {}

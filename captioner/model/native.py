@@ -1,4 +1,4 @@
-"""A batch of images in, captions with attention maps out. Knows no Ray and no files."""
+"""Captions batches of images with a trained model; knows neither Ray nor files."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from captioner.runtime.memory import keep_few_kernels, keep_freed_memory
 
 __all__ = ["Caption", "Captioner"]
 
-_IMAGES_A_THREAD = 4  # that go through the encoder at once on a CPU
+_IMAGES_PER_THREAD = 4  # that a CPU encodes at once
 
 _logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class Caption:
 
 
 def _keep_compiled() -> None:
-    """Keeps what is compiled in the user's own cache directory, unless the user says where to.
+    """Keeps compiled code in the user's cache directory unless TORCHINDUCTOR_CACHE_DIR is set.
 
-    torch's default is in the directory for temporary files, where others may write before us.
+    torch's default is in the directory for temporary files, where other users can write.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -63,10 +63,17 @@ def _keep_compiled() -> None:
 class Captioner:
     """Captions batches of images with one model on one device.
 
-    It takes the bundle's model over: moves it, and folds its BatchNorm layers away. With
-    ``compiled`` the encoder is compiled for this machine, which takes seconds, or less where it was
-    compiled before, and makes it faster; where that fails it is used as it is. On a CPU this is
-    done here, on a GPU for the first batch and for each that is larger than all before.
+    The bundle's model is moved to the device and its BatchNorm layers are folded, so the bundle
+    cannot be used for anything else afterwards.
+
+    Args:
+        bundle: the model.
+        decode: what decides the captions.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        compiled: compile the encoder for this machine, which takes seconds and makes it faster.
+            On a CPU that happens here, on a GPU at the first batch and at each larger batch. If
+            the compilation fails, the encoder runs uncompiled.
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class Captioner:
         """Captions uint8 RGB images ``(B, size, size, 3)``, ``size`` being ``image_size``."""
         images = torch.from_numpy(images_BHW3)
         if self.device.type == "cuda":
-            images = images.pin_memory()  # only from there is a copy not waited for
+            images = images.pin_memory()  # so that the copy is asynchronous
         images = images.to(self.device, non_blocking=True)
         features_BhwC = torch.cat([self._encode(part) for part in self._parts(images)])
         hypotheses = generate(self.model.decoder, features_BhwC, self.decode)
@@ -109,7 +116,7 @@ class Captioner:
 
     @property
     def _in_parts(self) -> bool:
-        """Whether a batch is encoded in parts: on a CPU that takes less memory and no more time."""
+        """Whether a batch is encoded in parts, which on a CPU saves RAM and costs no time."""
         return self.device.type == "cpu"
 
     def _parts(self, images: Tensor) -> Sequence[Tensor]:
@@ -117,14 +124,14 @@ class Captioner:
 
     @property
     def _part(self) -> int:
-        return _IMAGES_A_THREAD * torch.get_num_threads()
+        return _IMAGES_PER_THREAD * torch.get_num_threads()
 
     def _encode(self, images_BHW3: Tensor) -> Tensor:
         count = len(images_BHW3)
         if self._compiles and count > max(self._compiled_for, default=0):
             self._compile(count)
-        # It was compiled for so many images, neither more nor less. Where memory ran out, batches
-        # of half the size must not be filled up again.
+        # Compiled code takes a fixed number of images. A batch that was halved because the GPU ran
+        # out of memory must not be padded to its former size.
         sizes = [s for s in self._compiled_for if count <= s and (self._in_parts or s < 2 * count)]
         if not sizes:
             return self.model.encoder(images_BHW3)  # type: ignore[no-any-return]
@@ -140,16 +147,16 @@ class Captioner:
 
             _keep_compiled()
             self._compiled = torch.compile(self.model.encoder, dynamic=False)
-            # Weights are constants then. It has no effect among torch.compile's own options, nor
-            # in inference mode.
+            # Freezing makes the weights constants. It has no effect as an option of torch.compile,
+            # nor in inference mode.
             with inductor.patch(freezing=True), torch.no_grad():
                 self._compiled(blank)
         except torch.OutOfMemoryError:
             raise
-        except Exception as problem:  # of the compilers that torch calls, or that are not there
+        except Exception as problem:  # a compiler that torch calls fails or is not installed
             reason = str(problem).strip().splitlines()
             _logger.warning(
-                "the encoder is not compiled: %s", reason[0] if reason else type(problem).__name__
+                "the encoder runs uncompiled: %s", reason[0] if reason else type(problem).__name__
             )
             self._compiles, self._compiled_for = False, []
         else:

@@ -1,4 +1,4 @@
-"""The photos that scikit-image carries, captioned: a first look that needs no network."""
+"""Captions the photos that scikit-image contains: a first look that needs no network."""
 
 from collections.abc import Iterator
 from importlib import resources
@@ -11,7 +11,7 @@ from captioner.review import gallery, rows
 
 __all__ = ["PHOTOS", "run_demo"]
 
-#: Those of scikit-image's pictures that are photographs of everyday things.
+#: Those of scikit-image's pictures that show everyday things.
 PHOTOS = (
     "astronaut.png",
     "camera.png",
@@ -23,7 +23,7 @@ PHOTOS = (
 
 
 def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
-    """Captions the photos, and draws where the model looked.
+    """Captions the photos and draws where the model looked.
 
     Args:
         output: a directory: the photos go to ``photos/`` in it, the captions to ``captions/``, the

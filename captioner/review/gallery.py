@@ -1,4 +1,4 @@
-"""A page to look through: photos, their captions, and where the model looked for each word."""
+"""A page of photos with their captions and the attention map of each word."""
 
 import base64
 import io
@@ -21,41 +21,41 @@ from captioner.runtime.progress import progress_bar
 
 __all__ = ["Order", "make_gallery"]
 
-#: Which rows: drawn from all, those with the best or the worst scores, or the first ones.
+#: The rows to show: a random sample, the best or worst scores, or the first listed.
 Order = Literal["random", "best", "worst", "listed"]
 
 _LONGEST_SIDE = 320  # of a photo, in pixels
-_READERS = 8  # threads: mostly waiting, for a bucket
+_READERS = 8  # threads that read photos
 
 
 @dataclass
 class _Card:
-    """What the page shows of a row; pictures are ``data:`` URIs, None where there is none."""
+    """What the page shows of a row; pictures are ``data:`` URIs or None."""
 
     uri: str
     score: float | None
     photo: str | None = None
-    ratio: float = 1.0  # of the photo's width to its height
-    words: list[tuple[str, float, str | None]] = field(default_factory=list)  # how likely, its map
+    ratio: float = 1.0  # the photo's width divided by its height
+    words: list[tuple[str, float, str | None]] = field(default_factory=list)  # probability, map
     mean_map: str | None = None
     problem: str = ""
 
 
 def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed: int = 0) -> str:
-    """An HTML page that needs nothing beside itself: no script, no other file, no network.
+    """Makes an HTML page without scripts that needs no other file and no network.
 
     Args:
         output: a caption job's output directory, local or in a bucket.
-        count: rows to show at most.
-        order: which ones.
-        seed: of the draw, where ``order`` is random.
+        count: most rows to show.
+        order: which rows.
+        seed: of the random sample.
 
     Raises:
         InputError: ``count`` is below 1.
-        OutputError: ``output`` is no caption job's, or cannot be read.
+        OutputError: ``output`` is not a caption job's output, or cannot be read.
     """
     if count < 1:
-        raise InputError(f"a gallery has at least one image, not {count}")
+        raise InputError(f"--images must be at least 1, not {count}")
     directory = OutputDirectory(output)
     directory.read_json("run.json")
     directory.settle()
@@ -101,7 +101,7 @@ def _card(row: dict[str, Any], schema: pa.Schema) -> _Card:
     if row["attention"]:
         maps_TGG = attention_maps(row, schema)
         card.mean_map = _data_uri(colour(maps_TGG.mean(0)), "PNG")
-        if len(maps_TGG) == len(tokens):  # a pixel a value: the page enlarges it
+        if len(maps_TGG) == len(tokens):  # one pixel per value; the page enlarges them
             maps = [_data_uri(colour(map_GG), "PNG") for map_GG in maps_TGG]
     probabilities = np.exp(row["token_logprobs"]).tolist()
     card.words = list(zip(tokens, probabilities, maps, strict=True))

@@ -1,4 +1,4 @@
-"""What an output directory holds, for a person: counts, best and worst captions, overlays."""
+"""Summarises an output directory: counts, best and worst captions, missing images."""
 
 import heapq
 from dataclasses import dataclass
@@ -16,13 +16,19 @@ __all__ = [
 ]
 
 _SHOWN = 5
+_MISSING_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Report:
-    """Counts, the last run in a line, and captions by score: ``(score, caption, uri)``.
+    """A summary of an output directory.
 
-    ``examples`` are by status a row that is not ok: ``(error, uri)``.
+    Attributes:
+        accounts: numbers of images and rows, and the images without a row.
+        examples: for each status other than ok one row: ``(error, uri)``.
+        last_run: the last run in a line; empty if no run has ended.
+        worst: captions with the lowest scores: ``(score, caption, uri)``.
+        best: captions with the highest scores.
     """
 
     accounts: Accounts
@@ -39,23 +45,25 @@ class Report:
                 lines.append(f"  {count} {status}")
                 if status in self.examples:
                     error, uri = self.examples[status]
-                    lines[-1] += f", as {uri}: {error}"
+                    lines[-1] += f", for example {uri}: {error}"
         if self.last_run:
             lines.append(self.last_run)
         for title, captions in (("best", self.best), ("worst", self.worst)):
-            lines.append(f"{title} scores (mean log-probability of a word):")
+            lines.append(f"{title} scores (mean natural log-probability per word):")
             lines += [f"  {score:7.3f}  {caption}  {uri}" for score, caption, uri in captions]
         missing = self.accounts.missing
         lines.append(f"{len(missing)} images have no row" + (":" if missing else ""))
-        lines += [f"  {uri}" for uri in missing[:20]]
+        lines += [f"  {uri}" for uri in missing[:_MISSING_SHOWN]]
+        if len(missing) > _MISSING_SHOWN:
+            lines.append("  --missing lists all of them; run captioner caption again to resume")
         return lines
 
 
 def summarise(output: str) -> Report:
-    """Reads an output directory.
+    """Summarises an output directory.
 
     Raises:
-        OutputError: it is no caption job's output, or a part of it cannot be read.
+        OutputError: ``output`` is not a caption job's output, or a part cannot be read.
     """
     directory = OutputDirectory(output)
     directory.read_json("run.json")
@@ -81,10 +89,10 @@ def _last_run(directory: OutputDirectory) -> str:
         return ""
     try:
         if last["captioned"] == 0:
-            return f"last run: nothing captioned, ended {last['ended']}"
+            return f"last run: no image captioned, ended {last['ended']}"
         return (
             f"last run: {last['captioned']:d} images in {last['seconds']:.1f} s, "
             f"{last['images_per_second']:.1f} images/s, ended {last['ended']}"
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise OutputError(f"the summary.json of {directory.uri} is damaged") from error
+        raise OutputError(f"{directory.uri}: summary.json is damaged; delete it") from error

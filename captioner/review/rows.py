@@ -1,4 +1,4 @@
-"""Rows of an output: find one, and draw where the model looked."""
+"""Finds a row of an output and draws its attention maps."""
 
 import io
 import math
@@ -20,18 +20,14 @@ from captioner.output.directory import OutputDirectory
 
 __all__ = ["CaptionedRow", "attention_maps", "draw", "find_row", "read_photo"]
 
-_LONGEST_SIDE = 480  # of an image in a drawing, in pixels
-
-
-_MOST_BYTES = 256_000_000  # of an image's file
-
-
-_TALLEST = 4  # times its width is a panel's height at most; a taller image has margins
+_LONGEST_SIDE = 480  # pixels, of an image in a drawing
+_MOST_BYTES = 256_000_000  # of an image file
+_TALLEST = 4  # largest ratio of a panel's height to its width
 
 
 @dataclass(frozen=True)
 class CaptionedRow:
-    """A captioned image's row; ``maps_TGG`` has a map a word, or one for the whole caption."""
+    """The row of a captioned image; ``maps_TGG`` has a map per word, or one for the caption."""
 
     uri: str
     caption: str
@@ -40,14 +36,14 @@ class CaptionedRow:
 
 
 def find_row(output: str, uri: str) -> CaptionedRow:
-    """The row of an image.
+    """Finds the row of an image.
 
     Args:
         output: an output directory.
-        uri: as listed, or its end after a slash where no other image's ends so.
+        uri: the URI as listed, or its last parts if only one image ends in them.
 
     Raises:
-        InputError: there is no such image, several, or it has no caption or no attention maps.
+        InputError: no image or several images match, or the image has no caption or no maps.
         OutputError: the output cannot be read.
     """
     directory = OutputDirectory(output)
@@ -60,11 +56,12 @@ def find_row(output: str, uri: str) -> CaptionedRow:
         match = pc.ends_with(manifest["uri"], f"/{end}")
     found = manifest.filter(match)
     if len(found) != 1:
-        raise InputError(f"{len(found) or 'no'} images of {output} are {uri}")
+        advice = "; give more of the URI" if len(found) else ""
+        raise InputError(f"{len(found) or 'no'} images of {output} match {uri}{advice}")
     directory.settle()
     part = directory.find_row(found["shard"][0].as_py(), found["row"][0].as_py())
     if part is None:
-        raise InputError(f"{uri} has no row yet")
+        raise InputError(f"{uri} has no row yet: run captioner caption again to resume")
     [values] = part.to_pylist()
     if values["status"] != "ok":
         raise InputError(f"{uri} has no caption: {values['status']}, {values['error']}")
@@ -75,10 +72,10 @@ def find_row(output: str, uri: str) -> CaptionedRow:
 
 
 def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:
-    """The maps of a row of a part with this schema, ``(T, H, W)``.
+    """Decodes the maps ``(T, H, W)`` of a row of a part with this schema.
 
     Raises:
-        OutputError: they cannot be read.
+        OutputError: the maps are damaged.
     """
     try:
         return attention.decode(
@@ -89,18 +86,18 @@ def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:
         )
     except (KeyError, TypeError, ValueError) as error:
         uri = row["uri"]
-        raise OutputError(f"the row of {uri} has attention maps that cannot be read") from error
+        raise OutputError(f"the attention maps of {uri} are damaged") from error
 
 
 def read_photo(uri: str, longest_side: int) -> Image.Image:
-    """An image, to be shown to a person.
+    """Reads an image to show it.
 
     Args:
-        uri: where it is.
+        uri: the image.
         longest_side: of the result, in pixels.
 
     Raises:
-        InputError: it cannot be read any more.
+        InputError: the image cannot be read.
     """
     try:
         data = storage.read(uri, _MOST_BYTES)
@@ -113,24 +110,28 @@ def read_photo(uri: str, longest_side: int) -> Image.Image:
     return Image.fromarray(decoded.pixels_HW3)
 
 
+def _panels(row: CaptionedRow, image: Image.Image) -> list[tuple[str, Image.Image]]:
+    """Titles and pictures: the image, the mean of the maps over it, each word's map over it."""
+    panels = [("", image)]
+    if count := len(row.maps_TGG):
+        panels.append((f"mean of {count}", attention.overlay(image, row.maps_TGG.mean(0))))
+    if count == len(row.tokens):
+        words = zip(row.tokens, row.maps_TGG, strict=True)
+        panels += [(word, attention.overlay(image, map_GG)) for word, map_GG in words]
+    return panels
+
+
 def draw(row: CaptionedRow) -> bytes:
-    """A PNG: the image, the mean of its maps over it, and each word's map over it.
+    """Draws the image, the mean of its maps and the map of each word, as a PNG.
 
     Raises:
-        InputError: the image cannot be read any more.
+        InputError: the image cannot be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     image = read_photo(row.uri, _LONGEST_SIDE)
-    panels = [("", image)]
-    if len(row.maps_TGG):
-        panels.append(
-            (f"mean of {len(row.maps_TGG)}", attention.overlay(image, row.maps_TGG.mean(0)))
-        )
-    if len(row.maps_TGG) == len(row.tokens):
-        words = zip(row.tokens, row.maps_TGG, strict=True)
-        panels += [(word, attention.overlay(image, map_GG)) for word, map_GG in words]
+    panels = _panels(row, image)
     columns = min(len(panels), 5)
     rows = math.ceil(len(panels) / columns)
     height = 2.4 * min(image.height / image.width, _TALLEST) + 0.3

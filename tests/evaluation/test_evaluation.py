@@ -77,7 +77,7 @@ def test_a_model_on_a_list_of_a_dataset(data: Path, tmp_path: Path, model_direct
         "max words": "none",
         "allow unknown": "False",
     }
-    assert result.stderr.splitlines() == ["left out: METEOR: it needs Java and the tokenizer ptb"]
+    assert result.stderr.splitlines() == ["left out: METEOR: it needs Java and --tokenizer ptb"]
     rows = pq.read_table(tmp_path / "images.parquet")
     assert rows.column_names == ["uri", "caption", "references", "bleu_4", "rouge_l", "cider"]
     assert rows["cider"].to_pylist() == sorted(expected.images["cider"])
@@ -139,7 +139,7 @@ def test_a_split_with_images_that_the_model_was_trained_on_is_refused(
         if count:
             assert result.output == (
                 f"captioner: {model} was trained on {count} images, by their names: "
-                "its split was another; name images with --list\n"
+                "it was trained on another split; name the images with --list\n"
             )
 
 

@@ -193,7 +193,10 @@ def test_the_command_writes_the_page(output, tmp_path):
     assert (result.exit_code, result.output) == (0, "")
     assert target.read_text() == make_gallery(str(output), count=2, order="best")
     for arguments, message in (
-        (["gallery", str(output), "-o", str(target), "--images", "0"], "at least one image"),
+        (
+            ["gallery", str(output), "-o", str(target), "--images", "0"],
+            "--images must be at least 1, not 0",
+        ),
         (["gallery", str(tmp_path), "-o", str(target)], "is no caption job's output"),
         (["gallery", str(output), "-o", str(tmp_path)], "cannot write"),
     ):
