@@ -1,19 +1,20 @@
-"""The command line. Options come from the dataclasses in :mod:`captioner.config`."""
+"""The command line: commands that parse, call and print.
 
-import dataclasses
+Most options come from the settings in :mod:`captioner.config`, by :mod:`captioner.options`.
+"""
+
 import gc
 import io
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import typing
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -28,14 +29,16 @@ from captioner.config import (
     TrainConfig,
 )
 from captioner.errors import CaptionerError, InputError, printable
+from captioner.options import GroupedCommand, GroupedOption, Size, configure, options_of
 from captioner.runtime.signals import limit_stopping
 from captioner.runtime.streams import error_of_stdout, has_own_streams, protect_streams
 
 __all__ = ["main"]
 
-Config = TypeVar("Config")
-
 _INTERRUPTED = "captioner: stopped by SIGINT"
+_option = partial(click.option, cls=GroupedOption)
+_PRESETS = {name: PRESETS[name] for name in ("small", "notebook")}  # the default first
+_BUNDLED = "  [default: the bundled model]"
 _MOST_SECONDS_TO_STOP = 20  # after a signal: Kubernetes grants 30 seconds
 
 
@@ -47,7 +50,9 @@ class _Echo(logging.Handler):
 
 
 class _Commands(click.Group):
-    """Prints our errors as one line and exits with their code; ``--debug`` shows where from."""
+    """Prints captioner's errors as one line and exits with their code; ``--debug`` shows more."""
+
+    command_class = GroupedCommand
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
         """Runs a command; neither a broken stream nor a read that hangs outlives it."""
@@ -111,71 +116,11 @@ def _stop_at_once(*_: object) -> None:
     os._exit(130)
 
 
-def _options(
-    config: type, *, from_preset: bool = False, only: Container[str] | None = None
-) -> Callable[[Any], Any]:
-    """An option for each field of a config, or only for some: ``--field-name``."""
-
-    def decorate(command: Any) -> Any:
-        hints = typing.get_type_hints(config)
-        for each in reversed(dataclasses.fields(config)):
-            if only is not None and each.name not in only:
-                continue
-            name = each.metadata["option"] or "--" + each.name.replace("_", "-")
-            hint = hints[each.name]
-            choices = typing.get_args(hint)
-            text = each.metadata["help"]
-            if from_preset:
-                text += "  [default: the preset's]"
-            elif each.default is not None:
-                text += f"  [default: {each.default}]"
-            kind: Any
-            if typing.get_origin(hint) is typing.Literal:
-                kind = click.Choice([str(choice) for choice in choices])
-            elif hint is bool:
-                name, kind = f"{name}/--no-{name[2:]}", bool
-            else:
-                kind = _OrWord(*choices) if choices else hint
-            command = click.option(name, each.name, type=kind, default=None, help=text)(command)
-        return command
-
-    return decorate
-
-
-class _OrWord(click.ParamType):  # type: ignore[type-arg]
-    """A value of the first type; or the word for the second, which is ``none`` or a literal."""
-
-    def __init__(self, kind: type, other: Any):
-        self.kind = click.types.convert_type(kind)
-        self.word: str = next(iter(typing.get_args(other)), "none")
-        self.name = f"{self.kind.name}|{self.word}"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        return value if value == self.word else self.kind.convert(value, param, ctx)
-
-
-def _configure(base: Config, values: dict[str, Any]) -> Config:
-    """``base`` with the given options; an option that was not given is None."""
-    hints = typing.get_type_hints(type(base))
-    changed = {}
-    for each in dataclasses.fields(base):  # type: ignore[arg-type]
-        value = values.get(each.name)
-        if value is None:
-            continue
-        if value == "none" and type(None) in typing.get_args(hints[each.name]):
-            value = None
-        elif typing.get_origin(hints[each.name]) is typing.Literal:
-            by_name = {str(choice): choice for choice in typing.get_args(hints[each.name])}
-            value = by_name[value]
-        changed[each.name] = value
-    return dataclasses.replace(base, **changed)  # type: ignore[type-var]
-
-
 @click.group(cls=_Commands, context_settings={"max_content_width": 100})
 @click.version_option(__version__, prog_name="captioner")
-@click.option("--debug", is_flag=True, help="Show where an error comes from.")
+@_option("--debug", is_flag=True, help="Show the traceback of an error.  [default: off]")
 def main(debug: bool) -> None:
-    """Train an image captioner; caption folders and buckets of images into Parquet."""
+    """Caption images into Parquet, review and export the captions, train and score models."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's are: names in any script
     logger = logging.getLogger("captioner")
@@ -185,45 +130,73 @@ def main(debug: bool) -> None:
     logger.propagate = False
 
 
-_allow_missing = click.option(
+_allow_missing = _option(
     "--allow-missing",
     is_flag=True,
-    help="Accept a dataset, or a list of names, of which more than half of the images are missing.",
+    group="Data",
+    help="Accept data, or a list of names, with more than half of its images missing.  "
+    "[default: off]",
 )
 
 
 @main.command()
 @click.argument("data")
 @click.argument("output")
-@click.option(
+@_option(
     "--preset",
-    type=click.Choice(list(PRESETS)),
+    type=click.Choice(list(_PRESETS)),
     default="small",
     show_default=True,
-    help="The model, unless --model names one, and how it is trained unless an option says else.",
+    group="Model",
+    help="Model architecture, unless --model is given, and defaults of the options below.",
 )
-@click.option(
-    "--images",
-    metavar="DIR",
-    help="Where the images are, in folders or not.  [default: Images/, or the JSON file's folder]",
+@_option(
+    "--model",
+    metavar="MODEL",
+    group="Model",
+    help="Continue with this model, local or in a bucket.  [default: a new model]",
 )
-@click.option(
-    "--val-data",
-    metavar="FILE",
-    help="Validate on these data, which are as DATA; all of DATA is trained on.",
-)
-@click.option("--train-list", metavar="FILE", help="Names of the images to train on, a line each.")
-@click.option("--val-list", metavar="FILE", help="Names of the images to validate on.")
-@_allow_missing
-@click.option(
+@_option(
     "--encoder-weights",
     metavar="FILE",
-    help="Published weights of the encoder.  [default: downloaded by timm]",
+    group="Model",
+    help="Pretrained encoder weights.  [default: downloaded by timm]",
 )
-@click.option("--model", help="Go on with this model and its vocabulary, not with a new one.")
-@click.option("--overwrite", is_flag=True, help="Replace the model in OUTPUT.")
-@_options(LaunchConfig)
-@_options(TrainConfig, from_preset=True)
+@_option(
+    "--overwrite",
+    is_flag=True,
+    group="Model",
+    help="Replace the model in OUTPUT.  [default: off, which resumes]",
+)
+@_option(
+    "--images",
+    metavar="DIR",
+    group="Data",
+    help="Folder of the images, searched recursively.  [default: Images/, or the JSON file's "
+    "folder]",
+)
+@_option(
+    "--val-data",
+    metavar="FILE",
+    group="Data",
+    help="Validate on this dataset, in any form of DATA, and train on all of DATA.  "
+    "[default: part of DATA]",
+)
+@_option(
+    "--train-list",
+    metavar="FILE",
+    group="Data",
+    help="Names of the images to train on, one per line.  [default: from the split]",
+)
+@_option(
+    "--val-list",
+    metavar="FILE",
+    group="Data",
+    help="Names of the images to validate on, one per line.  [default: from the split]",
+)
+@_allow_missing
+@options_of(TrainConfig, presets=_PRESETS)
+@options_of(LaunchConfig)
 def train(
     data: str,
     output: str,
@@ -244,19 +217,21 @@ def train(
 
     - a folder with Images/ and captions.txt, a CSV with the columns image and caption;
 
-    - COCO's captions, a JSON file such as captions_train2017.json; --val-data gives the other one;
+    - a JSON file in COCO's format, such as captions_train2017.json; give the validation file as
+      --val-data;
 
-    - Karpathy's split, a JSON file such as dataset_coco.json, which says what to validate on.
+    - a JSON file in Karpathy's format, such as dataset_coco.json, which contains the split.
 
-    The images to validate on come from --val-data, from two lists or from Karpathy's split. Without
-    any of them the last 100 images are left for testing and the 200 before them are validated on.
+    The validation images come from --val-data, from --train-list and --val-list, or from Karpathy's
+    split. Without any of these, the last 100 images are kept for testing and the 200 images before
+    them are used for validation. Run the same command again to resume.
     """
     if val_data and (train_list or val_list):
         raise InputError("give --train-list and --val-list, or --val-data, not both")
     if model and encoder_weights:
         raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
-    config = _configure(PRESETS[preset].train, options)
-    launch = _configure(LaunchConfig(), options)
+    config = configure(PRESETS[preset].train, options)
+    launch = configure(LaunchConfig(), options)
     with _importing():
         from captioner import storage
         from captioner.data import dataset
@@ -289,24 +264,39 @@ def train(
 @main.command()
 @click.argument("source")
 @click.argument("output")
-@click.option("--model", help="Model directory, local or in a bucket.  [default: captioner's own]")
-@click.option("--overwrite", is_flag=True, help="Delete what an earlier job wrote to OUTPUT first.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and on what; write nothing.")
-@_options(ListingConfig)
-@_options(DecodeConfig)
-@_options(RunConfig)
+@_option(
+    "--model",
+    metavar="MODEL",
+    group="Captions",
+    help="Model directory, local or in a bucket." + _BUNDLED,
+)
+@options_of(DecodeConfig)
+@options_of(ListingConfig)
+@_option(
+    "--dry-run",
+    is_flag=True,
+    group="Job",
+    help="Print what the job would do, and write nothing.  [default: off]",
+)
+@_option(
+    "--overwrite",
+    is_flag=True,
+    group="Job",
+    help="First delete what an earlier job wrote to OUTPUT.  [default: off, which resumes]",
+)
+@options_of(RunConfig)
 def caption(
     source: str, output: str, model: str | None, overwrite: bool, dry_run: bool, **options: Any
 ) -> None:
     """Caption every image of SOURCE into Parquet files in OUTPUT.
 
-    SOURCE is a directory, which is searched recursively, or a .txt, .csv or .parquet file of
-    image URIs. Both may be local or in a bucket. Run the same command again to go on where a
-    killed job stopped, or to caption images that are new.
+    SOURCE is a folder, which is searched recursively, or a list of image URIs: a .txt, .csv, .tsv,
+    .jsonl or .parquet file. SOURCE and OUTPUT may be local or in a bucket. Run the same command
+    again to resume a job that was stopped, or to caption new images.
     """
-    listing = _configure(ListingConfig(), options)
-    decode = _configure(DecodeConfig(), options)
-    run = _configure(RunConfig(), options)
+    listing = configure(ListingConfig(), options)
+    decode = configure(DecodeConfig(), options)
+    run = configure(RunConfig(), options)
     with _importing():
         from captioner.caption.job import caption_images, plan_captioning
         from captioner.model import bundle
@@ -326,9 +316,9 @@ def caption(
 
 @main.command()
 @click.argument("output", default="captioner-demo")
-@click.option("--model", help="Model directory.  [default: captioner's own]")
+@_option("--model", metavar="MODEL", group="Options", help="Model directory." + _BUNDLED)
 def demo(output: str, model: str | None) -> None:
-    """Caption the photos that scikit-image carries into OUTPUT, and draw where the model looked."""
+    """Caption scikit-image's photos into OUTPUT, and draw where the model looked."""
     with _importing():
         from captioner import storage
         from captioner.model import bundle
@@ -343,14 +333,22 @@ def demo(output: str, model: str | None) -> None:
 @main.command()
 @click.argument("output")
 @click.argument("uri")
-@click.option("-o", "--image", "target", required=True, metavar="FILE", help="PNG to write.")
+@_option(
+    "-o",
+    "--image",
+    "target",
+    required=True,
+    metavar="FILE",
+    group="Options",
+    help="PNG file to write, local or in a bucket.",
+)
 def show(output: str, uri: str, target: str) -> None:
-    """Draw where the model looked: the image URI of the captions in OUTPUT, word by word.
+    """Draw where the model looked in the image URI, word by word, from the captions in OUTPUT.
 
-    URI is as listed, or the end of it where that says which image is meant.
+    URI is the image's URI in OUTPUT, or the end of it if only one image ends so.
     """
     if not target.lower().endswith(".png"):
-        raise InputError(f"{target}: a drawing is a PNG, and its name should end so")
+        raise InputError(f"--image {target}: not a PNG file; use a name that ends with .png")
     with _importing():
         from captioner import storage
         from captioner.review import rows
@@ -362,20 +360,36 @@ def show(output: str, uri: str, target: str) -> None:
 
 @main.command()
 @click.argument("output")
-@click.option("-o", "--page", "target", required=True, metavar="FILE", help="HTML to write.")
-@click.option("--images", "count", default=100, show_default=True, help="How many at most.")
-@click.option(
+@_option(
+    "-o",
+    "--page",
+    "target",
+    required=True,
+    metavar="FILE",
+    group="Options",
+    help="HTML file to write, local or in a bucket.",
+)
+@_option(
+    "--images",
+    "count",
+    default=100,
+    show_default=True,
+    group="Options",
+    help="Largest number of images on the page.",
+)
+@_option(
     "--order",
     type=click.Choice(["random", "best", "worst", "listed"]),
     default="random",
     show_default=True,
-    help="Images drawn from all, or those with the best or worst scores, or the first ones.",
+    group="Options",
+    help="Which images: a random sample, the highest or lowest scores, or the first listed.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the draw.")
+@_option("--seed", default=0, show_default=True, group="Options", help="Seed of the random sample.")
 def gallery(output: str, target: str, count: int, order: typing.Any, seed: int) -> None:
-    """Make a page to look through the captions in OUTPUT: point at a word to see where it looked.
+    """Write a page of images and captions from OUTPUT, with the attention map of each word.
 
-    The page holds all that it shows, and no script.
+    Point at a word to see where the model looked. The page is one file without scripts or links.
     """
     with _importing():
         from captioner import storage
@@ -387,11 +401,16 @@ def gallery(output: str, target: str, count: int, order: typing.Any, seed: int) 
 
 @main.command("report")
 @click.argument("output")
-@click.option("--missing", is_flag=True, help="List every image that has no row, and stop.")
+@_option(
+    "--missing",
+    is_flag=True,
+    group="Options",
+    help="Print only the URIs of images without a row, one per line.  [default: off]",
+)
 def report_command(output: str, missing: bool) -> None:
-    """Say what OUTPUT holds: rows by status, throughput, best and worst captions, what is missing.
+    """Summarise OUTPUT: rows by status, throughput, best and worst captions, missing images.
 
-    Exits with 1 where an image has no row.
+    Exits with 1 if an image has no row.
     """
     with _importing():
         from captioner import storage
@@ -408,14 +427,15 @@ def report_command(output: str, missing: bool) -> None:
 @main.command()
 @click.argument("output")
 @click.argument("destination", required=False)
-@click.option(
+@_option(
     "--format",
     "form",
     type=click.Choice(["sidecar", "jsonl", "csv", "coco", "webdataset", "hf"]),
     required=True,
-    help="What to write.",
+    group="Content",
+    help="Format to write.",
 )
-@_options(ExportConfig)
+@options_of(ExportConfig)
 def export(output: str, destination: str | None, form: Any, **options: Any) -> None:
     """Export the captions in OUTPUT to DESTINATION in the format of another tool.
 
@@ -423,9 +443,9 @@ def export(output: str, destination: str | None, form: Any, **options: Any) -> N
     csv: a table. coco: a results file for COCO's evaluation. webdataset: tar files of images and
     captions. hf: a folder that Hugging Face datasets reads as "imagefolder".
 
-    Only rows whose status is ok are exported. Run the command again to export what has changed.
+    Only rows with status ok are exported. Run the command again to export what has changed.
     """
-    config = _configure(ExportConfig(), options)
+    config = configure(ExportConfig(), options)
     with _importing():
         from captioner import storage
         from captioner.output import exports
@@ -437,15 +457,39 @@ def export(output: str, destination: str | None, form: Any, **options: Any) -> N
 
 @main.command()
 @click.argument("output")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port; 0 takes a free one.")
-@click.option("--token", help="What the page's address must carry; needed with --host.")
-@click.option("--open", "open_browser", is_flag=True, help="Open the page in a browser.")
+@_option(
+    "--open",
+    "open_browser",
+    is_flag=True,
+    group="Options",
+    help="Open the page in a browser.  [default: off]",
+)
+@_option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=True,
+    group="Options",
+    help="Port to listen on; 0 takes a free one.",
+)
+@_option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    group="Options",
+    help="Address to listen on; any other than this machine's own needs --token.",
+)
+@_option(
+    "--token",
+    metavar="SECRET",
+    group="Options",
+    help="Secret that the page's address must contain.  [default: none]",
+)
 def review(output: str, host: str, port: int, token: str | None, open_browser: bool) -> None:
-    """Serve a page to find, look at and correct the captions in OUTPUT, until Ctrl-C.
+    """Serve a page to find, view and correct the captions in OUTPUT, until Ctrl-C.
 
-    OUTPUT may be finished or still growing. Decisions go to OUTPUT/__captioner/review.parquet; the
-    captions themselves stay as they are.
+    The caption job may still be running. Decisions are written to
+    OUTPUT/__captioner/review.parquet; the part files do not change.
     """
     with _importing():
         from captioner import storage
@@ -461,32 +505,20 @@ def review(output: str, host: str, port: int, token: str | None, open_browser: b
     )
 
 
-class _Size(click.ParamType):  # type: ignore[type-arg]
-    """A number of bytes, with or without KB, MB or GB."""
-
-    name = "size"
-    _units: typing.ClassVar = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B|)", str(value).upper())
-        if match is None:
-            self.fail(f"{value!r} is no size, as 256MB is", param, ctx)
-        return int(float(match[1]) * self._units[match[2]])
-
-
 @main.command()
 @click.argument("output")
-@click.option(
+@_option(
     "--size",
-    type=_Size(),
+    type=Size(),
     default="256MB",
     show_default=True,
-    help="Of a part at most; one of half the size stays as it is. KB, MB, GB.",
+    group="Options",
+    help="Largest part, in bytes, KB, MB or GB; a part of half this size or more stays as it is.",
 )
 def compact(output: str, size: int) -> None:
-    """Merge the part files in OUTPUT, whose job is finished, to fewer and larger ones.
+    """Merge the part files of a finished job in OUTPUT into fewer, larger files.
 
-    The rows and their order stay. Run it again when it was killed.
+    The rows and their order do not change. If the command is killed, run it again.
     """
     with _importing():
         from captioner import storage
@@ -497,37 +529,69 @@ def compact(output: str, size: int) -> None:
 
 @main.command()
 @click.argument("source")
-@click.option("--model", help="Caption the images of the dataset SOURCE with this model.")
-@click.option(
+@_option(
+    "--model",
+    metavar="MODEL",
+    group="What to score",
+    help="Caption the images of the dataset SOURCE with this model.  [this or --references]",
+)
+@_option(
     "--references",
     metavar="DATA",
-    help="Score the captions in SOURCE, a caption job's output, against this dataset's.",
+    group="What to score",
+    help="Score the captions in SOURCE, a caption job's output, against this dataset.  "
+    "[this or --model]",
 )
-@click.option("--images", metavar="DIR", help="Where the dataset's images are.  [as for train]")
-@click.option(
+@_option(
     "--split",
     type=click.Choice(["train", "val", "test", "all"]),
-    help="Images to score, split as train does without lists.  [default: all with --references and "
-    "of COCO's captions, else test]",
+    group="What to score",
+    help="Split to score, made as captioner train does without lists.  [default: test; all with "
+    "--references and for COCO's format]",
 )
-@click.option(
-    "--list", "names", metavar="FILE", help="Names of the images instead of a split, a line each."
+@_option(
+    "--list",
+    "names",
+    metavar="FILE",
+    group="What to score",
+    help="Names of the images to score, one per line.  [default: the split]",
+)
+@_option(
+    "--images",
+    metavar="DIR",
+    group="Data",
+    help="Folder of the dataset's images.  [default: Images/, or the JSON file's folder]",
 )
 @_allow_missing
-@click.option(
+@_option(
     "--tokenizer",
     type=click.Choice(["auto", "ptb", "simple"]),
     default="auto",
     show_default=True,
-    help="ptb needs Java, as METEOR does; simple needs none; auto takes ptb where Java runs.",
+    group="Scores",
+    help="Tokenizer; ptb needs Java, as METEOR does; auto takes ptb if Java runs, else simple.",
 )
-@click.option("--spice", is_flag=True, help="SPICE too: slow, and downloads its models once.")
-@click.option(
-    "--json", "json_file", metavar="FILE", help="JSON to write; - prints it, and no table."
+@_option(
+    "--spice",
+    is_flag=True,
+    group="Scores",
+    help="Add SPICE, which is slow and downloads its models once.  [default: off]",
 )
-@click.option("--per-image", metavar="FILE", help="Parquet to write: scores by image, worst first.")
-@_options(DecodeConfig, only=("beam", "length_penalty", "max_words", "allow_unknown"))
-@_options(RunConfig, only=("device", "precision", "batch_size", "decoders"))
+@_option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    group="Scores",
+    help="JSON file to write; - prints JSON instead of the table.  [default: none]",
+)
+@_option(
+    "--per-image",
+    metavar="FILE",
+    group="Scores",
+    help="Parquet file to write with each image's scores, lowest CIDEr first.  [default: none]",
+)
+@options_of(DecodeConfig, only=("beam", "length_penalty", "max_words", "allow_unknown"))
+@options_of(RunConfig, only=("device", "precision", "batch_size", "decoders"))
 def evaluate(
     source: str,
     model: str | None,
@@ -544,9 +608,9 @@ def evaluate(
 ) -> None:
     """Score captions against what people wrote: BLEU, METEOR, ROUGE-L, CIDEr.
 
-    With --model, SOURCE is a dataset as train takes it, whose images are captioned first. With
-    --references, SOURCE is the output of a caption job; images are joined by URI, or else by file
-    name.
+    With --model, SOURCE is a dataset in any form that captioner train takes, and its images are
+    captioned first. With --references, SOURCE is the output of a caption job, whose images are
+    matched with the dataset's by URI, or else by file name.
     """
     if (model is None) == (references is None):
         raise InputError("give one of --model and --references")
@@ -555,8 +619,8 @@ def evaluate(
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if references is not None and given:
         raise InputError(f"{given[0]} goes with --model: the captions in {source} are made already")
-    decode = _configure(DecodeConfig(attention="none"), options)
-    run = _configure(RunConfig(), options)
+    decode = configure(DecodeConfig(attention="none"), options)
+    run = configure(RunConfig(), options)
     with _importing():
         from captioner import storage
         from captioner.data import dataset

@@ -25,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "Preset",
     "RunConfig",
+    "SettingError",
     "TrainConfig",
     "from_mapping",
     "parse_json",
@@ -68,6 +69,17 @@ def setting(
     )
 
 
+class SettingError(InputError):
+    """A setting has a wrong value: ``name`` is the setting, ``problem`` says what is wrong."""
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(name, problem)
+        self.name, self.problem = name, problem
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.problem}"
+
+
 class _Checked:
     """Checks every field against its annotation and limits when the settings are made.
 
@@ -83,13 +95,13 @@ class _Checked:
             minimum, maximum = each.metadata["minimum"], each.metadata["maximum"]
             if not _fits(value, hints[each.name]):
                 expected = _describe(hints[each.name])
-                raise InputError(f"{each.name} must be {expected}, not {value!r}")
+                raise SettingError(each.name, f"must be {expected}, not {value!r}")
             if not isinstance(value, (int, float)):
                 continue
             if minimum is not None and not value >= minimum:
-                raise InputError(f"{each.name} must be at least {minimum}, not {value!r}")
+                raise SettingError(each.name, f"must be at least {minimum}, not {value!r}")
             if maximum is not None and not value <= maximum:
-                raise InputError(f"{each.name} must be at most {maximum}, not {value!r}")
+                raise SettingError(each.name, f"must be at most {maximum}, not {value!r}")
             if hints[each.name] is float:  # 1 and 1.0 are one setting: their JSON is to be the same
                 object.__setattr__(self, each.name, float(value))
 
@@ -220,9 +232,9 @@ class ModelConfig(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % self.heads:
-            raise InputError(f"width {self.width} does not divide into {self.heads} heads")
+            raise SettingError("width", f"{self.width} does not divide into {self.heads} heads")
         if min(self.std) <= 0:
-            raise InputError("std must be above 0")
+            raise SettingError("std", "must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +362,9 @@ class TrainConfig(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.drop_path and self.fine_tune_from is None:
-            raise InputError("drop_path is for an encoder that is trained: give fine_tune_from")
+            raise SettingError(
+                "drop_path", "needs an encoder that is trained: give --fine-tune-from too"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,7 +513,9 @@ class ListingConfig(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(self.endings):
-            raise InputError(f"extensions must be words between commas, not {self.extensions!r}")
+            raise SettingError(
+                "extensions", f"must be words separated by commas, not {self.extensions!r}"
+            )
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -637,7 +653,7 @@ class RunConfig(_Checked):
         match = re.fullmatch(r"(\d+)(?::(\d+))?", self.actors, re.ASCII)
         least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= least <= most:
-            raise InputError(f"actors must be N or MIN:MAX, not {self.actors!r}")
+            raise SettingError("actors", f"must be N or MIN:MAX, not {self.actors!r}")
         return least, most
 
 

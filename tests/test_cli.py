@@ -18,14 +18,74 @@ def _run(*arguments: object):
     return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
-@pytest.mark.parametrize("command", sorted(main.commands))
-def test_every_command_has_help_for_every_option(command):
+COMMANDS = sorted(main.commands)
+OPTIONS = [
+    (command, option)
+    for command in COMMANDS
+    for option in main.commands[command].params
+    if option.param_type_name == "option"
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_in_sentences(command):
     result = _run(command, "--help")
     assert result.exit_code == 0, result.output
-    assert main.commands[command].help
-    for parameter in main.commands[command].params:
-        if parameter.param_type_name == "option":
-            assert parameter.help, parameter.name
+    assert main.commands[command].help.split("\n")[0].endswith((".", ":"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), OPTIONS, ids=[f"{name} --{option.name}" for name, option in OPTIONS]
+)
+def test_every_option_says_what_it_does_and_its_default(command, option):
+    sentence = option.help.split("  [")[0]
+    assert sentence[0].isupper()
+    assert sentence.endswith(".")
+    assert option.required or option.show_default or "  [" in option.help
+    assert "preset's" not in option.help
+    assert option.group != "Other", "choose the heading that --help lists the option under"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_group_of_options_fits_one_screen(command):
+    text = CliRunner().invoke(main, [command, "--help"], terminal_width=100).output
+    groups = text.split("\n\n")
+    assert max(len(group.splitlines()) for group in groups) <= 30
+
+
+def test_the_training_options_name_each_presets_value():
+    text = " ".join(_run("train", "--help").output.split())
+    for values in (
+        "[default: small 14, notebook 4]",
+        "[default: small none, notebook 2]",
+        "[default: small 0.0005, notebook 0.0001]",
+        "[default: small matrices, notebook all]",
+        "[default: small 1, notebook none]",
+    ):
+        assert values in text
+
+
+def test_a_wrong_value_names_the_option_as_it_is_typed(tmp_path: Path):
+    cases = {
+        "--learning-rate must be at least 0, not -1.0": ("--learning-rate=-1",),
+        "--ext must be words separated by commas, not 'jpg,'": ("--ext=jpg,",),
+        "--actors must be N or MIN:MAX, not '3:1'": ("--actors=3:1",),
+        "--drop-path needs an encoder that is trained: give --fine-tune-from too": (
+            "--drop-path=0.1",
+        ),
+    }
+    for message, options in cases.items():
+        command = "train" if options[0][2:4] in ("le", "dr") else "caption"
+        result = _run(command, tmp_path / "no", tmp_path / "out", *options)
+        assert result.exit_code == 2, result.output
+        assert result.output == f"captioner: {message}\n"
+
+
+@pytest.mark.parametrize("size", ["256MBB", "MB", "-1", "1.5.2GB", "ten"])
+def test_what_is_not_a_size_is_refused_with_an_example(tmp_path: Path, size: str):
+    result = _run("compact", tmp_path, f"--size={size}")
+    assert result.exit_code == 2
+    assert f"'{size}' is not a size; use for example 256MB." in result.output
 
 
 def test_help_imports_neither_torch_nor_ray():
@@ -128,7 +188,7 @@ def test_show_writes_no_png_under_another_name(named: Path):
     for name in ("overlay.jpg", "overlay"):
         result = _run("show", named / "out", uri, "-o", named / name)
         assert result.exit_code == 2
-        assert result.output.endswith(f"/{name}: a drawing is a PNG, and its name should end so\n")
+        assert result.output.endswith(f"/{name}: not a PNG file; use a name that ends with .png\n")
         assert not (named / name).exists()
 
 
