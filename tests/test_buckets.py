@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -33,7 +34,7 @@ from captioner.caption.job import caption_images
 from captioner.cli import main
 from captioner.config import RunConfig, TrainConfig
 from captioner.data import dataset
-from captioner.errors import InputError, OutputError
+from captioner.errors import InputError, OutputError, StorageError
 from captioner.output.compaction import compact, expose
 from captioner.output.directory import OutputDirectory
 from captioner.storage import Listed
@@ -136,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.fault(self.command, self.path)
-        if fault in ("500", "503"):
+        if fault in ("403", "500", "503"):
             self._refuse(int(fault))
         elif fault == "no answer":
             self.server.closing.wait(2 * READ_TIMEOUT)
@@ -151,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward
 
     def _refuse(self, status: int) -> None:
-        code = {500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}[status]
+        codes = {403: "AccessDenied", 500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}
+        code = codes[status]
         text = f"<Error><Code>{code}</Code><Message>Please try again.</Message></Error>".encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/xml")
@@ -770,14 +772,16 @@ def test_wrong_credentials_are_one_line(environment, model_directory, tmp_path, 
             for name, value in variables.items():
                 monkeypatch.setenv(name, value)
             line = _mistake("caption", "s3://bucket/in", str(tmp_path / "out"), *model)
-            assert line.startswith("captioner: cannot list s3://bucket/in: ")
+            assert line.startswith("captioner: cannot use s3://bucket/in: ")
             assert message in line
             line = _mistake("caption", photos, "s3://bucket/out", *model)
-            assert line.startswith("captioner: cannot use s3://bucket/out for output: ")
+            assert line.startswith("captioner: cannot use s3://bucket/out")
             assert message in line
             line = _mistake("caption", photos, "s3://bucket/out", "--model", "s3://bucket/model")
-            assert line.startswith("captioner: cannot read config.json of the model s3://")
+            assert line.startswith("captioner: cannot use s3://bucket/model/")
             assert message in line
+            with pytest.raises(StorageError, match=re.escape(message)):
+                storage.read("s3://bucket/in/a.jpg")
     finally:
         strict.terminate()
         strict.wait(20)
@@ -793,7 +797,38 @@ def test_an_endpoint_where_nothing_listens_is_one_line_soon(
     begin = time.monotonic()
     line = _mistake(*arguments)
     assert time.monotonic() - begin < 40
-    assert line.startswith(f"captioner: cannot list {bucket}/in: Could not connect to the endpoint")
+    assert line.startswith(f"captioner: cannot use {bucket}/in: Could not connect to the endpoint")
+
+
+def test_a_list_against_an_endpoint_where_nothing_listens_gives_no_rows(
+    bucket, model_directory, tmp_path, monkeypatch
+):
+    [photo] = write_photos(tmp_path / "photos", 1)
+    (tmp_path / "list.txt").write_text(f"{photo}\n{bucket}/a.jpg\n{bucket}/b.jpg\n")
+    output = tmp_path / "out"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{_free_port()}")
+    with pytest.raises(StorageError, match=rf"^cannot use {bucket}/a.jpg: Could not connect to"):
+        caption_images(str(tmp_path / "list.txt"), str(output), str(model_directory), run=RUN)
+    assert not list(output.glob("part-*"))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    with pytest.raises(OSError, match="Cannot connect to host"):  # one host of many on the web
+        storage.read(f"http://127.0.0.1:{_free_port()}/a.jpg", retries=0)
+
+
+def test_an_object_that_may_not_be_read_or_is_gone_is_the_only_one_unreadable(
+    bucket, proxy, model_directory, tmp_path
+):
+    [photo] = write_photos(tmp_path, 1)
+    storage.write(f"{bucket}/secret.jpg", photo.read_bytes())
+    storage.write(f"{bucket}/photo.jpg", photo.read_bytes())
+    uris = [f"{bucket}/{name}.jpg" for name in ("secret", "gone", "photo")]
+    (tmp_path / "list.txt").write_text("\n".join(uris))
+    proxy.permanent = {"secret.jpg": "403"}
+    with pytest.raises(PermissionError):
+        storage.read(uris[0])
+    output = str(tmp_path / "out")
+    summary = caption_images(str(tmp_path / "list.txt"), output, str(model_directory), run=RUN)
+    assert summary.rows == {"ok": 1, "unreadable": 2}
 
 
 @pytest.mark.parametrize(

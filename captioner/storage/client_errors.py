@@ -4,7 +4,7 @@ import asyncio
 import errno
 import re
 
-__all__ = ["http_status", "is_transient", "reason"]
+__all__ = ["http_status", "is_of_whole_store", "is_transient", "reason"]
 
 # In a client's message, the query of a URL may hold a signature, and its authority a password.
 _SECRETS = re.compile(r"(?<=://)(?:[^/\s@]*:[^\s@]*|[^/\s@]+)@|(?<=\S)\?[^\s\"'?]*=[^\s\"']*")
@@ -34,6 +34,53 @@ _TRANSIENT_NAMES = {
     "requests.Timeout",
 }
 
+# Errors that every object of a store would meet, by name: credentials, settings, the endpoint.
+_WHOLE_STORE_NAMES = {
+    "aiohttp.ClientConnectorError",
+    "aiohttp.InvalidURL",
+    "azure.ClientAuthenticationError",
+    "azure.CredentialUnavailableError",
+    "botocore.ConfigNotFound",
+    "botocore.ConfigParseError",
+    "botocore.ConnectTimeoutError",
+    "botocore.CredentialRetrievalError",
+    "botocore.EndpointConnectionError",
+    "botocore.InvalidConfigError",
+    "botocore.InvalidRegionError",
+    "botocore.NoAuthTokenError",
+    "botocore.NoCredentialsError",
+    "botocore.NoRegionError",
+    "botocore.PartialCredentialsError",
+    "botocore.ProfileNotFound",
+    "botocore.ProxyConnectionError",
+    "botocore.SSLError",
+    "botocore.SSOError",
+    "botocore.TokenRetrievalError",
+    "botocore.UnauthorizedSSOTokenError",
+    "google.DefaultCredentialsError",
+    "google.RefreshError",
+}
+# Codes that a store answers with, where the status 400 or 403 alone might concern one object.
+_WHOLE_STORE_CODES = {
+    "AccountProblem",
+    "AllAccessDisabled",
+    "AuthFailure",
+    "AuthenticationFailed",
+    "AuthorizationHeaderMalformed",
+    "CredentialsNotSupported",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidAuthenticationInfo",
+    "InvalidClientTokenId",
+    "InvalidSecurity",
+    "InvalidToken",
+    "NotSignedUp",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+    "UnrecognizedClientException",
+}
+
 
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed when it is retried."""
@@ -44,6 +91,30 @@ def is_transient(error: Exception) -> bool:
     if (status := http_status(error)) is not None:
         return status in _TRANSIENT_STATUSES
     return isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS
+
+
+def is_of_whole_store(error: Exception) -> bool:
+    """Whether a bucket's error concerns the whole store: credentials, settings, or a dead endpoint.
+
+    A single object's 403 or 404, or a connection that breaks off, concerns that object alone.
+    """
+    causes = [error, *([error.__cause__] if error.__cause__ else [])]
+    if any(_names(each) & _WHOLE_STORE_NAMES for each in causes):
+        return True
+    # Such as an endpoint that is not a URL: the client finds that before it asks anything.
+    if type(error) is ValueError and "endpoint" in str(error).lower():
+        return True
+    return http_status(error) == 401 or any(_code(each) in _WHOLE_STORE_CODES for each in causes)
+
+
+def _code(error: BaseException) -> str | None:
+    """The store's own code of an error: botocore's or Azure's."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        code = response.get("Error", {}).get("Code")
+    else:
+        code = getattr(error, "error_code", None)
+    return code if isinstance(code, str) else None
 
 
 def _names(error: BaseException) -> set[str]:

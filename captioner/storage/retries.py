@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from captioner.errors import CaptionerError
-from captioner.storage.client_errors import is_transient, reason
+from captioner.errors import CaptionerError, StorageError
+from captioner.storage.client_errors import is_of_whole_store, is_transient, reason
 from captioner.storage.filesystems import filesystem
 
 __all__ = ["RETRIES", "attempt"]
@@ -17,6 +17,8 @@ Result = TypeVar("Result")
 
 RETRIES = 2
 _FIRST_WAIT = 0.2  # seconds, doubled each time
+
+_WEB = ("http://", "https://")
 
 # What a bucket's client raises becomes the first of these that it is, or an OSError.
 _KINDS = (
@@ -34,6 +36,8 @@ def attempt(uri: str, action: Callable[[Any, str], Result], *, retries: int = RE
 
     Raises:
         InputError: there is no such file system.
+        StorageError: the whole store cannot be used. On the web each host is a store of its own,
+            and its failures concern the file alone.
         OSError: the action's last error; errors of a bucket's client become OSErrors.
     """
     fs, path = filesystem(uri)
@@ -47,6 +51,11 @@ def attempt(uri: str, action: Callable[[Any, str], Result], *, retries: int = RE
             if failures >= retries or not is_transient(error):
                 if isinstance(fs, LocalFileSystem):
                     raise
+                if not uri.startswith(_WEB) and is_of_whole_store(error):
+                    raise StorageError(
+                        f"cannot use {uri}: {reason(error).rstrip('.')}; check the credentials, "
+                        "the endpoint and the network"
+                    ) from error
                 kind = next((kind for kind in _KINDS if isinstance(error, kind)), OSError)
                 raise kind(reason(error)) from error
         # Jitter, so that workers which failed together do not come back together.
