@@ -208,6 +208,10 @@ class ModelConfig(_Checked):
         "How captions are split into words: at white space, or with punctuation apart (ptb).",
     )
     vocabulary_size: int = setting(4, "Entries of the vocabulary.", minimum=4)
+    attention_map: Literal["last", "mean"] = setting(
+        "last",
+        "Cross-attention that a word's map shows: the last block's, or the mean over all blocks.",
+    )
     max_length: int = setting(50, "Positions the decoder knows.", minimum=2, maximum=1024)
     width: int = setting(1024, "Width of the decoder.", minimum=1)
     layers: int = setting(6, "Blocks of the decoder.", minimum=1, maximum=128)
@@ -675,6 +679,7 @@ PRESETS = {
             std=(128 / 255,) * 3,
             grid=None,
             tokenizer="ptb",
+            attention_map="mean",
             width=384,
             layers=3,
             heads=6,

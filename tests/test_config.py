@@ -296,3 +296,8 @@ def test_settings_need_neither_torch_nor_ray():
 def test_small_splits_punctuation_and_the_notebook_splits_at_white_space():
     assert PRESETS["small"].model.tokenizer == "ptb"
     assert PRESETS["notebook"].model.tokenizer == "whitespace"
+
+
+def test_the_notebooks_maps_are_the_last_blocks():
+    assert PRESETS["notebook"].model.attention_map == "last"
+    assert PRESETS["small"].model.attention_map == "mean"

@@ -58,7 +58,8 @@ class CaptionDecoder(nn.Module):
 
         Returns:
             ``logits_NV`` of the word after each counted word, row after row; and
-            ``attention_NP``, the last block's cross-attention, mean over heads.
+            ``attention_NP``, the cross-attention of the last block or the mean over all blocks,
+            as ``config.attention_map`` says; in both cases the mean over heads.
         """
         rows, length = ids_RT.shape
         ids_N = ids_RT.flatten()
@@ -101,8 +102,13 @@ class CaptionDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x = self.embedding_norm(self.embedding(ids_N) + self.position_embedding(positions_N))
         x = self.embedding_dropout(x, words)
-        for layer, block in enumerate(self._blocks()):
+        blocks = self._blocks()
+        shown = range(len(blocks)) if self.config.attention_map == "mean" else [len(blocks) - 1]
+        maps = []
+        for layer, block in enumerate(blocks):
             x, weights = block(x, words, image_cache, word_cache, layer)
+            if layer in shown:
+                maps.append(weights.mean(1))  # (B, n·T, P)
         logits_NV = self.head(self.head_dropout(self.final_norm(x), words))
-        attention_RTP = weights.mean(1).view(words.rows, words.length, -1)  # from (B, n·T, P)
-        return logits_NV, words.unpad(attention_RTP)
+        attention = maps[0] if len(maps) == 1 else torch.stack(maps).mean(0)
+        return logits_NV, words.unpad(attention.view(words.rows, words.length, -1))

@@ -72,6 +72,17 @@ def test_the_kind_of_tokenizer_is_kept(tmp_path: Path):
     assert loaded.encode("A dog's ball.", 9) == vocabulary.encode("a dog 's ball .", 9)
 
 
+def test_which_map_a_model_gives_is_part_of_its_settings(tmp_path: Path, vocabulary):
+    digests = []
+    for kind in ("last", "mean"):
+        model = tiny_model(attention_map=kind)
+        bundle.save(str(tmp_path / kind), model, vocabulary)
+        loaded = bundle.load(str(tmp_path / kind))
+        assert loaded.config.attention_map == kind
+        digests.append(loaded.digests["config.json"])
+    assert digests[0] != digests[1]
+
+
 def test_a_bundle_that_names_no_tokenizer_splits_at_white_space(model_directory, tmp_path: Path):
     shutil.copytree(model_directory, tmp_path / "old")
     config = json.loads((tmp_path / "old" / "config.json").read_text())

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from captioner.config import PRESETS, ModelConfig
 from captioner.errors import InputError
+from captioner.model import layers
 from captioner.model.encoder import ImageEncoder
 from captioner.model.layers import PackedWords, SelfAttentionCache, pooling_matrix
 from captioner.model.network import CaptionModel
@@ -133,6 +134,28 @@ def test_a_batch_of_nothing_but_padding_has_gradients_of_zero():
     assert logits.shape == (0, TINY.vocabulary_size)
     logits.sum().backward()
     assert all(not each.grad.any() for each in model.decoder.parameters())
+
+
+@torch.no_grad()
+def test_a_map_is_the_last_blocks_or_the_mean_over_all_blocks(monkeypatch):
+    of_blocks: list[torch.Tensor] = []
+    real = layers.CrossAttention.forward
+
+    def recording(self, *arguments):
+        output, weights = real(self, *arguments)
+        of_blocks.append(weights.mean(1).flatten(0, 1))
+        return output, weights
+
+    monkeypatch.setattr(layers.CrossAttention, "forward", recording)
+    features, ids = torch.rand(1, 2, 2, 512), torch.tensor([[1, 5, 6]])
+    logits_last, last = tiny_model().decoder(ids, features)
+    torch.testing.assert_close(last, of_blocks[1], atol=0, rtol=0)
+    of_blocks.clear()
+    logits_mean, mean = tiny_model(attention_map="mean").decoder(ids, features)
+    torch.testing.assert_close(mean, (of_blocks[0] + of_blocks[1]) / 2)
+    assert not torch.allclose(mean, last)
+    torch.testing.assert_close(mean.sum(-1), torch.ones(3))
+    torch.testing.assert_close(logits_mean, logits_last, atol=0, rtol=0)
 
 
 @torch.no_grad()
