@@ -1,19 +1,16 @@
 import time
-from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
 
-from captioner import storage
 from captioner.caption.batches import BatchCaptioner
-from captioner.caption.steps import CaptionJob, Loaded, load_image
+from captioner.caption.steps import CaptionJob, Loaded
 from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data.preparation import Preparation
 from captioner.model.base import Caption
 from captioner.schema import CaptionRow
-from conftest import write_photos
 
 JOB = CaptionJob(
     output="",
@@ -74,7 +71,7 @@ def _run_out_of_pythons_memory() -> None:
     bytearray(2**62)
 
 
-def test_the_images_that_the_model_fails_on_are_found_and_the_others_captioned():
+def test_images_on_which_the_model_raises_are_found_and_the_others_captioned():
     images = _images(20, unreadable=(4,))
     captioner = BatchCaptioner(_Model(_raise_error, bad=(3, 11, 12)), DecodeConfig(), 8)
     captioner(images)
@@ -93,7 +90,7 @@ def test_the_images_that_the_model_fails_on_are_found_and_the_others_captioned()
 @pytest.mark.parametrize(
     "raises", [_run_out_of_host_memory, _run_out_of_device_memory, _run_out_of_pythons_memory]
 )
-def test_batches_become_smaller_for_good_when_memory_runs_out(raises):
+def test_the_batch_size_stays_reduced_after_memory_ran_out(raises):
     model = _Model(raises, most=3)
     captioner = BatchCaptioner(model, DecodeConfig(), 16)
     images = _images(32)
@@ -174,7 +171,7 @@ def test_the_timing_tells_what_limits_the_speed():
     assert captioner.take_timing() == Timing()
 
 
-def test_an_image_that_does_not_fit_alone_has_failed():
+def test_an_image_that_does_not_fit_into_memory_alone_is_failed():
     captioner = BatchCaptioner(_Model(_run_out_of_device_memory, bad=(2,)), DecodeConfig(), 4)
     images = _images(4)
     captioner(images)
@@ -191,47 +188,3 @@ def test_a_lost_device_fails_no_image():
     with pytest.raises(torch.AcceleratorError):
         BatchCaptioner(_Model(lose, bad=(2,)), DecodeConfig(), 4)(images)
     assert [image.row.status for image in images] == ["ok"] * 4
-
-
-# Reading.
-
-
-class _Flaky:
-    """Fails some times, then reads."""
-
-    def __init__(self, failures: int, problem: Exception):
-        self.left, self.problem, self.tries = failures, problem, 0
-
-    def __call__(self, path: str) -> BinaryIO:
-        self.tries += 1
-        if self.left:
-            self.left -= 1
-            raise self.problem
-        return open(path, "rb")
-
-
-@pytest.mark.parametrize(
-    ("problem", "tries"),
-    [
-        (OSError(5, "Input/output error"), 4),
-        (TimeoutError("the bucket does not answer"), 4),
-        (FileNotFoundError(2, "No such file"), 1),
-        (PermissionError(13, "Permission denied"), 1),
-        (IsADirectoryError(21, "Is a directory"), 1),
-        (OSError(36, "File name too long"), 1),
-    ],
-)
-def test_what_may_pass_is_tried_again(problem, tries, tmp_path, monkeypatch):
-    [path] = write_photos(tmp_path, 1)
-    waits: list[float] = []
-    monkeypatch.setattr(storage.retries.time, "sleep", waits.append)
-    flaky = _Flaky(10, problem)
-    monkeypatch.setattr(storage.reading, "_open_local", flaky)
-    image = load_image(JOB, str(path), None)
-    assert (image.row.status, flaky.tries) == ("unreadable", tries)
-    assert len(waits) == tries - 1
-    for number, wait in enumerate(waits):
-        assert 0.1 * 2**number <= wait <= 0.2 * 2**number
-    flaky = _Flaky(tries - 1, problem)
-    monkeypatch.setattr(storage.reading, "_open_local", flaky)
-    assert load_image(JOB, str(path), None).row.status == "ok"

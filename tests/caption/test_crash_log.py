@@ -132,7 +132,7 @@ def test_a_model_that_cannot_caption_a_grey_image_fails_no_image(shard, log):
     assert log.crashes(7) == Crashes()
 
 
-def test_machines_that_go_away_twice_cost_no_image(shard, log):
+def test_two_lost_machines_set_no_image_aside(shard, log):
     """Once with the shard in hand, once with one image of it."""
     log.begin(7, log.crashes(7), alone=(shard.uris[0], "GPU 1"))
     assert [row.status for row in _alone(log, shard, _Model())] == ["ok"] * 3

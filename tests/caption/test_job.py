@@ -134,7 +134,7 @@ def test_the_usual_readers_read_the_output(photos, model_directory, tmp_path):
     assert table.schema.metadata[b"captioner.attention.levels"] == b"127"
 
 
-def test_the_same_command_again_touches_no_finished_shard(photos, model_directory, tmp_path):
+def test_a_resume_touches_no_finished_shard(photos, model_directory, tmp_path):
     output = tmp_path / "out"
     caption_images(str(photos), str(output), str(model_directory), run=RUN)
     (output / "part-000001.parquet").unlink()
@@ -166,7 +166,7 @@ def test_another_model_on_the_same_output_is_refused(photos, model_directory, tm
     assert len(_rows(output)) == 13
 
 
-def test_a_job_that_names_no_beam_takes_the_models(photos, tmp_path, vocabulary):
+def test_the_default_beam_width_is_the_models(photos, tmp_path, vocabulary):
     model, output, greedy = (str(tmp_path / name) for name in ("model", "out", "greedy"))
     bundle.save(model, tiny_model(beam=3), vocabulary)
     caption_images(str(photos), output, model, run=RUN)
@@ -229,7 +229,7 @@ def test_the_engine_is_ray_only_where_there_is_a_cluster(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_too_many_bad_rows_are_an_error_when_all_is_written(
+def test_an_error_rate_above_the_limit_is_an_error_after_all_is_written(
     engine, photos, model_directory, tmp_path, request
 ):
     output = tmp_path / "out"
@@ -250,7 +250,7 @@ def test_too_many_bad_rows_are_an_error_when_all_is_written(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_failed_rows_are_redone_in_their_place(engine, photos, model_directory, tmp_path, request):
+def test_retry_failed_replaces_rows_in_place(engine, photos, model_directory, tmp_path, request):
     output, run = tmp_path / "out", _engine(engine, request)
     (photos / "truncated.jpg").write_bytes(bytes(100_000))  # and so larger than what mends it
     run = RunConfig(**{**vars(run), "max_bytes": 50_000})
@@ -294,7 +294,7 @@ def test_images_that_are_not_listed_any_more_keep_their_rows(photos, model_direc
     assert summary.unlisted == 0
 
 
-def test_two_jobs_on_one_output_are_one_too_many(photos, model_directory, tmp_path):
+def test_a_second_job_on_one_output_is_refused(photos, model_directory, tmp_path):
     directory = OutputDirectory(str(tmp_path / "out"))
     with directory.locked(), pytest.raises(OutputError, match=r"^another job is at work"):
         caption_images(str(photos), directory.uri, str(model_directory), run=RUN)

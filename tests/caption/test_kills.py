@@ -329,7 +329,7 @@ def test_a_node_that_dies_costs_nothing(model_directory, tmp_path):
         ("ray", signal.SIGTERM),
     ],
 )
-def test_a_stopped_job_says_how_to_go_on_and_leaves_no_process(
+def test_a_stopped_job_says_how_to_resume_and_leaves_no_process(
     engine, number, model_directory, tmp_path
 ):
     photos, output = tmp_path / "photos", tmp_path / "out"
@@ -436,7 +436,7 @@ def test_a_part_that_cannot_be_written_is_one_line(engine, model_directory, tmp_
     assert _check(output, photos) == {"ok": count}
 
 
-def test_a_full_disk_is_one_line_and_the_job_goes_on_later(model_directory, tmp_path):
+def test_a_full_disk_is_one_line_and_the_job_resumes_later(model_directory, tmp_path):
     photos, output = tmp_path / "photos", tmp_path / "out"
     write_photos(photos, 120)
     command = _command(photos, output, model_directory, "local", "--shard-size", "60")
@@ -453,7 +453,7 @@ def test_a_full_disk_is_one_line_and_the_job_goes_on_later(model_directory, tmp_
     assert _check(output, photos) == {"ok": 120}
 
 
-def test_an_output_turned_read_only_is_one_line_and_the_job_goes_on_later(
+def test_an_output_turned_read_only_is_one_line_and_the_job_resumes_later(
     model_directory, tmp_path
 ):
     photos, output = tmp_path / "photos", tmp_path / "out"

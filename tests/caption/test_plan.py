@@ -156,7 +156,7 @@ def test_a_ray_that_is_not_there_is_one_line(
 
 
 @pytest.mark.parametrize("actors", ["0", "3:2", "x", "1:", "-1", "1:2:3", "", "٣"])
-def test_a_number_of_actors_that_means_nothing_is_refused(actors):
+def test_an_invalid_number_of_actors_is_refused(actors):
     with pytest.raises(InputError, match="actors must be"):
         RunConfig(actors=actors)
 

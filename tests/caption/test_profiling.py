@@ -55,7 +55,7 @@ def test_a_few_batches_are_traced_and_the_rows_stay_the_same(
     assert _caption(photos, profiled, model_directory, None).captioned == 0, "the same job"
 
 
-def test_a_trace_is_packed_where_its_name_says_so(tmp_path: Path, model_directory: Path):
+def test_a_trace_is_compressed_if_its_name_ends_in_gz(tmp_path: Path, model_directory: Path):
     photos = write_photos(tmp_path / "photos", 3)[0].parent
     trace = tmp_path / "traces" / "trace.json.gz"
     _caption(photos, tmp_path / "out", model_directory, trace)
