@@ -1,0 +1,171 @@
+"""Writes docs/reference/command-line.md and python.md: ``python docs/make_reference.py``.
+
+The first comes from the click commands, the second from the docstrings of the public names. A test
+fails if either is out of date.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import click
+
+import captioner
+from captioner.cli import main as cli
+from captioner.options import group_options
+
+REFERENCE = ROOT / "docs" / "reference"
+_NOTE = "<!-- Written by docs/make_reference.py; do not edit. -->"
+
+
+def command_line() -> str:
+    """The reference of all commands, as Markdown."""
+    lines = [
+        _NOTE,
+        "",
+        "# Command line",
+        "",
+        "The same text as `captioner COMMAND --help`. `captioner --debug COMMAND …` shows the "
+        "traceback of an error; [failures](../explanation/failures.md) explains the exit codes.",
+        "",
+    ]
+    lines += [f"- [captioner {name}](#captioner-{name})" for name in sorted(cli.commands)]
+    for name, command in sorted(cli.commands.items()):
+        lines += ["", *_command(name, command)]
+    return "\n".join(lines) + "\n"
+
+
+def _command(name: str, command: click.Command) -> Iterator[str]:
+    context = click.Context(command, info_name=f"captioner {name}")
+    yield f"## captioner {name}"
+    yield ""
+    yield "```text"
+    yield command.get_usage(context).removeprefix("Usage: ")
+    yield "```"
+    yield ""
+    yield _escaped(inspect.cleandoc(command.help or ""))
+    for group, options in group_options(command, context).items():
+        rows = [record for each in options if (record := each.get_help_record(context))]
+        if group == "Other":  # --help itself
+            continue
+        yield ""
+        yield f"**{group}**"
+        yield ""
+        yield "| option | |"
+        yield "|---|---|"
+        for option, text in rows:
+            yield f"| `{option.replace('|', chr(92) + '|')}` | {_escaped(' '.join(text.split()))} |"
+
+
+def _escaped(text: str) -> str:
+    """Text as Markdown shows it: nothing in angle brackets is HTML, no bar ends a cell."""
+    text = text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*")
+    return re.sub(r"(?<![\w`-])(--[a-z][\w-]*)", r"`\1`", text)
+
+
+def python() -> str:
+    """The reference of the public names, as Markdown."""
+    lines = [
+        _NOTE,
+        "",
+        "# Python",
+        "",
+        *_sections(inspect.getdoc(captioner) or ""),
+        "",
+        "```python",
+        'data = captioner.read_dataset("flickr8k")',
+        "model = captioner.BUNDLED_MODEL",
+        "captioned = captioner.caption_dataset(",
+        "    data.split().test, model, decode=captioner.DecodeConfig(), run=captioner.RunConfig()",
+        ")",
+        "print(captioner.evaluate(captioned).to_json())",
+        "```",
+    ]
+    functions = [name for name in captioner.__all__ if inspect.isroutine(_value(name))]
+    others = [name for name in captioner.__all__ if name not in functions]
+    for name in functions:
+        value = _value(name)
+        signature = _signature(name, value)
+        lines += ["", f"## `{name}`", "", "```python", signature, "```", ""]
+        lines += _sections(inspect.getdoc(value) or "")
+    lines += ["", "## Settings, errors and constants", "", "| name | |", "|---|---|"]
+    for name in others:
+        value = _value(name)
+        lines.append(f"| `{name}` | {_summary(name, value)} |")
+    lines += [
+        "",
+        "The fields of the settings are the options of the [command line](command-line.md): "
+        "`RunConfig(batch_size=32)` is `--batch-size 32`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _value(name: str) -> Any:
+    return getattr(captioner, name)
+
+
+def _summary(name: str, value: Any) -> str:
+    if name == "PRESETS":
+        return "The presets of `captioner train`: `small` and `notebook`."
+    if name == "BUNDLED_MODEL":
+        return "The directory of the model that comes with captioner, trained on Flickr8k."
+    return _plain((inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " "))
+
+
+def _signature(name: str, value: Any) -> str:
+    parameters = [
+        re.sub(r"captioner\.[\w.]+\.(\w+)", r"\1", str(each).replace("collections.abc.", ""))
+        for each in inspect.signature(value).parameters.values()
+    ]
+    kinds = [each.kind for each in inspect.signature(value).parameters.values()]
+    if inspect.Parameter.KEYWORD_ONLY in kinds:
+        parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    return f"captioner.{name}(\n" + "".join(f"    {each},\n" for each in parameters) + ")"
+
+
+def _sections(doc: str) -> Iterator[str]:
+    """A Google-style docstring as Markdown: its sections become lists."""
+    section = ""
+    for line in doc.splitlines():
+        heading = re.fullmatch(r"(Args|Returns|Raises|Yields|Attributes|Example):", line)
+        if heading:
+            section = heading[1]
+            yield f"**{ {'Args': 'Arguments'}.get(section, section) }**"
+            yield ""
+            if section == "Example":
+                yield "```python"
+        elif section == "Example":
+            yield re.sub(r"^    (>>> )?", "", line)
+        elif section and (entry := re.fullmatch(r"    (\w+): (.*)", line)):
+            yield f"- `{entry[1]}`: {_plain(entry[2])}"
+        elif section:
+            yield _plain(line.strip()) if section == "Returns" else _plain(line[4:].rstrip()[2:])
+        else:
+            yield _plain(line)
+    if section == "Example":
+        yield "```"
+
+
+def _plain(text: str) -> str:
+    """Text without the roles that Sphinx knows and Markdown does not."""
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
+    return re.sub(r"``([^`]+)``", r"`\1`", text).replace("<", "&lt;")
+
+
+PAGES = {REFERENCE / "command-line.md": command_line, REFERENCE / "python.md": python}
+
+
+def main() -> None:
+    """Writes the pages."""
+    for path, make in PAGES.items():
+        path.write_text(make())
+
+
+if __name__ == "__main__":
+    main()
