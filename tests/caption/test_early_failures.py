@@ -1,6 +1,8 @@
 """Reasons that are the job's: it stops before it writes them into a row for each image."""
 
+import os
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -172,3 +174,27 @@ def test_a_missing_package_for_some_uris_stops_the_job_before_the_first_shard(
         assert ran.returncode == 2
         assert ran.stderr == "captioner: cannot open s3:// URIs: install captioner[s3]\n"
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.thorough
+def test_a_dead_store_stops_a_job_on_ray_before_it_writes_a_row(tmp_path, model_directory):
+    source = _list(tmp_path, *(f"s3://bucket/{number}.jpg" for number in range(20)))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {
+        **os.environ,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    command = [sys.executable, "-m", "captioner.cli", "caption", source, tmp_path / "out"]
+    command += ["--model", model_directory, "--engine=ray", "--shard-size=5", "--retries=0"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2, ran.stderr
+    last = ran.stderr.splitlines()[-1]
+    assert last.startswith("captioner: cannot use s3://bucket/"), ran.stderr
+    assert "Could not connect to the endpoint" in last
+    assert "Traceback" not in ran.stderr
+    assert not list((tmp_path / "out").glob("part-*"))
+    assert not list((tmp_path / "out" / "__captioner").glob("attempts/*"))
