@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _HASHED_WHOLE = 1 << 31  # bytes of a weights file; of a larger one, samples are hashed
 _SAMPLE, _SAMPLES = 1 << 16, 4096
+_DOWNLOADS = 4  # files at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +69,7 @@ class Location:
             return path
         if self.kind == "bucket":
             return _fetch_bucket(self)
-        with _hub_errors(self.uri):
-            from huggingface_hub import snapshot_download
-
-            name, _ = _split(self.uri)
-            return Path(
-                snapshot_download(name, revision=self.revision, allow_patterns=list(self.files))
-            )
+        return _fetch_hub(self)
 
 
 def is_hub_name(uri: str) -> bool:
@@ -169,54 +166,53 @@ def _split(uri: str) -> tuple[str, str | None]:
 
 
 def _locate_hub(uri: str) -> Location:
+    """A model of the hub; without a network, as it was downloaded before."""
     name, revision = _split(uri)
     with _hub_errors(uri):
         import huggingface_hub as hub
 
+        get_config = partial(hub.hf_hub_download, name, "config.json", revision=revision)
         try:
             found = hub.HfApi().model_info(name, revision=revision)
-        except hub.errors.OfflineModeIsEnabled:
-            return _locate_cached(uri)
-        commit = str(found.sha)
-        siblings = [each.rfilename for each in found.siblings or []]
-        files = _wanted(uri, siblings)
-        config = Path(hub.hf_hub_download(name, "config.json", revision=commit))
+        except (hub.errors.OfflineModeIsEnabled, hub.utils.httpx.TransportError):
+            config = Path(get_config(local_files_only=True))
+            names = sorted(each.name for each in config.parent.iterdir())
+        else:
+            names = [each.rfilename for each in found.siblings or []]
+            _wanted(uri, names)  # may refuse
+            config = Path(get_config())  # records the revision's commit, for times without network
+        commit = config.parent.name
         return Location(
             uri=uri,
             kind="hub",
-            files=files,
+            files=_wanted(uri, names),
             identity=f"{name}@{commit}",
             revision=commit,
             config=_parse_config(uri, config.read_bytes()),
         )
 
 
-def _locate_cached(uri: str) -> Location:
-    """A model of the hub that was downloaded before."""
-    from huggingface_hub import snapshot_download
+def _fetch_hub(location: Location) -> Path:
+    """Every file at the location's commit; those that are in the cache are not fetched again."""
+    with _hub_errors(location.uri):
+        from huggingface_hub import hf_hub_download
 
-    name, revision = _split(uri)
-    path = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    files = _wanted(uri, sorted(each.name for each in path.iterdir()))
-    return Location(
-        uri=uri,
-        kind="hub",
-        files=files,
-        identity=f"{name}@{path.name}",
-        revision=path.name,
-        config=_parse_config(uri, (path / "config.json").read_bytes()),
-    )
+        name, _ = _split(location.uri)
+        get = partial(hf_hub_download, name, revision=location.revision)
+        with ThreadPoolExecutor(_DOWNLOADS) as pool:
+            paths = list(pool.map(get, location.files))
+    return Path(paths[0]).parent
 
 
 @contextlib.contextmanager
 def _hub_errors(uri: str) -> Iterator[None]:
     """Makes one line that says what to do of what the hub's client raises."""
     try:
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
         from huggingface_hub.utils import httpx
     except ImportError as error:
         raise BundleError(
-            f"the model {uri} is one of the Hugging Face hub, which needs captioner[hf]: "
+            f"there is no directory {uri}; a model of the Hugging Face hub needs captioner[hf]: "
             "pip install 'captioner[hf]'"
         ) from error
     name, revision = _split(uri)
@@ -234,11 +230,13 @@ def _hub_errors(uri: str) -> Iterator[None]:
             f"there is no model {uri}: no directory here, and none on the hub that is public; "
             "for a private model set HF_TOKEN"
         ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise BundleError(f"{uri} is not a model: {one_line(error)[-200:]}") from error
     except errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub is not reached"
         raise BundleError(
-            f"the model {uri} is not in the cache, and the hub is not reached"
-            f"{' because HF_HUB_OFFLINE is set' if os.environ.get('HF_HUB_OFFLINE') else ''}; "
-            "download it once with a network, or give a directory"
+            f"the model {uri} is not in the cache, and {why}; check the network, download the "
+            "model where there is one, or give a directory"
         ) from error
     except (errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise BundleError(

@@ -1,5 +1,6 @@
 """Converts a model whose weights are pickled to safetensors, once."""
 
+import fnmatch
 import os
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from captioner.model.huggingface.loading import _loading_errors, import_transfor
 __all__ = ["import_model"]
 
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+_FETCHED = (*_SMALL, "pytorch_model*.bin")
 
 
 def import_model(source: str, directory: str) -> Path:
@@ -82,12 +84,13 @@ def _fetch(source: str) -> Path:
     if not is_hub_name(source):
         return Path(source)
     with _hub_errors(source):
-        from huggingface_hub import snapshot_download
+        import huggingface_hub as hub
 
         name, revision = _split(source)
-        patterns = [*_SMALL, "pytorch_model*.bin"]
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-            )
-        )
+        config = Path(hub.hf_hub_download(name, "config.json", revision=revision))
+        commit = config.parent.name
+        siblings = hub.HfApi().model_info(name, revision=commit).siblings or []
+        for each in (sibling.rfilename for sibling in siblings):
+            if "/" not in each and any(fnmatch.fnmatch(each, pattern) for pattern in _FETCHED):
+                hub.hf_hub_download(name, each, revision=commit)
+        return config.parent

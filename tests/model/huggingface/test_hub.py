@@ -1,0 +1,313 @@
+"""Finding and fetching models, against a server on this machine that answers as the hub does."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from captioner.errors import BundleError, CaptionerError
+from captioner.model.huggingface.hub import is_hub_name, locate
+from captioner.model.loading import load_model
+
+pytest.importorskip("huggingface_hub")
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Serves ``owner/tiny`` at two commits; some other names fail as they do on the hub."""
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files = {COMMITS["main"]: dict(files), COMMITS["v1"]: files | {"extra.json": b"{}"}}
+        self.requests: list[str] = []
+        self.cut = ""  # a file whose first answer ends in the middle
+        self.ranges: list[str] = []
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        self.server.requests.append(f"{self.command} {self.path}")
+        if "owner/gated" in self.path:
+            return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+        if re.fullmatch("/owner/pickled/resolve/.*/config.json", self.path):
+            headers = {"ETag": '"0"', "X-Repo-Commit": "c" * 40}
+            return self.send(200, b"{}", headers, body)
+        if "owner/pickled" in self.path:
+            listing = {"id": "owner/pickled", "sha": "c" * 40}
+            siblings = [{"rfilename": name} for name in ("config.json", "pytorch_model.bin")]
+            return self.send(200, json.dumps(listing | {"siblings": siblings}).encode(), {}, body)
+        if match := re.fullmatch(r"/api/models/owner/tiny(?:/revision/(.+))?", self.path):
+            revision = match[1] or "main"
+            commit = COMMITS.get(revision, revision)
+            if commit not in self.server.files:
+                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+            names = [*self.server.files[commit], "onnx/model.onnx", "code.py"]
+            listing = {"id": "owner/tiny", "sha": commit}
+            siblings = [{"rfilename": name} for name in names]
+            return self.send(200, json.dumps(listing | {"siblings": siblings}).encode(), {}, body)
+        if match := re.fullmatch(r"/owner/tiny/resolve/([^/]+)/(.+)", self.path):
+            return self.send_file(match[1], match[2], body=body)
+        return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def send_file(self, revision: str, name: str, *, body: bool) -> None:
+        commit = COMMITS.get(revision, revision)
+        if commit not in self.server.files:
+            return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+        data = self.server.files[commit].get(name)
+        if data is None:
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
+        headers["Accept-Ranges"] = "bytes"
+        begin = 0
+        if wanted := self.headers.get("Range"):
+            self.server.ranges.append(wanted)
+            begin = int(wanted.removeprefix("bytes=").split("-")[0])
+        if name == self.server.cut and body:
+            self.server.cut = ""
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+            return None
+        if begin:
+            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+        return self.send(206 if begin else 200, data[begin:], headers, body)
+
+    def send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+@pytest.fixture(scope="module")
+def tiny(directory_of: Callable[[str], Path]) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory_of("blip").iterdir()}
+
+
+@pytest.fixture
+def hub(tiny: dict[str, bytes]) -> Iterator[Hub]:
+    server = Hub(tiny)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+FETCH = """
+import sys
+from captioner.errors import CaptionerError
+from captioner.model.huggingface.hub import locate
+try:
+    location = locate(sys.argv[1])
+    print(location.identity)
+    print(location.fetch())
+except CaptionerError as error:
+    print("ERROR", error)
+"""
+
+
+@pytest.fixture
+def fetch(hub: Hub, tmp_path: Path) -> Callable[..., list[str]]:
+    """Finds and fetches a model in a process of its own: the client reads its settings once."""
+
+    def run(name: str, **environment: str) -> list[str]:
+        host, port = hub.server_address[:2]
+        settings = {
+            "HF_ENDPOINT": f"http://{host}:{port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH, name],
+            env=os.environ | settings | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_a_model_is_fetched_at_its_commit_without_code(hub, fetch, tiny) -> None:
+    identity, directory = fetch("owner/tiny")
+    assert identity == f"owner/tiny@{COMMITS['main']}"
+    assert {path.name: path.read_bytes() for path in Path(directory).iterdir()} == tiny
+    gets = [each for each in hub.requests if each.startswith("GET /owner")]
+    assert gets
+    assert all(COMMITS["main"] in each for each in gets if "config.json" not in each)
+    assert not [each for each in hub.requests if "code.py" in each or "onnx" in each]
+
+
+def test_a_revision_is_resolved_to_its_commit(fetch) -> None:
+    identity, directory = fetch("owner/tiny@v1")
+    assert identity == f"owner/tiny@{COMMITS['v1']}"
+    assert (Path(directory) / "extra.json").exists()
+
+
+def test_a_download_that_is_cut_short_is_resumed(hub, fetch) -> None:
+    weights = os.urandom(24 << 20)  # the client keeps what it has by tens of megabytes
+    hub.files[COMMITS["main"]]["model.safetensors"] = weights
+    hub.cut = "model.safetensors"
+    _, directory = fetch("owner/tiny")
+    assert (Path(directory) / "model.safetensors").read_bytes() == weights
+    [begin] = [int(each.removeprefix("bytes=").removesuffix("-")) for each in hub.ranges]
+    assert 0 < begin <= len(weights) // 2
+
+
+def test_a_fetched_model_is_found_without_a_network(hub, fetch) -> None:
+    first = fetch("owner/tiny")
+    hub.requests.clear()
+    assert fetch("owner/tiny", HF_HUB_OFFLINE="1") == first
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "message"),
+    [
+        ("owner/nothing", {}, r"there is no model owner/nothing: .* set HF_TOKEN"),
+        ("owner/tiny@v9", {}, r"the model owner/tiny has no revision 'v9'"),
+        ("owner/gated", {}, r"gated: accept its terms .* set HF_TOKEN"),
+        (
+            "owner/pickled",
+            {},
+            r"only as pytorch_model.bin, .* captioner import-model owner/pickled DIRECTORY",
+        ),
+        ("owner/tiny", {"HF_HUB_OFFLINE": "1"}, r"not in the cache, and HF_HUB_OFFLINE is set"),
+        (
+            "owner/tiny",
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            r"not in the cache, and the hub is not reached",
+        ),
+    ],
+)
+def test_what_goes_wrong_is_one_line_that_says_what_to_do(
+    fetch, name: str, environment: dict[str, str], message: str
+) -> None:
+    [line] = fetch(name, **environment)
+    assert line.startswith("ERROR ")
+    assert re.search(message, line), line
+
+
+def test_names_of_the_hub_are_told_from_paths(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert is_hub_name("Salesforce/blip-image-captioning-large")
+    assert is_hub_name("Salesforce/blip-image-captioning-large@refs/pr/3")
+    for path in (
+        "models/mine",
+        "/models/mine",
+        "./models/mine",
+        "s3://bucket/mine",
+        "mine",
+        "a/b/c",
+    ):
+        assert not is_hub_name(path)
+
+
+def test_a_local_directory_has_an_identity_of_its_content(tmp_path: Path, tiny) -> None:
+    def written(name: str, **changes: bytes) -> str:
+        directory = tmp_path / name
+        directory.mkdir()
+        for file, data in (tiny | changes).items():
+            (directory / file).write_bytes(data)
+        return locate(str(directory)).identity
+
+    changed = bytearray(tiny["model.safetensors"])
+    changed[-1] ^= 1
+    identities = [
+        written("one"),
+        written("two"),
+        written("three", **{"model.safetensors": changed}),
+    ]
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_a_buckets_model_is_copied_once(tmp_path: Path, tiny, memory_bucket, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fs = fsspec.filesystem("memory")
+    for name, data in tiny.items():
+        with fs.open(f"{memory_bucket}/model/{name}", "wb") as file:
+            file.write(data)
+    location = locate(f"{memory_bucket}/model")
+    directory = location.fetch()
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == tiny
+    before = directory.stat().st_mtime_ns
+    assert location.fetch() == directory
+    assert directory.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("remove", "add", "message"),
+    [
+        ("config.json", {}, "is not a model: it has no config.json"),
+        ("model.safetensors", {}, "is not a model: it has no model.safetensors"),
+        (
+            "model.safetensors",
+            {"pytorch_model.bin": b"x"},
+            r"only as pytorch_model.bin, .*captioner import-model .* DIRECTORY",
+        ),
+    ],
+)
+def test_an_incomplete_directory_is_refused(
+    tmp_path: Path, tiny, remove: str, add: dict[str, bytes], message: str
+) -> None:
+    for name, data in (tiny | add).items():
+        if name != remove:
+            (tmp_path / name).write_bytes(data)
+    with pytest.raises(BundleError, match=message):
+        locate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert"}, r"type 'bert', which is not an image captioner .* BLIP, GIT"),
+        (
+            {"model_type": "own", "auto_map": {"AutoModel": "own.Model"}},
+            r"needs Python code of its own, which captioner does not run",
+        ),
+    ],
+)
+def test_a_model_that_is_no_captioner_is_refused(
+    tmp_path: Path, tiny, changes: dict[str, object], message: str
+) -> None:
+    for name, data in tiny.items():
+        (tmp_path / name).write_bytes(data)
+    config = json.loads(tiny["config.json"]) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CaptionerError, match=message):
+        load_model(str(tmp_path))
