@@ -71,6 +71,14 @@ class _Commands(click.Group):
                 os._exit(end.code if isinstance(end.code, int) else 1)
             raise
 
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Takes arguments as UTF-8, as file names are, in a locale of another encoding too."""
+        if sys.getfilesystemencoding() != "utf-8":
+            from captioner import storage
+
+            arguments = [storage.from_operating_system(argument) for argument in arguments]
+        return super().parse_args(context, arguments)
+
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)

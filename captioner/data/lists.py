@@ -219,8 +219,8 @@ def _is_file(uri: str) -> bool:
 def _from(source: str, uri: str) -> str:
     """The URI that a list means: a relative one starts from the list's own folder."""
     base = source[: source.rfind("/") + 1]
-    if "://" not in base or "://" in uri or uri.startswith("/"):
-        return storage.readable(storage.absolute(uri, base))
+    if "://" not in base or storage.has_scheme(uri) or uri.startswith("/"):
+        return storage.absolute(uri, base)
     scheme, place = base.split("://", 1)
     return f"{scheme}://{'/'.join(_resolved(place.split('/')[:-1], uri.split('/'), source))}"
 

@@ -25,6 +25,13 @@ _MOST_BYTES = 256_000_000  # of an image file
 _TALLEST = 4  # largest ratio of a panel's height to its width
 
 
+def _spelled(uri: str) -> str:
+    """A URI as a listing spells it; the last parts of a path stay relative."""
+    if storage.has_scheme(uri):
+        return storage.absolute(uri)
+    return storage.readable(os.path.normpath(uri))
+
+
 @dataclass(frozen=True)
 class CaptionedRow:
     """The row of a captioned image; ``maps_TGG`` has a map per word, or one for the caption."""
@@ -49,7 +56,7 @@ def find_row(output: str, uri: str) -> CaptionedRow:
     directory = OutputDirectory(output)
     directory.read_json("run.json")
     manifest = directory.manifest()
-    listed = storage.readable(uri if "://" in uri else os.path.normpath(uri))
+    listed = _spelled(uri)
     match = pc.equal(manifest["uri"], listed)
     if not pc.any(match).as_py():
         end = listed.removeprefix("file://").lstrip("/")

@@ -11,7 +11,14 @@ from captioner.storage.filesystems import arrow_filesystem, is_local
 from captioner.storage.listing import Listed, find, is_directory, names, sizes
 from captioner.storage.locks import locked
 from captioner.storage.reading import Ranges, open_binary, read, size, version
-from captioner.storage.uris import absolute, as_path, join, readable
+from captioner.storage.uris import (
+    absolute,
+    as_path,
+    from_operating_system,
+    has_scheme,
+    join,
+    readable,
+)
 from captioner.storage.writing import delete, is_temporary, write, writing
 
 __all__ = [
@@ -23,6 +30,8 @@ __all__ = [
     "cache_directory",
     "delete",
     "find",
+    "from_operating_system",
+    "has_scheme",
     "is_directory",
     "is_local",
     "is_temporary",

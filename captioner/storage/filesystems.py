@@ -1,6 +1,8 @@
 """Which fsspec file system a URI belongs to."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -8,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from captioner.errors import InputError, StorageError
 from captioner.storage.client_errors import reason
-from captioner.storage.uris import as_path, has_scheme, refuse_credentials
+from captioner.storage.uris import as_path, has_scheme, refuse_credentials, to_operating_system
 
 __all__ = ["arrow_filesystem", "filesystem", "is_local"]
 
@@ -26,8 +28,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
         StorageError: the package for the scheme is missing, or its settings are wrong.
         InputError: the scheme is unknown, or the URI contains credentials.
     """
-    if uri.startswith("file://") or not has_scheme(uri):
-        return LocalFileSystem(), as_path(uri)
+    if not has_scheme(path := as_path(uri)):
+        return LocalFileSystem(), to_operating_system(path)
     refuse_credentials(uri)
     scheme = uri.split("://")[0]
     try:
@@ -56,7 +58,18 @@ def _open(kind: Any, uri: str, *, is_s3: bool) -> Any:
         settings["config_kwargs"] = {"retries": {"mode": "standard"}, **given}
     fs = kind(**settings)
     fs.retries = 1
+    fs.split_path = partial(_split_key, kind.split_path.__get__(fs))
     return fs
+
+
+def _split_key(split: Callable[[str], tuple[str, str, Any]], path: str) -> tuple[str, str, Any]:
+    """Splits a path into bucket, key and version; ``?versionId=`` in a key is a part of the key.
+
+    s3fs would take what follows for a version, and read another object.
+    """
+    before, mark, after = path.partition("?versionId=")
+    bucket, key, version = split(before)
+    return bucket, key + mark + after, version
 
 
 def is_local(uri: str) -> bool:

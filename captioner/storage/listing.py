@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from captioner.errors import InputError
 from captioner.storage.client_errors import reason
 from captioner.storage.retries import attempt
-from captioner.storage.uris import readable
+from captioner.storage.uris import from_operating_system, readable
 
 __all__ = ["Listed", "find", "is_directory", "names", "sizes"]
 
@@ -88,20 +88,22 @@ def _find_local(directory: str, is_wanted: Callable[[str], bool]) -> Iterator[Li
 
     def fail(error: OSError) -> None:
         why = reason(error)
-        raise InputError(f"cannot list {readable(error.filename)}: {why}") from error
+        folder = readable(from_operating_system(error.filename))
+        raise InputError(f"cannot list {folder}: {why}") from error
 
     for folder, _, names_in_folder in os.walk(directory, onerror=fail):
         for name in names_in_folder:
             if not is_wanted(name):
                 continue
             path = os.path.join(folder, name)
+            uri = readable(from_operating_system(path))
             try:
                 status = os.stat(path)
             except OSError:
-                yield Listed(readable(path), None)
+                yield Listed(uri, None)
                 continue
             if stat.S_ISREG(status.st_mode):
-                yield Listed(readable(path), status.st_size)
+                yield Listed(uri, status.st_size)
 
 
 def is_directory(uri: str) -> bool:
@@ -122,7 +124,7 @@ def names(directory: str) -> list[str]:
 
     def list_names(fs: Any, path: str) -> list[str]:
         if isinstance(fs, LocalFileSystem):
-            return os.listdir(path)
+            return [from_operating_system(name) for name in os.listdir(path)]
         # Asked first: where nothing is, s3fs would list what is beside it. By its kind, since
         # another process may make the directory between the two questions.
         if not fs.isdir(path) and fs.info(path)["type"] == "file":

@@ -1,6 +1,9 @@
 """How URIs are spelled: any name, absolute paths, joins."""
 
+import json
 import os
+import subprocess
+import sys
 import urllib.parse
 
 import pytest
@@ -72,14 +75,94 @@ def test_a_file_uri_is_percent_encoded_and_a_path_is_not(tmp_path):
         ("../b.jpg", "/a/c", "/a/b.jpg"),
         ("/b.jpg", "/a", "/b.jpg"),
         ("s3://bucket/b.jpg", "/a", "s3://bucket/b.jpg"),
-        ("file:///a%20b.jpg", "/c", "file:///a%20b.jpg"),
+        ("file:///a%20b.jpg", "/c", "/a b.jpg"),
+        ("file:/a/b.jpg", None, "/a/b.jpg"),
+        ("file://localhost/a/b.jpg", None, "/a/b.jpg"),
+        ("FILE://LocalHost/a/b.jpg", None, "/a/b.jpg"),
+        ("file:///a/%2E%2e/b%2Ejpg", None, "/b.jpg"),
+        ("file:///a//./b.jpg", None, "/a/b.jpg"),
+        ("file:///caf%C3%A9.jpg", None, "/café.jpg"),
+        ("file:///caf%c3%a9.jpg", None, "/café.jpg"),
+        ("file:///café.jpg", None, "/café.jpg"),
+        ("file:///caf%e9.jpg", None, "file:///caf%E9.jpg"),
+        ("/caf\udce9.jpg", None, "file:///caf%E9.jpg"),
+        ("//a/b.jpg", None, "/a/b.jpg"),
+        ("b.jpg", "file:///a%20c", "/a c/b.jpg"),
+        ("file:b.jpg", "/a", "/a/file:b.jpg"),
+        ("S3://bucket/B.jpg", None, "s3://bucket/B.jpg"),
+        ("s3a://bucket/b.jpg", None, "s3://bucket/b.jpg"),
+        ("s3://bucket/a/../%2E//b?c#d.jpg", None, "s3://bucket/a/../%2E//b?c#d.jpg"),
+        ("gcs://bucket/b.jpg", None, "gs://bucket/b.jpg"),
+        ("abfss://c@a.dfs.core.windows.net/b", None, "abfs://c@a.dfs.core.windows.net/b"),
+        ("HTTPS://Host.Example:443/A.jpg", None, "https://host.example/A.jpg"),
+        ("http://host:80", None, "http://host/"),
+        ("http://host:8080?Q", None, "http://host:8080/?Q"),
+        ("http://host/%7euser/./a/../b%2ejpg#part", None, "http://host/~user/b.jpg"),
+        ("http://host/a/..", None, "http://host/"),
+        ("http://host/a//b/.", None, "http://host/a//b/"),
+        ("http://host/caf\u00e9 1.jpg", None, "http://host/caf%C3%A9%201.jpg"),
+        ("http://host/caf%c3%a9%201.jpg", None, "http://host/caf%C3%A9%201.jpg"),
+        ("http://host/100%.jpg?a=%2f%2D", None, "http://host/100%25.jpg?a=%2F-"),
         ("memory://b", None, "memory://b"),
         ("no scheme://b.jpg", "/a", "/a/no scheme:/b.jpg"),
         ("a::b.jpg", "/a", "/a/a::b.jpg"),
     ],
 )
-def test_paths_are_made_absolute_and_uris_are_left(uri, base, expected):
+def test_a_file_has_one_spelling(uri, base, expected):
     assert storage.absolute(uri, base) == expected
+    assert storage.absolute(expected) == expected
+
+
+def test_a_file_of_another_host_is_an_error():
+    with pytest.raises(InputError, match=r"^file://server/a\.jpg: a file of the host server; use"):
+        storage.absolute("file://server/a.jpg")
+
+
+def test_what_is_not_unicode_is_an_error():
+    with pytest.raises(InputError, match=r"^'/\\ud800\.jpg' is not valid Unicode$"):
+        storage.absolute("/\ud800.jpg")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C.UTF-8"},
+        {"LC_ALL": "C"},
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_a_file_has_one_spelling_in_every_locale(tmp_path, environment):
+    names = [b"caf\xc3\xa9.jpg", b"caf\xe9.jpg", b"plain.jpg"]
+    for name in names:
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            file.write(name)
+    code = """
+import json, sys
+from captioner import storage
+folder = storage.absolute(storage.from_operating_system(sys.argv[1]))
+listed = [each.uri for each in storage.find(folder, (".jpg",))]
+given = storage.absolute(folder + "/caf\\u00e9.jpg")
+storage.write(folder + "/out/\\u00e9", b"")
+read = [storage.read(uri).hex() for uri in listed]
+print(json.dumps([listed, given, read, storage.names(folder + "/out"), storage.names(folder)]))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=True,
+    )
+    listed, given, read, written, everything = json.loads(ran.stdout)
+    assert listed == [
+        f"{tmp_path}/café.jpg",
+        f"{tmp_path}/plain.jpg",
+        f"file://{tmp_path}/caf%E9.jpg",
+    ]
+    assert given == f"{tmp_path}/café.jpg"
+    assert read == [name.hex() for name in (names[0], names[2], names[1])]
+    assert written == ["é"]
+    assert everything == sorted([*(n.decode("utf-8", "surrogateescape") for n in names), "out"])
+    assert os.listdir(os.fsencode(tmp_path) + b"/out") == [b"\xc3\xa9"]
 
 
 def test_a_relative_path_starts_from_the_working_directory(tmp_path, monkeypatch):
