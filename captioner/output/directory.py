@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from datetime import datetime, timezone
 from operator import itemgetter
 from typing import Any
@@ -25,7 +26,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from captioner import __version__, storage
-from captioner.config import parse_json
+from captioner.config import DecodeConfig, RunConfig, parse_json
 from captioner.errors import FingerprintError, InputError, OutputError
 from captioner.output.manifest import Accounts, Shard, _by_shard, new_shards
 from captioner.output.parts import Part, PartFile, delete_parts, find_parts, open_part, row_groups
@@ -39,6 +40,8 @@ __all__ = [
 
 #: The folder of an output directory that holds its books.
 PRIVATE = "__captioner"
+#: Settings that are options of the command line.
+_OPTIONS = {each.name for config in (DecodeConfig, RunConfig) for each in fields(config)}
 _READERS = 16  # threads that read parts: mostly waiting, for a bucket
 _READ_AHEAD = 65_536  # rows of parts in memory, unless a part has more
 
@@ -179,7 +182,7 @@ class OutputDirectory:
         if differing:
             raise FingerprintError(
                 f"{self.uri} was begun with other settings: {'; '.join(differing)}. "
-                "Use another directory, or --overwrite"
+                "Give the earlier settings, use another directory, or --overwrite"
             )
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -427,4 +430,5 @@ def _fingerprint(settings: dict[str, Any]) -> str:
 def _difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, str) and isinstance(now, str) and len(before) == len(now) == 64:
         return f"another {name}"  # SHA-256 digests tell the reader nothing
-    return f"{name} was {before}, is {now}"
+    option = f"--{name.replace('_', '-')}" if name in _OPTIONS else name
+    return f"{option} was {before}, is {now}"

@@ -157,7 +157,7 @@ def test_another_model_on_the_same_output_is_refused(photos, model_directory, tm
     bundle.save(str(tmp_path / "other"), tiny_model(seed=9), vocabulary)
     with pytest.raises(FingerprintError, match="another model"):
         caption_images(str(photos), str(output), str(tmp_path / "other"), run=RUN)
-    with pytest.raises(FingerprintError, match="beam was 1, is 2"):
+    with pytest.raises(FingerprintError, match="--beam was 1, is 2"):
         caption_images(
             str(photos), str(output), str(model_directory), decode=DecodeConfig(beam=2), run=RUN
         )
@@ -173,7 +173,7 @@ def test_the_default_beam_width_is_the_models(photos, tmp_path, vocabulary):
     # Asked for, it is the same job; greedy captions are another's.
     again = caption_images(str(photos), output, model, decode=DecodeConfig(beam=3), run=RUN)
     assert again.captioned == 0
-    with pytest.raises(FingerprintError, match="beam was 3, is 1"):
+    with pytest.raises(FingerprintError, match="--beam was 3, is 1"):
         caption_images(str(photos), output, model, decode=DecodeConfig(beam=1), run=RUN)
     caption_images(str(photos), greedy, model, decode=DecodeConfig(beam=1), run=RUN)
     scores, others = ([row["score"] for row in _rows(Path(each))] for each in (output, greedy))
@@ -320,9 +320,9 @@ def test_the_error_rate_counts_only_images_that_are_listed(photos, model_directo
 @pytest.mark.parametrize(
     ("changed", "difference"),
     [
-        ({"precision": "bf16"}, "precision was fp32, is bf16"),
-        ({"max_pixels": 10_000}, "max_pixels was 256000000, is 10000"),
-        ({"max_bytes": 10_000}, "max_bytes was 256000000, is 10000"),
+        ({"precision": "bf16"}, "--precision was fp32, is bf16"),
+        ({"max_pixels": 10_000}, "--max-pixels was 256000000, is 10000"),
+        ({"max_bytes": 10_000}, "--max-bytes was 256000000, is 10000"),
     ],
 )
 def test_a_resume_that_would_mix_rows_is_refused_with_what_differs(
@@ -350,5 +350,5 @@ def test_the_fingerprint_holds_the_resolved_precision_and_no_setting_of_a_run(
     # On a machine whose hardware resolves it otherwise, the resume is refused.
     other = {"fp32": "bf16", "bf16": "fp32"}[settings["precision"]]
     monkeypatch.setattr(plan, "resolve_precision", lambda *_: other)
-    with pytest.raises(FingerprintError, match=rf"precision was \w+, is {other}"):
+    with pytest.raises(FingerprintError, match=rf"--precision was \w+, is {other}"):
         caption_images(*arguments, run=RunConfig(**{**vars(RUN), "precision": "auto"}))

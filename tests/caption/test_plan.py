@@ -186,7 +186,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path: Path, model_di
     run()
     assert run("--dry-run") == "7 images, all captioned\n"
     result = CliRunner().invoke(main, [*command, "--beam", "2", "--dry-run"])
-    assert (result.exit_code, "other settings: beam was 1" in result.output) == (2, True)
+    assert (result.exit_code, "other settings: --beam was 1" in result.output) == (2, True)
 
 
 @pytest.mark.parametrize(

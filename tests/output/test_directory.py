@@ -83,19 +83,19 @@ def test_a_tuple_is_the_list_that_it_becomes(place):
     output = OutputDirectory(f"{place}/out [1]")
     output.begin({"sizes": (1, 2)})
     output.begin({"sizes": (1, 2)})
-    with pytest.raises(FingerprintError, match=r"settings: beam was None, is 2\. "):
+    with pytest.raises(FingerprintError, match=r"settings: --beam was None, is 2\. "):
         output.begin({"sizes": (1, 2), "beam": 2})
 
 
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"beam": 3}, "beam was 1, is 3"),
+        ({"beam": 3}, "--beam was 1, is 3"),
         ({"model": "f" * 64}, "another model"),
-        ({"attention": "mean"}, "attention was None, is mean"),
+        ({"attention": "mean"}, "--attention was None, is mean"),
         (
             {"vocabulary": "f" * 64, "model": "f" * 64, "length_penalty": 0.5},
-            "length_penalty was 1.0, is 0.5; another model; another vocabulary",
+            "--length-penalty was 1.0, is 0.5; another model; another vocabulary",
         ),
     ],
 )
@@ -105,14 +105,14 @@ def test_other_settings_are_refused_with_what_differs(output, changes, differenc
         output.begin({**SETTINGS, **changes})
     assert str(caught.value) == (
         f"{output.uri} was begun with other settings: {difference}. "
-        "Use another directory, or --overwrite"
+        "Give the earlier settings, use another directory, or --overwrite"
     )
     assert _contents(output.uri) == before
 
 
 def test_a_missing_setting_is_a_difference(output):
     fewer = {name: value for name, value in SETTINGS.items() if name != "beam"}
-    with pytest.raises(FingerprintError, match=r"other settings: beam was 1, is None\. "):
+    with pytest.raises(FingerprintError, match=r"other settings: --beam was 1, is None\. "):
         output.begin(fewer)
 
 
