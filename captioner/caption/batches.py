@@ -200,10 +200,10 @@ def caption_alone(
     crash_log.begin_probe(captioner.device)
     captioner.probe(job.preparation)
     crash_log.end_probe(captioner.device)
-    crashes.prove(captioner.device)
+    crashes.count_deaths_on(captioner.device)
     rows = []
     for uri, size in zip(shard.uris, shard.sizes, strict=True):
-        if crashes.convict(uri):
+        if crashes.sets_aside(uri):
             error = "it killed the process that captioned it, more than once"
             rows.append(CaptionRow(uri=uri, bytes=size, status="failed", error=error))
             continue

@@ -8,7 +8,7 @@ image, each named in the file before it is touched.
 A device that breaks kills its processes too, whatever the image. Before a process touches an image
 that another process may have died with, it therefore captions a plain grey image, the probe:
 
-- A process that dies with the probe convicts no image. After :data:`_PROBES` such deaths in a row
+- A death with the probe counts against no image. After :data:`_PROBES` such deaths in a row
   on one device the job stops.
 - A death with an image alone counts against the image only once the probe, or any image, has gone
   through on the same device afterwards. Two such deaths set the image aside.
@@ -47,14 +47,14 @@ class Crashes:
     deaths: dict[str, int] = field(default_factory=dict)
     unproven: list[tuple[str, str]] = field(default_factory=list)
 
-    def prove(self, device: str) -> None:
-        """Counts the deaths on a device: it works, as an image has just gone through."""
+    def count_deaths_on(self, device: str) -> None:
+        """Counts the deaths on a device that has just captioned an image, and therefore works."""
         for uri, where in self.unproven:
             if where == device:
                 self.deaths[uri] = self.deaths.get(uri, 0) + 1
         self.unproven = [(uri, where) for uri, where in self.unproven if where != device]
 
-    def convict(self, uri: str) -> bool:
+    def sets_aside(self, uri: str) -> bool:
         """Whether an image is to be set aside."""
         devices = {where for image, where in self.unproven if image == uri}
         return self.deaths.get(uri, 0) >= _DEATHS or len(devices) >= _DEVICES
@@ -133,8 +133,8 @@ class CrashLog:
         """Says that the probe has gone through on a device."""
         storage.delete(self._device(device))
 
-    def end_orderly(self) -> None:
-        """Clears what no crash has left: shards in hand when a job ends in order, and probes.
+    def clear_after_orderly_end(self) -> None:
+        """Clears what no crash has left: the shards and probes of a job that ends in order.
 
         Earlier deaths stay.
         """

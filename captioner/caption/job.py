@@ -169,7 +169,8 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
     else:
         engine = run_local(job, inputs.model, shards)
     failures, bad = EarlyFailures(job), 0
-    bar = progress_bar(plan.images, unit="image", initial=plan.images - plan.remaining)
+    already = plan.images - plan.remaining
+    bar = progress_bar(plan.images, unit="image", initial=already, description="captioning")
     with bar as progress, closing(engine) as running:
         for result in running:
             count = sum(result.rows.values())
@@ -212,7 +213,7 @@ class _Books:
         self._directory.tidy()
         orderly = isinstance(problem, (CaptionerError, KeyboardInterrupt))
         if orderly and not isinstance(problem, DeviceError):  # which tells of the image in hand
-            self._crash_log.end_orderly()
+            self._crash_log.clear_after_orderly_end()
         if signals.received is not None or isinstance(problem, KeyboardInterrupt):
             self._write(done, {}, missing=self._images - self._finished(), error="stopped")
             return

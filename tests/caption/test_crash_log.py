@@ -107,7 +107,7 @@ def test_a_death_counts_only_where_an_image_has_gone_through_on_the_same_device_
 def test_an_image_that_kills_on_a_third_device_is_set_aside(shard, log):
     """A job whose every process gets another machine comes to its end."""
     for device in ("GPU 1", "GPU 2", "GPU 3"):
-        assert not log.crashes(7).convict(shard.uris[0])
+        assert not log.crashes(7).sets_aside(shard.uris[0])
         with pytest.raises(_Killed):
             _alone(log, shard, _Model(1), device)
     rows = _alone(log, shard, _Model(), "GPU 4")
@@ -144,7 +144,7 @@ def test_an_orderly_end_leaves_only_what_crashes_have_left(tmp_path):
     log.begin(2, Crashes({"a.jpg": 1}), alone=("b.jpg", "GPU 1"))
     log.begin(3, Crashes({}, [("c.jpg", "GPU 2")]))
     log.begin_probe("GPU 1")
-    log.end_orderly()
+    log.clear_after_orderly_end()
     assert log.shards() == {2, 3}
     assert log.crashes(2) == Crashes({"a.jpg": 1}, [])
     assert log.crashes(3) == Crashes({}, [("c.jpg", "GPU 2")])
@@ -166,7 +166,7 @@ def test_a_damaged_file_tells_that_the_shard_was_in_hand(tmp_path, data):
     (folder / "000001 2.json").write_bytes(data)
     assert log.shards() == {1}
     assert log.crashes(1) == Crashes()
-    log.end_orderly()
+    log.clear_after_orderly_end()
     assert log.shards() == set()
     assert log.crashes(1) is None
 

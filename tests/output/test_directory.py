@@ -323,7 +323,12 @@ def test_books_that_cannot_be_reached_are_an_output_error(memory_bucket, monkeyp
     crash_log.begin(3)
     break_bucket(monkeypatch, "ls", "cat_file")
     asked = (output.manifest, output.parts, output.delete_held, output.accounts)
-    for ask in (*asked, crash_log.shards, crash_log.end_orderly, lambda: crash_log.crashes(3)):
+    for ask in (
+        *asked,
+        crash_log.shards,
+        crash_log.clear_after_orderly_end,
+        lambda: crash_log.crashes(3),
+    ):
         with pytest.raises(OutputError, match=r"^cannot .* memory://bucket/out.*no connection"):
             ask()
 
