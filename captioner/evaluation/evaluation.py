@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -145,30 +145,34 @@ def caption_dataset(
     loaded = bundle.load(model)
     decode = decode.with_model_defaults(loaded.config)
     captioner = Captioner(loaded, decode, device=run.device, precision=run.precision)
-    load = partial(load_view, size=captioner.image_size, view=0)
-    threads = run.decoders or os.cpu_count() or 1
-    pixels_of = prefetch.map_ahead(load, [image.uri for image in images], threads)
     kept: list[CaptionedImage] = []
     captions: list[str] = []
     undecodable: list[str] = []
     with progress_bar(len(images), unit="image", description="captions") as progress:
-        for begin in range(0, len(images), run.batch_size):
-            batch = images[begin : begin + run.batch_size]
-            pixels = []
-            for image in batch:
-                pixels_HW3 = next(pixels_of)
-                if pixels_HW3 is None:
-                    undecodable.append(image.uri)
-                else:
-                    kept.append(image)
-                    pixels.append(pixels_HW3)
-            if pixels:
-                captions += [caption.text for caption in captioner(np.stack(pixels))]
+        for batch in _decoded_batches(images, captioner.image_size, run):
+            decoded = [(image, pixels) for image, pixels in batch if pixels is not None]
+            undecodable += [image.uri for image, pixels in batch if pixels is None]
+            if decoded:
+                kept += [image for image, _ in decoded]
+                pixels_BHW3 = np.stack([pixels for _, pixels in decoded])
+                captions += [caption.text for caption in captioner(pixels_BHW3)]
             progress.update(len(batch))
     settings = {"model": model, "precision": str(captioner.dtype).removeprefix("torch.")}
     settings |= {name: asdict(decode)[name] for name in _DECODING}
     reasons = {"images that cannot be read or decoded": undecodable}
     return Captioned(kept, captions, settings, _without_empty(reasons))
+
+
+def _decoded_batches(
+    images: Sequence[CaptionedImage], size: int, run: RunConfig
+) -> Iterator[list[tuple[CaptionedImage, np.ndarray | None]]]:
+    """Batches of images with their pixels, or None for images that cannot be decoded."""
+    assert isinstance(run.batch_size, int)
+    load = partial(load_view, size=size, view=0)
+    threads = run.decoders or os.cpu_count() or 1
+    pixels = prefetch.map_ahead(load, [image.uri for image in images], threads)
+    for begin in range(0, len(images), run.batch_size):
+        yield [(image, next(pixels)) for image in images[begin : begin + run.batch_size]]
 
 
 def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
