@@ -64,7 +64,7 @@ class Gathering:
         Args:
             needed: the splits whose images are needed, where the table has splits; None: all.
             allow_missing: accept that more than half of the images are not found.
-            hint: ends the message.
+            hint: ends a message about images that are not found.
 
         Raises:
             InputError: no image is found with a caption, or more than half are not found.
@@ -72,18 +72,17 @@ class Gathering:
         named = len(self.kept) + len(self.missing) + len(self.ambiguous)
         if not named:
             raise InputError(self._describe_no_caption())
-        problems = {
-            self._describe_missing: len(self.missing),
-            self._describe_ambiguous: len(self.ambiguous),
-        }
-        describe_most = max(problems, key=problems.__getitem__)
+        problems = []
+        if self.missing:
+            problems.append((len(self.missing), self._describe_missing(named) + hint))
+        if self.ambiguous:
+            problems.append((len(self.ambiguous), self._describe_ambiguous(named)))
         if not self.kept:
-            raise InputError(describe_most(named) + hint)
+            raise InputError(max(problems)[1])
         if self._share_of_lost(needed) > MOST_MISSING and not allow_missing:
-            raise InputError(f"{describe_most(named)}{hint}; --allow-missing accepts it")
-        for describe, count in problems.items():
-            if count:
-                _logger.warning("left out: %s", describe(named))
+            raise InputError(f"{max(problems)[1]}; --allow-missing accepts it")
+        for _, problem in problems:
+            _logger.warning("left out: %s", problem)
 
     def _share_of_lost(self, needed: Collection[str] | None) -> float:
         """The share of the needed images that is not found, from 0 to 1."""

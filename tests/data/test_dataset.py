@@ -381,7 +381,7 @@ def test_each_cause_has_its_own_message(tmp_path: Path):
         _flickr(tmp_path / "rows", [], ["a.jpg"]): r"captions\.txt lists no images$",
         _flickr(tmp_path / "two", ["a.jpg"], ["x/a.jpg", "y/a.jpg"]): (
             "1 of the 1 names in .* fit several images: "
-            r"a\.jpg is .*/x/a\.jpg or .*/y/a\.jpg; name the folder too"
+            r"a\.jpg is .*/x/a\.jpg or .*/y/a\.jpg; name the folder too$"
         ),
         _flickr(tmp_path / "case", ["A.jpg"], ["a.JPG"]): r"is A\.jpg the file a\.JPG\?",
         _flickr(tmp_path / "ending", ["a"], ["x/a.jpg"]): r"is a the file x/a\.jpg\?",
@@ -409,7 +409,8 @@ def test_more_than_half_of_the_images_missing_is_refused_unless_allowed(
     assert (len(half.images), half.without_image) == (5, 5)
     assert caplog.messages == [
         f"left out: 5 of the 10 images that {tmp_path}/half/captions.txt names are not in "
-        f"{tmp_path}/half/Images: 5.jpg, 6.jpg, 7.jpg, 8.jpg, 9.jpg"
+        f"{tmp_path}/half/Images: 5.jpg, 6.jpg, 7.jpg, 8.jpg, 9.jpg "
+        "(--images says where the images are)"
     ]
     most = _flickr(tmp_path / "most", names, names[:4])
     with pytest.raises(InputError, match=r"6 of the 10 .*; --allow-missing accepts it$"):
