@@ -502,6 +502,11 @@ class ListingConfig(_Checked):
         "Extensions of the image files in a folder, separated by commas.",
         option="--ext",
     )
+    exclude: tuple[str, ...] = setting(
+        (),
+        "Pattern of names to leave out, files and folders, such as '*-draft.jpg'; one with a slash "
+        "is for the path from SOURCE. Repeatable.",
+    )
     column: str | None = setting(
         None,
         "Column of image URIs in a list.",
@@ -520,6 +525,8 @@ class ListingConfig(_Checked):
             raise SettingError(
                 "extensions", f"must be words separated by commas, not {self.extensions!r}"
             )
+        if not all(pattern.strip("/") for pattern in self.exclude):
+            raise SettingError("exclude", "must be a pattern, for example '*-draft.jpg' or old")
 
     @property
     def endings(self) -> tuple[str, ...]:

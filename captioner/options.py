@@ -71,7 +71,9 @@ def options_of(
         for each in reversed(dataclasses.fields(config)):
             if only is not None and each.name not in only:
                 continue
-            name, kind = option_name(each), _type_of(hints[each.name])
+            hint = hints[each.name]
+            is_repeatable = typing.get_origin(hint) is tuple
+            name, kind = option_name(each), str if is_repeatable else _type_of(hint)
             if kind is bool:
                 name = f"{name}/--no-{name[2:]}"
             option = click.option(
@@ -80,7 +82,8 @@ def options_of(
                 cls=GroupedOption,
                 group=each.metadata["group"] or config.GROUP,  # type: ignore[attr-defined]
                 type=kind,
-                metavar=kind.metavar if isinstance(kind, _OrWord) else None,
+                metavar="GLOB" if is_repeatable else getattr(kind, "metavar", None),
+                multiple=is_repeatable,
                 default=None,
                 help=f"{each.metadata['help']}  [default: {_default_of(each, presets)}]",
             )
@@ -114,7 +117,7 @@ def _default_of(field: "dataclasses.Field[Any]", presets: Mapping[str, Preset] |
 
 
 def _as_typed(value: Any) -> str:
-    if value is None:
+    if value is None or value == ():
         return "none"
     if isinstance(value, bool):
         return "on" if value else "off"

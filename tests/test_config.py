@@ -94,6 +94,13 @@ def _refused(kind: type, message: str, **values: object) -> None:
             {"extensions": "jpg,,png"},
             "extensions must be words separated by commas, not 'jpg,,png'",
         ),
+        (ListingConfig, {"exclude": "a"}, "exclude must be a tuple, each text, not 'a'"),
+        (ListingConfig, {"exclude": ("a", 1)}, "exclude must be a tuple, each text, not ('a', 1)"),
+        (
+            ListingConfig,
+            {"exclude": ("a", "/")},
+            "exclude must be a pattern, for example '*-draft.jpg' or old",
+        ),
         (ListingConfig, {"extensions": ""}, "extensions must be words separated by commas, not ''"),
         (
             ListingConfig,
@@ -283,7 +290,7 @@ def test_annotations_are_of_the_kinds_that_are_checked():
     for kind, field in FIELDS:
         hint = typing.get_type_hints(kind)[field.name]
         parts = typing.get_args(hint) or (hint,)
-        simple = {int, float, str, bool, type(None), Literal["auto"]}
+        simple = {int, float, str, bool, type(None), Literal["auto"], ...}
         assert typing.get_origin(hint) is typing.Literal or simple.issuperset(parts)
 
 

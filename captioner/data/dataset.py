@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from captioner import storage
 from captioner.config import ListingConfig
 from captioner.data import tables
+from captioner.data.filters import PROGRAMS_FILES, Exclusion
 from captioner.data.gathering import Gathering
 from captioner.data.splits import CaptionedImage, Split, finder, named_images, warn_if_single
 from captioner.errors import InputError
@@ -215,8 +216,9 @@ def read_dataset(
         entries = tables.read_csv(table)
     directory = storage.absolute(images_directory) if images_directory else directory
     hint = "" if images_directory else " (--images says where the images are)"
+    exclude = Exclusion(PROGRAMS_FILES).match
     try:  # Of any ending: the table says which files are images.
-        files = [listed.uri for listed in storage.find(directory, ("",))]
+        files = [listed.uri for listed in storage.find(directory, ("",), exclude=exclude)]
     except InputError as error:
         raise InputError(f"{error}{hint}") from error
     gathered = Gathering(table, directory, files)

@@ -1,13 +1,15 @@
 """Which images a source holds: a folder, or a list of URIs."""
 
 import logging
-from collections import Counter
+import shlex
+from collections.abc import Sequence
 
 from captioner import storage
 from captioner.config import ListingConfig
+from captioner.data.filters import PROGRAMS_FILES, Exclusion
 from captioner.data.lists import is_list, read_list
 from captioner.errors import InputError, first_of, one_line
-from captioner.storage import Listed
+from captioner.storage import FolderError, Listed, PassedOver
 
 __all__ = ["list_source"]
 
@@ -34,6 +36,8 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
         is_table = is_list(source) and not storage.is_directory(source)
     except OSError as error:
         raise InputError(f"cannot read {source}: {one_line(error)}") from error
+    if is_table and listing.exclude:
+        raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
     if listing.column is not None and not is_table:
         raise InputError(f"--column is for a list, and {source} is not one by its ending")
     images = read_list(source, listing.column) if is_table else _list_folder(source, listing)
@@ -41,11 +45,37 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
 
 
 def _list_folder(source: str, listing: ListingConfig) -> list[Listed]:
-    others: Counter[str] = Counter()
-    images = storage.find(source, listing.endings, others)
+    exclusion, passed_over = Exclusion(PROGRAMS_FILES + listing.exclude), PassedOver()
+    try:
+        images = storage.find(
+            source, listing.endings, exclude=exclusion.match, passed_over=passed_over
+        )
+    except FolderError as error:
+        pattern = shlex.quote(error.pattern)
+        raise InputError(f"{error}; leave the folder out with --exclude {pattern}") from error
+    _log_passed_over(passed_over, listing.exclude)
     if not images:
         raise InputError(f"{source} holds no images ({listing.extensions})")
-    if others:
-        known = [f"{count} {ending or 'without one'}" for ending, count in others.most_common()]
-        _logger.info("files of other endings passed over: %s", first_of(known, _SHOWN))
     return images
+
+
+def _log_passed_over(passed_over: PassedOver, exclude: Sequence[str]) -> None:
+    if passed_over.endings:
+        counts = passed_over.endings.most_common()
+        known = [f"{count} {ending or 'without one'}" for ending, count in counts]
+        _logger.info("files of other endings passed over: %s", first_of(known, _SHOWN))
+    excluded = passed_over.excluded
+    others = [f"{excluded[name]} {name}" for name in PROGRAMS_FILES if excluded[name]]
+    if others:
+        _logger.info("files of other programs passed over: %s", ", ".join(others))
+    for pattern in exclude:
+        if excluded[pattern]:
+            _logger.info("--exclude %s leaves out %d", shlex.quote(pattern), excluded[pattern])
+        else:
+            _logger.warning("--exclude %s matches nothing", shlex.quote(pattern))
+    if links := passed_over.links:
+        _logger.warning(
+            "links passed over, to folders that are listed already: %d: %s",
+            len(links),
+            first_of(links, _SHOWN),
+        )

@@ -8,7 +8,8 @@ become OSErrors after transient errors have been retried.
 
 from captioner.storage.cache import cache_directory
 from captioner.storage.filesystems import arrow_filesystem, is_local
-from captioner.storage.listing import Listed, find, is_directory, names, sizes
+from captioner.storage.finding import FolderError, Listed, PassedOver, find
+from captioner.storage.listing import is_directory, names, sizes
 from captioner.storage.locks import locked
 from captioner.storage.reading import Ranges, open_binary, read, size, version
 from captioner.storage.uris import (
@@ -22,7 +23,9 @@ from captioner.storage.uris import (
 from captioner.storage.writing import delete, is_temporary, write, writing
 
 __all__ = [
+    "FolderError",
     "Listed",
+    "PassedOver",
     "Ranges",
     "absolute",
     "arrow_filesystem",

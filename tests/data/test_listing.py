@@ -4,13 +4,17 @@ import io
 import json
 import os
 import random
+import tempfile
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from captioner import storage
+from captioner.cli import main
 from captioner.config import ListingConfig
 from captioner.data.listing import list_source
 from captioner.errors import InputError
@@ -442,3 +446,118 @@ def test_a_damaged_table_is_refused(tmp_path):
     assert len(problems) > 100
     assert all(problem.startswith(f"cannot read {path}: ") for problem in problems)
     assert not any("\n" in problem for problem in problems)
+
+
+# What a folder holds and is not listed.
+
+
+def test_files_of_other_programs_are_passed_over_and_counted(place, caplog):
+    for name in (
+        "a.jpg",
+        "._a.jpg",
+        "x/._b.jpg",
+        "x/b.jpg",
+        ".ipynb_checkpoints/a-checkpoint.jpg",
+        ".ipynb_checkpoints/b-checkpoint.jpg",
+        "__MACOSX/x/._b.jpg",
+        "x/@eaDir/b.jpg/SYNOPHOTO_THUMB_M.jpg",
+        ".hidden.jpg",
+    ):
+        storage.write(f"{place}/photos/{name}", b"")
+    with caplog.at_level("INFO"):
+        found = [uri.removeprefix(f"{place}/photos/") for uri in _uris(f"{place}/photos")]
+    assert found == [".hidden.jpg", "a.jpg", "x/b.jpg"]
+    assert caplog.messages == [
+        "files of other programs passed over: 2 ._*, 1 __MACOSX, 1 .ipynb_checkpoints, 1 @eaDir"
+    ]
+    # The folder that is asked for may be called so.
+    assert len(_uris(f"{place}/photos/.ipynb_checkpoints")) == 2
+
+
+def test_excluded_files_and_folders_are_counted(place, caplog):
+    for name in ("a.jpg", "a-draft.jpg", "old/b.jpg", "old/c.jpg", "x/old/d.jpg", "x/raw/e.jpg"):
+        storage.write(f"{place}/photos/{name}", b"")
+    with caplog.at_level("INFO"):
+        uris = _uris(f"{place}/photos", exclude=("*-draft.*", "old", "x/ra*", "none of them"))
+    assert uris == [f"{place}/photos/a.jpg"]
+    assert caplog.messages == [
+        "--exclude '*-draft.*' leaves out 1",
+        "--exclude old leaves out 2",
+        "--exclude 'x/ra*' leaves out 1",
+        "--exclude 'none of them' matches nothing",
+    ]
+    with pytest.raises(InputError, match="holds no images"):
+        _uris(f"{place}/photos", exclude=("*.jpg",))
+    storage.write(f"{place}/list.txt", b"a.jpg\n")
+    with pytest.raises(InputError, match=r"--exclude is for a folder, and .*/list\.txt is a list"):
+        _uris(f"{place}/list.txt", exclude=("a.jpg",))
+
+
+def test_linked_folders_are_followed_and_each_folder_is_listed_once(tmp_path, caplog):
+    disk, photos = tmp_path / "disk", tmp_path / "photos"
+    for path in (disk / "2023" / "a.jpg", disk / "b.jpg", photos / "x" / "c.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (photos / "2023").symlink_to(disk / "2023")
+    (photos / "again").symlink_to(disk)  # with 2023, which the link before it has listed
+    (photos / "same").symlink_to(photos / "x")
+    (photos / "x" / "up").symlink_to("..")
+    (photos / "x" / "root").symlink_to("/")
+    (disk / "2023" / "home").symlink_to(photos)
+    (disk / "2023" / "above").symlink_to(disk)
+    expected = ["2023/a.jpg", "again/b.jpg", "x/c.jpg"]
+    assert _uris(photos) == [f"{photos}/{name}" for name in expected]
+    passed_over = ["again/2023", "same", "x/root", "x/up", "2023/above"]
+    [message] = caplog.messages
+    assert message.startswith("links passed over, to folders that are listed already: 6: ")
+    assert all(f"{photos}/{link}" in message for link in passed_over), message
+    caplog.clear()
+    assert _uris(photos, exclude=("2023", "again", "same", "up", "root")) == [f"{photos}/x/c.jpg"]
+    assert not any("links" in message for message in caplog.messages)
+
+
+def test_a_folder_of_nothing_but_a_linked_folder(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.jpg").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "linked.jpg").symlink_to("../disk")
+    assert _uris(tmp_path / "photos") == [f"{tmp_path}/photos/linked.jpg/a.jpg"]
+    (tmp_path / "link").symlink_to("photos")
+    assert _uris(tmp_path / "link") == [f"{tmp_path}/link/linked.jpg/a.jpg"]
+
+
+def test_a_folder_that_may_not_be_listed_stops_the_job_and_may_be_excluded():
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as directory:
+        secret = Path(directory, "a secret")
+        secret.mkdir(mode=0)
+        Path(directory, "lost+found").mkdir(mode=0)
+        Path(directory, "a.jpg").touch()
+        os.chmod(directory, 0o755)
+        if user == 0:
+            os.seteuid(65534)  # root may list everything
+        try:
+            with pytest.raises(InputError) as error:
+                _uris(directory)
+            assert str(error.value) == (
+                f"cannot list {secret}: Permission denied; "
+                "leave the folder out with --exclude 'a secret'"
+            )
+            assert _uris(directory, exclude=("a secret",)) == [f"{directory}/a.jpg"]
+        finally:
+            os.seteuid(user)
+            secret.chmod(0o700)
+
+
+def test_exclude_is_repeated_on_the_command_line(tmp_path, model_directory):
+    for name in ("a.jpg", "b.jpg", "old/c.jpg"):
+        storage.write(f"{tmp_path}/photos/{name}", b"")
+    arguments = ["caption", f"{tmp_path}/photos", f"{tmp_path}/out", "--engine", "local"]
+    arguments += ["--model", str(model_directory), "--dry-run"]
+    result = CliRunner().invoke(main, [*arguments, "--exclude", "old", "--exclude=b.*"])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[:2] == [
+        "--exclude old leaves out 1",
+        "--exclude 'b.*' leaves out 1",
+    ]
+    assert "1 image" in result.output

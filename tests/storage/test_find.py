@@ -9,7 +9,7 @@ import pytest
 
 from captioner import storage
 from captioner.errors import InputError
-from captioner.storage import Listed
+from captioner.storage import Listed, PassedOver
 
 IMAGES = (".jpg", ".png")
 
@@ -58,7 +58,7 @@ def test_what_is_no_file_is_not_listed(tmp_path):
     assert _uris(tmp_path) == []
 
 
-def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_path):
+def test_links_to_files_and_folders_are_followed(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "1234").write_bytes(b"12345")
     photos = tmp_path / "photos"
@@ -67,9 +67,15 @@ def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(tmp_pat
     (photos / "folder").symlink_to(tmp_path / "blobs")
     (photos / "folder.jpg").symlink_to(tmp_path / "blobs")
     (tmp_path / "blobs" / "b.jpg").touch()
-    assert storage.find(str(photos), IMAGES) == [Listed(f"{photos}/a.jpg", 5)]
+    # Both links to folders lead to one, which is listed by the first of them.
+    expected = ["a.jpg", "folder/b.jpg"]
+    passed_over = PassedOver()
+    found = storage.find(str(photos), IMAGES, passed_over=passed_over)
+    assert found == [Listed(f"{photos}/a.jpg", 5), Listed(f"{photos}/folder/b.jpg", 0)]
+    assert passed_over.links == [f"{photos}/folder.jpg"]
     (tmp_path / "link").symlink_to(photos)
-    assert _uris(tmp_path / "link") == [f"{tmp_path}/link/a.jpg"], "the directory itself may be one"
+    # The directory itself may be a link.
+    assert _uris(tmp_path / "link") == [f"{tmp_path}/link/{name}" for name in expected]
 
 
 def test_a_link_whose_file_is_gone_is_listed_to_be_accounted_for(tmp_path):
