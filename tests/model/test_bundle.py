@@ -89,7 +89,11 @@ def test_a_bundle_that_names_no_tokenizer_splits_at_white_space(model_directory,
     del config["model"]["tokenizer"]
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
     assert bundle.load(str(tmp_path / "old")).vocabulary.kind == "whitespace"
-    assert bundle.load(bundle.DEFAULT).vocabulary.kind == "whitespace"
+
+
+def test_the_bundled_model_splits_at_white_space_and_gives_the_mean_of_its_blocks():
+    config = bundle.load(bundle.DEFAULT).config
+    assert (config.tokenizer, config.attention_map) == ("whitespace", "mean")
 
 
 def test_the_images_that_a_model_has_seen_are_no_part_of_it(place: str, vocabulary):
