@@ -27,7 +27,9 @@ from fsspec.spec import AbstractFileSystem
 from captioner import storage
 from captioner.config import ListingConfig
 from captioner.data.listing import list_source
+from captioner.output.audit import audit, remaining_shards
 from captioner.output.directory import OutputDirectory
+from captioner.output.manifest import extend_manifest, read_manifest
 from captioner.output.parts import part_name
 from captioner.review import report
 from captioner.schema import part_schema
@@ -67,9 +69,9 @@ def plan(source: str, directory: OutputDirectory) -> dict[str, object]:
     listed = list_source(source, ListingConfig())
     seconds = {"list": time.monotonic() - begin}
     directory.begin(SETTINGS)
-    manifest = directory.extend(listed, SHARD)
+    manifest = extend_manifest(directory, listed, SHARD)
     seconds["manifest"] = time.monotonic() - begin - sum(seconds.values())
-    shards = list(directory.remaining(manifest))
+    shards = list(remaining_shards(directory, manifest))
     seconds["shards"] = time.monotonic() - begin - sum(seconds.values())
     return {"seconds": seconds, "shards to do": len(shards)}
 
@@ -82,7 +84,7 @@ def caption(source: str, directory: OutputDirectory) -> dict[str, object]:
 
     maps, words = np.zeros(11 * 81, np.uint8).tobytes(), ["word"] * 11
     schema = part_schema(attention="tokens", levels=127)
-    for shard in directory.remaining(directory.manifest()):
+    for shard in remaining_shards(directory, read_manifest(directory)):
         count = len(shard.uris)
         columns = {
             "uri": shard.uris,
@@ -111,7 +113,7 @@ def resume(source: str, directory: OutputDirectory) -> dict[str, object]:
     """What a job does that finds all its parts there."""
     done = plan(source, directory)
     begin = time.monotonic()
-    accounts = directory.accounts()
+    accounts = audit(directory)
     done["seconds"]["accounts"] = time.monotonic() - begin  # type: ignore[index]
     return done | {"missing": len(accounts.missing)}
 

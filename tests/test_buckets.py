@@ -27,7 +27,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from test_compaction import SIZE, finish, read_rows
+from test_compaction import SIZE, finish, rows_of_parts
 
 from captioner import storage
 from captioner.caption.job import caption_images
@@ -35,8 +35,11 @@ from captioner.cli import main
 from captioner.config import RunConfig, TrainConfig
 from captioner.data import dataset
 from captioner.errors import InputError, OutputError, StorageError
-from captioner.output.compaction import compact, expose
+from captioner.output.audit import audit
+from captioner.output.compaction import compact, isolate_shards
 from captioner.output.directory import OutputDirectory
+from captioner.output.manifest import read_manifest
+from captioner.output.rows import read_row, read_rows
 from captioner.storage import Listed
 from captioner.training import run as training
 from conftest import ODD_NAMES, TINY, tiny_model, write_photos
@@ -603,18 +606,18 @@ def test_no_row_is_lost_or_doubled_by_faults(engine, source, bucket, proxy, phot
 
 def test_parts_are_merged_and_split_in_spite_of_faults(bucket, proxy):
     output = finish(f"{bucket}/out")
-    rows, accounts = read_rows(output.uri), output.accounts()
+    rows, accounts = rows_of_parts(output.uri), audit(output)
     proxy.rate, proxy.kinds = 0.1, ("500", "503", "reset", "truncated")
     assert compact(output.uri, int(4.5 * SIZE)).after == 3
-    assert output.accounts() == accounts
-    [row] = output.find_row(5, 2).to_pylist()
+    assert audit(output) == accounts
+    [row] = read_row(output, 5, 2).to_pylist()
     assert row == rows.slice(22, 1).to_pylist()[0]
     assert proxy.faults
     proxy.reset()
-    assert read_rows(output.uri).equals(rows)
-    expose(output, output.manifest(), {3})
+    assert rows_of_parts(output.uri).equals(rows)
+    isolate_shards(output, read_manifest(output), {3})
     assert len(output.parts()) == 4
-    assert read_rows(output.uri).equals(rows)
+    assert rows_of_parts(output.uri).equals(rows)
 
 
 def test_what_is_asked_about_a_merged_part_is_not_all_of_it(bucket, proxy):
@@ -622,10 +625,10 @@ def test_what_is_asked_about_a_merged_part_is_not_all_of_it(bucket, proxy):
     compact(output.uri, 10**9)
     [part] = output.parts()
     proxy.sent = 0
-    output.accounts()
+    audit(output)
     assert proxy.sent < storage.sizes(output.uri)[part.name] / 2
     proxy.requests.clear()
-    assert len(list(output.rows())) == 1
+    assert len(list(read_rows(output))) == 1
     path = f"/{output.uri.removeprefix('s3://')}/{part.name}"
     assert proxy.requests["GET", path] == 2, "its end and its row group"
 

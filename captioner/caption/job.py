@@ -31,9 +31,11 @@ from captioner.errors import (
     IncompleteError,
     StoppedError,
 )
-from captioner.output.compaction import expose
+from captioner.output.audit import audit, remaining_shards, shards_to_retry
+from captioner.output.compaction import isolate_shards
 from captioner.output.directory import OutputDirectory
-from captioner.output.manifest import new_shards
+from captioner.output.manifest import extend_manifest, new_shards, read_manifest
+from captioner.output.rows import read_rows
 from captioner.runtime.memory import keep_few_kernels
 from captioner.runtime.progress import progress_bar
 from captioner.runtime.signals import Signals, catch_signals
@@ -66,12 +68,12 @@ def plan_captioning(
     with placed(inputs.run, dry=True) as placement:
         begun = directory.check(inputs.fingerprint(placement), overwrite=overwrite)
         resumes = begun and not overwrite
-        manifest = directory.manifest() if resumes else MANIFEST.empty_table()
+        manifest = read_manifest(directory) if resumes else MANIFEST.empty_table()
         added = new_shards(manifest, inputs.listed, inputs.run.shard_size)
         manifest = pa.concat_tables([manifest, added])
-        shards = list(directory.remaining(manifest, begun=resumes))
+        shards = list(remaining_shards(directory, manifest, begun=resumes))
         if inputs.run.retry_failed and resumes:
-            shards += directory.not_ok(manifest)
+            shards += shards_to_retry(directory, manifest)
         return make_plan(len(manifest), shards, inputs.run, placement)
 
 
@@ -146,12 +148,12 @@ def _begin(inputs: Inputs, placement: Placement, *, overwrite: bool) -> tuple[Pl
     """
     directory = inputs.directory
     directory.begin(inputs.fingerprint(placement), overwrite=overwrite)
-    manifest = directory.extend(inputs.listed, inputs.run.shard_size)
-    shards = list(directory.remaining(manifest))
+    manifest = extend_manifest(directory, inputs.listed, inputs.run.shard_size)
+    shards = list(remaining_shards(directory, manifest))
     if inputs.run.retry_failed:
-        failed = list(directory.not_ok(manifest))
-        directory.delete_held()
-        expose(directory, manifest, {shard.number for shard in failed})
+        failed = list(shards_to_retry(directory, manifest))
+        directory.delete_replaced_parts()
+        isolate_shards(directory, manifest, {shard.number for shard in failed})
         shards += failed
     return make_plan(len(manifest), shards, inputs.run, placement), inputs.unlisted(manifest)
 
@@ -196,8 +198,8 @@ class _Books:
         Raises:
             IncompleteError: images have no row.
         """
-        self._directory.tidy()
-        accounts = self._directory.accounts()
+        self._directory.delete_leftovers()
+        accounts = audit(self._directory)
         summary = self._write(done, accounts.rows, missing=len(accounts.missing))
         if accounts.missing:
             first = ", ".join(accounts.missing[:_SHOWN])
@@ -210,20 +212,20 @@ class _Books:
 
     def close_after(self, problem: BaseException, done: Done, signals: Signals) -> None:
         """After an error or a signal, which leaves no time to read the parts."""
-        self._directory.tidy()
+        self._directory.delete_leftovers()
         orderly = isinstance(problem, (CaptionerError, KeyboardInterrupt))
         if orderly and not isinstance(problem, DeviceError):  # which tells of the image in hand
             self._crash_log.clear_after_orderly_end()
         if signals.received is not None or isinstance(problem, KeyboardInterrupt):
             self._write(done, {}, missing=self._images - self._finished(), error="stopped")
             return
-        accounts = self._directory.accounts()
+        accounts = audit(self._directory)
         error = str(problem) or type(problem).__name__
         self._write(done, accounts.rows, missing=len(accounts.missing), error=error)
 
     def _finished(self) -> int:
-        manifest = self._directory.manifest()
-        left = sum(len(shard.uris) for shard in self._directory.remaining(manifest))
+        manifest = read_manifest(self._directory)
+        left = sum(len(shard.uris) for shard in remaining_shards(self._directory, manifest))
         return len(manifest) - left
 
     def _write(
@@ -268,7 +270,7 @@ def _check_error_rate(summary: Summary, inputs: Inputs, unlisted: set[str]) -> N
 def _statuses(directory: OutputDirectory, uris: set[str]) -> Counter[str]:
     """The rows of some images, by status."""
     wanted, counts = pa.array(sorted(uris), pa.string()), Counter[str]()
-    for rows in directory.rows(["uri", "status"]):
+    for rows in read_rows(directory, ["uri", "status"]):
         counts.update(rows.filter(pc.is_in(rows["uri"], wanted))["status"].to_pylist())
     return counts
 
@@ -278,8 +280,10 @@ def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:
     manifest = MANIFEST.empty_table()
     with suppress(Exception):  # what goes wrong now must not hide the signal
         if directory is not None:
-            manifest = directory.manifest()
-            done = len(manifest) - sum(len(each.uris) for each in directory.remaining(manifest))
+            manifest = read_manifest(directory)
+            done = len(manifest) - sum(
+                len(each.uris) for each in remaining_shards(directory, manifest)
+            )
     if not len(manifest):
         return StoppedError(f"stopped by {name} before the first image; {again}", number)
     return StoppedError(

@@ -21,9 +21,8 @@ from captioner.config import DecodeConfig, RunConfig
 from captioner.data import images
 from captioner.data.preparation import Preparation
 from captioner.errors import CaptionerError, OutputError, one_line
-from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import Shard
-from captioner.output.parts import part_name
+from captioner.output.parts import Part, part_name, read_part
 from captioner.schema import STATUSES, CaptionRow, part_schema, rows_to_table
 
 __all__ = [
@@ -184,7 +183,7 @@ def write_part(job: CaptionJob, shard: Shard, captioned: Sequence[CaptionRow]) -
     schema = part_schema(attention=job.decode.attention, levels=job.decode.attention_levels)
     rows = rows_to_table(captioned).cast(schema)
     if shard.redone:
-        rows = _put(OutputDirectory(job.output).read_part(shard.number), shard, rows)
+        rows = _put(read_part(job.output, Part(shard.number, shard.number)), shard, rows)
     sink = io.BytesIO()
     pq.write_table(rows.cast(schema), sink, compression="zstd")
     storage.write(storage.join(job.output, part_name(shard.number)), sink.getvalue())

@@ -25,6 +25,7 @@ from captioner.evaluation.metrics import Scores
 from captioner.model import bundle
 from captioner.model.native import Captioner
 from captioner.output.directory import OutputDirectory
+from captioner.output.rows import read_rows
 from captioner.runtime import prefetch
 from captioner.runtime.progress import progress_bar
 
@@ -186,8 +187,8 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
     directory = OutputDirectory(output)
     job = directory.read_json("run.json").get("settings", {})
     captions: dict[str, str] = {}
-    directory.settle()
-    for rows in directory.rows(["uri", "caption", "status"]):
+    directory.finish_compaction()
+    for rows in read_rows(directory, ["uri", "caption", "status"]):
         ok = rows.filter(pc.equal(rows["status"], "ok"))
         captions.update(zip(ok["uri"].to_pylist(), ok["caption"].to_pylist(), strict=True))
     found = {image.uri: image.uri for image in images if image.uri in captions}

@@ -7,11 +7,13 @@ import pyarrow as pa
 
 from captioner import storage
 from captioner.errors import InputError, OutputError
+from captioner.output.audit import audit
 from captioner.output.directory import OutputDirectory
+from captioner.output.manifest import parts_with_images, read_manifest
 from captioner.output.parts import Part, rewrite
 from captioner.runtime.progress import progress_bar
 
-__all__ = ["Compaction", "compact", "expose"]
+__all__ = ["Compaction", "compact", "isolate_shards"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ def compact(output: str, size: int) -> Compaction:
     directory = OutputDirectory(output)
     directory.read_json("run.json")  # the lock would make a directory where there is none
     with directory.locked():
-        directory.tidy()
-        directory.delete_held()
-        if missing := len(directory.accounts().missing):
+        directory.delete_leftovers()
+        directory.delete_replaced_parts()
+        if missing := len(audit(directory).missing):
             raise OutputError(
                 f"{output} is not finished: {missing} images have no row; "
                 "run its caption job again first"
             )
-        manifest = directory.manifest()
-        rows = {part: len(listed) for part, listed in directory.of_parts(manifest)}
+        manifest = read_manifest(directory)
+        rows = {part: len(listed) for part, listed in parts_with_images(directory, manifest)}
         try:
             sizes = storage.sizes(output)
         except OSError as error:
@@ -85,13 +87,13 @@ def _groups(parts: list[Part], sizes: dict[str, int], size: int) -> Iterator[lis
         yield group
 
 
-def expose(directory: OutputDirectory, manifest: pa.Table, shards: Collection[int]) -> None:
+def isolate_shards(directory: OutputDirectory, manifest: pa.Table, shards: Collection[int]) -> None:
     """Gives shards whose rows are to change a part of their own each: splits those that hold them.
 
     Raises:
         OutputError: a part cannot be read or written.
     """
-    for part, listed in directory.of_parts(manifest):
+    for part, listed in parts_with_images(directory, manifest):
         wanted = sorted(set(part.shards).intersection(shards))
         if wanted and part.first != part.last:
             numbers = listed["shard"].to_numpy()

@@ -31,6 +31,7 @@ __all__ = [
     "find_parts",
     "open_part",
     "part_name",
+    "read_part",
     "rewrite",
     "row_groups",
 ]
@@ -151,6 +152,16 @@ def open_part(directory: str, part: Part) -> Iterator[PartFile]:
         raise OutputError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
 
 
+def read_part(directory: str, part: Part, columns: list[str] | None = None) -> pa.Table:
+    """All rows of a part, or some of their columns.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    with open_part(directory, part) as file:
+        return file.read(columns)
+
+
 def row_groups(directory: str, part: Part, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """A part's rows, so many at a time as were written at once.
 
@@ -192,7 +203,10 @@ def rewrite(
             for piece in itertools.islice(pieces, len(sizes[part])):
                 writer.write_table(piece, row_group_size=len(piece))
                 advance(len(piece))
-    assert next(tables, None) is None, "there are more rows than were said"
+    if next(tables, None) is not None:
+        raise OutputError(
+            f"{sources[0].name} to {sources[-1].name} of {directory} hold more rows than images"
+        )
     for part in targets:
         if not storage.version(storage.join(directory, part.name)):
             raise OutputError(f"{part.name} is gone: another job is at work on {directory}")
@@ -219,7 +233,8 @@ def _regroup(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Ta
     for size in sizes:
         while sum(map(len, rest)) < size:
             table = next(tables, None)
-            assert table is not None, "there are fewer rows than were said"
+            if table is None:
+                raise OutputError("parts to be rewritten hold fewer rows than images")
             rest.append(table)
         whole = pa.concat_tables(rest)
         yield whole.slice(0, size)

@@ -16,6 +16,7 @@ from PIL import Image
 from captioner.errors import InputError, printable
 from captioner.output.attention import colour
 from captioner.output.directory import OutputDirectory
+from captioner.output.rows import lowest_ranked_rows
 from captioner.review.rows import attention_maps, read_photo
 from captioner.runtime.progress import progress_bar
 
@@ -58,7 +59,7 @@ def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed
         raise InputError(f"--images must be at least 1, not {count}")
     directory = OutputDirectory(output)
     directory.read_json("run.json")
-    directory.settle()
+    directory.finish_compaction()
     generator = np.random.default_rng(seed)
     ranks: dict[Order, Callable[[np.ndarray], np.ndarray]] = {
         "random": lambda scores: generator.random(len(scores)),
@@ -66,7 +67,7 @@ def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed
         "worst": np.positive,
         "listed": np.zeros_like,
     }
-    rows = directory.lowest(ranks[order], count)
+    rows = lowest_ranked_rows(directory, ranks[order], count)
     with (
         ThreadPoolExecutor(_READERS) as pool,
         progress_bar(len(rows), unit="image", description="gallery") as progress,

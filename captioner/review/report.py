@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from captioner.errors import OutputError
+from captioner.output.audit import Audit, audit
 from captioner.output.directory import OutputDirectory
-from captioner.output.manifest import Accounts
+from captioner.output.rows import read_rows
 from captioner.schema import STATUSES
 
 __all__ = [
@@ -31,7 +32,7 @@ class Report:
         best: captions with the highest scores.
     """
 
-    accounts: Accounts
+    accounts: Audit
     examples: dict[str, tuple[str, str]]
     last_run: str
     worst: list[tuple[float, str, str]]
@@ -67,13 +68,13 @@ def summarise(output: str) -> Report:
     """
     directory = OutputDirectory(output)
     directory.read_json("run.json")
-    directory.settle()
-    accounts = directory.accounts()
+    directory.finish_compaction()
+    accounts = audit(directory)
     last_run = _last_run(directory)
     worst: list[tuple[float, str, str]] = []
     best: list[tuple[float, str, str]] = []
     examples: dict[str, tuple[str, str]] = {}
-    for some in directory.rows(["score", "caption", "uri", "status", "error"]):
+    for some in read_rows(directory, ["score", "caption", "uri", "status", "error"]):
         for status in set(STATUSES) - {"ok", *examples}:
             for row in some.filter(pc.equal(some["status"], status)).slice(0, 1).to_pylist():
                 examples[status] = (row["error"], row["uri"])

@@ -17,6 +17,8 @@ from captioner.data.preparation import Preparation
 from captioner.errors import InputError, OutputError
 from captioner.output import attention
 from captioner.output.directory import OutputDirectory
+from captioner.output.manifest import read_manifest
+from captioner.output.rows import read_row
 
 __all__ = ["CaptionedRow", "attention_maps", "draw", "find_row", "read_photo"]
 
@@ -55,7 +57,7 @@ def find_row(output: str, uri: str) -> CaptionedRow:
     """
     directory = OutputDirectory(output)
     directory.read_json("run.json")
-    manifest = directory.manifest()
+    manifest = read_manifest(directory)
     listed = _spelled(uri)
     match = pc.equal(manifest["uri"], listed)
     if not pc.any(match).as_py():
@@ -65,8 +67,8 @@ def find_row(output: str, uri: str) -> CaptionedRow:
     if len(found) != 1:
         advice = "; give more of the URI" if len(found) else ""
         raise InputError(f"{len(found) or 'no'} images of {output} match {uri}{advice}")
-    directory.settle()
-    part = directory.find_row(found["shard"][0].as_py(), found["row"][0].as_py())
+    directory.finish_compaction()
+    part = read_row(directory, found["shard"][0].as_py(), found["row"][0].as_py())
     if part is None:
         raise InputError(f"{uri} has no row yet: run captioner caption again to resume")
     [values] = part.to_pylist()

@@ -13,8 +13,8 @@ from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data.preparation import Preparation
 from captioner.errors import OutputError
-from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import Shard
+from captioner.output.parts import Part, read_part
 from captioner.schema import CaptionRow
 from conftest import write_photos
 
@@ -81,7 +81,7 @@ def test_rows_of_other_images_are_not_written(tmp_path):
             finish_shard(job, shard, _rows(*uris), Timing())
     assert not list(tmp_path.iterdir())
     assert finish_shard(job, shard, _rows("a", "b"), Timing()).rows["ok"] == 2
-    assert OutputDirectory(job.output).read_part(0)["uri"].to_pylist() == ["a", "b"]
+    assert read_part(job.output, Part(0, 0))["uri"].to_pylist() == ["a", "b"]
 
 
 def test_redone_rows_are_not_put_into_a_part_of_other_images(tmp_path):
@@ -89,7 +89,7 @@ def test_redone_rows_are_not_put_into_a_part_of_other_images(tmp_path):
     write_part(job, Shard(0, ["a", "b"], [None, None]), _rows("a", "b"))
     with pytest.raises(OutputError, match="holds other images than its shard"):
         write_part(job, Shard(0, ["c"], [None], redone=[1]), _rows("c"))
-    assert OutputDirectory(job.output).read_part(0)["uri"].to_pylist() == ["a", "b"]
+    assert read_part(job.output, Part(0, 0))["uri"].to_pylist() == ["a", "b"]
 
 
 def test_the_guards_hold_without_assertions():

@@ -20,10 +20,12 @@ from click.testing import CliRunner, Result
 from captioner import storage
 from captioner.cli import main
 from captioner.errors import OutputError
-from captioner.output.compaction import compact, expose
+from captioner.output.audit import Audit, audit, remaining_shards, shards_to_retry
+from captioner.output.compaction import compact, isolate_shards
 from captioner.output.directory import OutputDirectory
-from captioner.output.manifest import Accounts
+from captioner.output.manifest import extend_manifest, read_manifest
 from captioner.output.parts import Part, delete_parts, find_parts, part_name
+from captioner.output.rows import read_row, read_rows
 from captioner.schema import part_schema
 from captioner.storage import Listed
 from conftest import write_photos
@@ -59,8 +61,8 @@ def finish(uri: str, images: int = IMAGES) -> OutputDirectory:
     output = OutputDirectory(uri)
     if not storage.names(uri):
         output.begin({})
-    manifest = output.extend([Listed(f"/{n:03d}.jpg", n) for n in range(images)], 4)
-    for shard in output.remaining(manifest):
+    manifest = extend_manifest(output, [Listed(f"/{n:03d}.jpg", n) for n in range(images)], 4)
+    for shard in remaining_shards(output, manifest):
         _write_part(uri, shard.number, shard.uris)
     return output
 
@@ -69,7 +71,7 @@ def _names(uri: str) -> list[str]:
     return [name for name in storage.names(uri) if name != "__captioner"]
 
 
-def read_rows(uri: str) -> pa.Table:
+def rows_of_parts(uri: str) -> pa.Table:
     """What a reader makes of it that knows no rule."""
     return pa.concat_tables(
         pq.read_table(io.BytesIO(storage.read(storage.join(uri, name)))) for name in _names(uri)
@@ -78,55 +80,55 @@ def read_rows(uri: str) -> pa.Table:
 
 def test_parts_are_merged_to_about_the_size_and_stay_in_order(place):
     output = finish(f"{place}/out [1]")
-    before = read_rows(output.uri)
+    before = rows_of_parts(output.uri)
     done = compact(output.uri, int(4.5 * SIZE))
     assert done.describe() == f"{output.uri}: 35 images, 9 parts before, 3 now"
     names = ["part-000000-000003.parquet", "part-000004-000007.parquet", "part-000008.parquet"]
     assert _names(output.uri) == names
-    assert read_rows(output.uri).equals(before)
+    assert rows_of_parts(output.uri).equals(before)
     for name in names:
         file = pq.ParquetFile(io.BytesIO(storage.read(storage.join(output.uri, name))))
         assert file.schema_arrow.equals(before.schema, check_metadata=True)
         assert file.num_row_groups == 1
     assert before.schema.metadata == SCHEMA.metadata
-    assert output.accounts() == Accounts(35, {"ok": 31, "failed": 4}, [])
+    assert audit(output) == Audit(35, {"ok": 31, "failed": 4}, [])
 
 
 def test_what_is_compact_stays_and_a_larger_size_merges_it_further(place):
     output = finish(f"{place}/out")
-    before = read_rows(output.uri)
+    before = rows_of_parts(output.uri)
     for singles, expected in ((2.5, 5), (2.5, 5), (5.5, 2), (5.5, 2), (99, 1), (99, 1), (1, 1)):
         assert compact(output.uri, int(SIZE * singles)).after == expected
-        assert read_rows(output.uri).equals(before)
+        assert rows_of_parts(output.uri).equals(before)
     assert _names(output.uri) == ["part-000000-000008.parquet"]
 
 
 def test_parts_that_are_links_are_merged_and_what_they_led_to_stays(tmp_path):
     output = finish(f"{tmp_path}/out")
-    before = read_rows(output.uri)
+    before = rows_of_parts(output.uri)
     (tmp_path / "objects").mkdir()
     for path in (tmp_path / "out").glob("part-*"):
         path.symlink_to(path.rename(tmp_path / "objects" / path.name))
     assert compact(output.uri, 10**9).after == 1
-    assert read_rows(output.uri).equals(before)
+    assert rows_of_parts(output.uri).equals(before)
     assert len(list((tmp_path / "objects").iterdir())) == 9
 
 
 def test_a_merged_part_has_row_groups_of_many_rows(place, monkeypatch):
     monkeypatch.setattr("captioner.output.parts._ROW_GROUP", 10)
     output = finish(f"{place}/out")
-    before = read_rows(output.uri)
+    before = rows_of_parts(output.uri)
     compact(output.uri, 10**9)
     [name] = _names(output.uri)
     file = pq.ParquetFile(io.BytesIO(storage.read(storage.join(output.uri, name))))
     groups = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
     assert groups == [10, 10, 10, 5]
-    assert read_rows(output.uri).equals(before)
+    assert rows_of_parts(output.uri).equals(before)
     for row in (0, 9, 10, 34):
-        [found] = output.find_row(row // 4, row % 4).to_pylist()
+        [found] = read_row(output, row // 4, row % 4).to_pylist()
         assert found["uri"] == f"/{row:03d}.jpg"
-    expose(output, output.manifest(), {3})
-    assert read_rows(output.uri).equals(before)
+    isolate_shards(output, read_manifest(output), {3})
+    assert rows_of_parts(output.uri).equals(before)
 
 
 # Killed at any moment.
@@ -173,10 +175,10 @@ def _merge(output: OutputDirectory) -> None:
 def _split(output: OutputDirectory) -> None:
     """What --retry-failed does first."""
     output.begin({})
-    manifest = output.manifest()
-    failed = {shard.number for shard in output.not_ok(manifest)}
-    output.delete_held()
-    expose(output, manifest, failed)
+    manifest = read_manifest(output)
+    failed = {shard.number for shard in shards_to_retry(output, manifest)}
+    output.delete_replaced_parts()
+    isolate_shards(output, manifest, failed)
 
 
 @pytest.mark.parametrize("change", [_merge, _split])
@@ -187,8 +189,8 @@ def test_whatever_step_is_the_last_every_image_keeps_its_one_row(place, change, 
         output = finish(f"{place}/{steps}")
         if change is _split:
             compact(output.uri, 10**9)
-        before = output.accounts()
-        rows = read_rows(output.uri)
+        before = audit(output)
+        rows = rows_of_parts(output.uri)
         with monkeypatch.context() as patched:
             _crash_at(patched, steps, after=after)
             try:
@@ -196,15 +198,15 @@ def test_whatever_step_is_the_last_every_image_keeps_its_one_row(place, change, 
                 break
             except Crash:
                 pass
-        assert output.accounts() == before
-        assert pa.concat_tables(output.rows()).equals(rows)
-        uris = read_rows(output.uri)["uri"].to_pylist()
+        assert audit(output) == before
+        assert pa.concat_tables(read_rows(output)).equals(rows)
+        uris = rows_of_parts(output.uri)["uri"].to_pylist()
         assert set(uris) == set(rows["uri"].to_pylist()), "a row is missing to a plain reader"
-        {0: output.delete_held, 1: lambda output=output: change(output)}[steps % 2]()
-        assert read_rows(output.uri).equals(rows)
-        assert output.accounts() == before
+        {0: output.delete_replaced_parts, 1: lambda output=output: change(output)}[steps % 2]()
+        assert rows_of_parts(output.uri).equals(rows)
+        assert audit(output) == before
         change(output)
-        assert read_rows(output.uri).equals(rows)
+        assert rows_of_parts(output.uri).equals(rows)
         steps += 1
     assert steps == (10 if change is _merge else 8)  # merged: 2 from 8; split: 7 from 1
 
@@ -233,16 +235,16 @@ for step in range(100):
 
 def test_a_kill_before_any_renaming_or_deletion_costs_nothing(tmp_path):
     finished = finish(f"{tmp_path}/finished")
-    rows = read_rows(finished.uri)
+    rows = rows_of_parts(finished.uri)
     code = [sys.executable, "-c", _KILLED, finished.uri, f"{tmp_path}/killed"]
     ran = subprocess.run([*code, str(int(4.5 * SIZE))], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     killed = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(killed) == 11  # of two parts four went into each: before ten steps, and not at all
     for path in killed:
-        assert pa.concat_tables(OutputDirectory(str(path)).rows()).equals(rows)
+        assert pa.concat_tables(read_rows(OutputDirectory(str(path)))).equals(rows)
         assert compact(str(path), int(4.5 * SIZE)).after == 3
-        assert read_rows(str(path)).equals(rows)
+        assert rows_of_parts(str(path)).equals(rows)
         assert all(name.startswith("part-") for name in _names(str(path)))
 
 
@@ -255,7 +257,7 @@ def _run(*arguments: object) -> Result:
 
 def test_reading_finishes_what_a_killed_compaction_left(tmp_path):
     output = finish(f"{tmp_path}/out")
-    rows = read_rows(output.uri)
+    rows = rows_of_parts(output.uri)
     singles = {name: storage.read(storage.join(output.uri, name)) for name in _names(output.uri)}
     compact(output.uri, 10**9)
     for name in list(singles)[3:5]:
@@ -267,14 +269,14 @@ def test_reading_finishes_what_a_killed_compaction_left(tmp_path):
     assert result.exit_code == 0, result.output
     assert "31 ok" in result.output
     assert "0 images have no row" in result.output
-    assert read_rows(output.uri).equals(rows)
+    assert rows_of_parts(output.uri).equals(rows)
 
 
 @pytest.mark.parametrize("command", ["report", "caption"])
 def test_in_a_bucket_nobody_deletes_what_a_part_is_split_into(command, memory_bucket, monkeypatch):
     output = finish(f"{memory_bucket}/out")
     compact(output.uri, 10**9)
-    rows = read_rows(output.uri)
+    rows = rows_of_parts(output.uri)
     written: list[list[str]] = []
 
     def meanwhile(directory: str, sources: list[Part]) -> None:
@@ -287,15 +289,15 @@ def test_in_a_bucket_nobody_deletes_what_a_part_is_split_into(command, memory_bu
         delete_parts(directory, sources)
 
     monkeypatch.setattr("captioner.output.parts.delete_parts", meanwhile)
-    expose(output, output.manifest(), {3, 4})
+    isolate_shards(output, read_manifest(output), {3, 4})
     assert len(written) == 1
-    assert read_rows(output.uri).equals(rows)
+    assert rows_of_parts(output.uri).equals(rows)
 
 
 def test_a_part_stays_where_what_it_was_split_into_is_gone(memory_bucket, monkeypatch):
     output = finish(f"{memory_bucket}/out")
     compact(output.uri, 10**9)
-    rows = read_rows(output.uri)
+    rows = rows_of_parts(output.uri)
     writing = storage.writing
 
     @contextmanager
@@ -303,13 +305,13 @@ def test_a_part_stays_where_what_it_was_split_into_is_gone(memory_bucket, monkey
         with writing(uri) as file:
             yield file
         if uri.endswith("part-000003.parquet"):  # by a compaction that goes on at the same moment
-            OutputDirectory(output.uri).delete_held()
+            OutputDirectory(output.uri).delete_replaced_parts()
 
     monkeypatch.setattr(storage, "writing", stolen)
     with pytest.raises(OutputError, match=r"^part-0000.* is gone: another job is at work on "):
-        expose(output, output.manifest(), {3})
-    output.delete_held()
-    assert read_rows(output.uri).equals(rows)
+        isolate_shards(output, read_manifest(output), {3})
+    output.delete_replaced_parts()
+    assert rows_of_parts(output.uri).equals(rows)
 
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
@@ -326,7 +328,7 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
     caption += ["--shard-size", "3", "--device", "cpu", "--precision", "fp32"]
     caption += ["--max-error-rate", "1"]
     assert "17 ok, 3 undecodable" in _run(*caption).output
-    before = read_rows(str(output))
+    before = rows_of_parts(str(output))
     result = _run("compact", output)
     assert result.output == f"{output}: 20 images, 7 parts before, 1 now\n"
     assert result.exit_code == 0
@@ -342,7 +344,7 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
 
     write_photos(photos / "more", 4, seed=1)
     assert "21 ok, 3 undecodable); 4 now" in _run(*caption).output
-    assert read_rows(str(output)).slice(0, 20).equals(before)
+    assert rows_of_parts(str(output)).slice(0, 20).equals(before)
     result = _run("compact", output)
     assert result.output == f"{output}: 24 images, 3 parts before, 1 now\n"
 
@@ -354,7 +356,7 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
     assert "23 ok, 1 undecodable); 3 now" in _run(*caption).output
     names = ["000000", "000001-000003", "000004", "000005-000008"]
     assert _names(str(output)) == [f"part-{name}.parquet" for name in names]
-    after = read_rows(str(output))
+    after = rows_of_parts(str(output))
     assert after["uri"].to_pylist()[:20] == before["uri"].to_pylist()
     for new, old in zip(after.to_pylist(), before.to_pylist(), strict=False):
         if new["uri"] in (str(broken[0]), str(broken[2])):
@@ -362,14 +364,14 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
         else:
             assert new == old
     assert _run("compact", output).output.endswith(" 4 parts before, 1 now\n")
-    assert read_rows(str(output)).equals(after)
+    assert rows_of_parts(str(output)).equals(after)
 
 
 def test_what_cannot_be_compacted_is_one_line(tmp_path):
     output = finish(f"{tmp_path}/out")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").touch()
-    none = "no caption job's output: it has no run.json"
+    none = "not a caption job's output: it has no run.json"
     cases = [(name, none) for name in ("none", "foreign")]
     for name, message in cases:
         result = _run("compact", tmp_path / name)
@@ -433,15 +435,18 @@ def test_sizes_are_said_with_or_without_a_unit(text, size):
 
 READ = """
 import os, sys
+from captioner.output.audit import audit
 from captioner.output.directory import OutputDirectory
+from captioner.output.rows import lowest_ranked_rows, read_row, read_rows
 
 def threads():
     return len(os.listdir("/proc/self/task"))
 
 output, before = OutputDirectory(sys.argv[1]), threads()
-assert not output.accounts().missing
-assert sum(map(len, output.rows())) == len(output.lowest(lambda scores: scores, 99)) == 35
-assert output.find_row(8, 1)["uri"].to_pylist() == ["/033.jpg"]
+assert not audit(output).missing
+assert sum(map(len, read_rows(output))) == 35
+assert len(lowest_ranked_rows(output, lambda scores: scores, 99)) == 35
+assert read_row(output, 8, 1)["uri"].to_pylist() == ["/033.jpg"]
 print(threads() - before)
 """
 

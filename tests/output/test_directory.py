@@ -14,9 +14,10 @@ import pytest
 from captioner import __version__, storage
 from captioner.caption.crash_log import CrashLog
 from captioner.errors import FingerprintError, OutputError
+from captioner.output.audit import Audit, audit, remaining_shards, shards_to_retry
 from captioner.output.directory import OutputDirectory
-from captioner.output.manifest import Accounts, Shard
-from captioner.output.parts import part_name
+from captioner.output.manifest import Shard, extend_manifest, read_manifest
+from captioner.output.parts import Part, part_name, read_part
 from captioner.schema import COLUMNS, MANIFEST, CaptionRow, rows_to_table
 from captioner.storage import Listed
 from conftest import break_bucket
@@ -38,7 +39,7 @@ def _listed(*numbers: int) -> list[Listed]:
 
 def _write_part(output: OutputDirectory, number: int, statuses: list[str]) -> None:
     """A part with the shard's images, as many as there are statuses; others where it has fewer."""
-    manifest = output.manifest()
+    manifest = read_manifest(output)
     uris = manifest.filter(pc.equal(manifest["shard"], number))["uri"].to_pylist()
     uris += [f"{number}/{row}" for row in range(len(uris), len(statuses))]
     rows = [CaptionRow(uri=uri, status=status) for uri, status in zip(uris, statuses, strict=False)]
@@ -120,7 +121,9 @@ def test_a_missing_setting_is_a_difference(output):
 def test_somebody_elses_directory_is_refused(place, overwrite):
     storage.write(f"{place}/out [1]/thesis.tex", b"years of work")
     output = OutputDirectory(f"{place}/out [1]")
-    with pytest.raises(OutputError, match=r"out \[1\] is not empty, and no caption job's output$"):
+    with pytest.raises(
+        OutputError, match=r"out \[1\] is not empty, and not a caption job's output: use"
+    ):
         output.begin(SETTINGS, overwrite=overwrite)
     assert _contents(output.uri) == {"thesis.tex": b"years of work"}
 
@@ -145,8 +148,8 @@ def test_a_file_is_no_directory(tmp_path, name):
 
 
 def test_overwriting_deletes_what_is_ours_and_nothing_else(output):
-    output.extend(_listed(1, 2, 3), shard_size=2)
-    output.extend(_listed(4), shard_size=2)
+    extend_manifest(output, _listed(1, 2, 3), shard_size=2)
+    extend_manifest(output, _listed(4), shard_size=2)
     output.write_summary({"images": 4})
     for number in range(3):
         _write_part(output, number, ["ok"])
@@ -157,14 +160,14 @@ def test_overwriting_deletes_what_is_ours_and_nothing_else(output):
     after = _contents(output.uri)
     assert json.loads(after.pop("__captioner/run.json"))["settings"] == {"beam": 9}
     assert after == foreign
-    assert output.manifest().num_rows == 0
+    assert read_manifest(output).num_rows == 0
 
 
 def test_overwriting_deletes_what_makes_it_ours_last(tmp_path):
     output = OutputDirectory(f"{tmp_path}/out")
     output.begin(SETTINGS)
-    output.extend(_listed(1), shard_size=1)
-    output.extend(_listed(2), shard_size=1)
+    extend_manifest(output, _listed(1), shard_size=1)
+    extend_manifest(output, _listed(2), shard_size=1)
     output.write_summary({})
     _write_part(output, 0, ["ok"])
     code = """
@@ -182,13 +185,13 @@ OutputDirectory(sys.argv[1]).begin({}, overwrite=True)
 
 def test_an_interrupted_deletion_can_be_gone_on_with(output):
     for number in (1, 2, 3):
-        output.extend(_listed(number), shard_size=2)
+        extend_manifest(output, _listed(number), shard_size=2)
     # The order of deletion, seen from where it may end: the last manifest goes first.
     storage.delete(f"{output.uri}/__captioner/manifest-0002.parquet")
     output.begin(SETTINGS)
-    manifest = output.extend(_listed(1, 2, 3), shard_size=2)
+    manifest = extend_manifest(output, _listed(1, 2, 3), shard_size=2)
     assert manifest["uri"].to_pylist() == [listed.uri for listed in _listed(1, 2, 3)]
-    assert output.manifest().equals(manifest)
+    assert read_manifest(output).equals(manifest)
 
 
 def test_temporary_files_of_killed_writers_are_deleted(tmp_path):
@@ -220,7 +223,9 @@ def test_broken_books_are_refused(output, data, problem):
 
 
 def test_a_directory_without_books_is_no_jobs_output(place):
-    with pytest.raises(OutputError, match=r"none is no caption job's output: it has no run\.json$"):
+    with pytest.raises(
+        OutputError, match=r"none is not a caption job's output: it has no run\.json$"
+    ):
         OutputDirectory(f"{place}/none").read_json("run.json")
 
 
@@ -234,7 +239,9 @@ def test_the_summary_is_read_back(output):
 
 
 def test_a_listing_becomes_shards(output):
-    manifest = output.extend([*_listed(5, 3, 1, 4), Listed("s3://b/k", None)], shard_size=2)
+    manifest = extend_manifest(
+        output, [*_listed(5, 3, 1, 4), Listed("s3://b/k", None)], shard_size=2
+    )
     assert manifest.schema.equals(MANIFEST)
     assert manifest.to_pydict() == {
         "uri": [*(f"/photos/{number}.jpg" for number in (5, 3, 1, 4)), "s3://b/k"],
@@ -242,8 +249,8 @@ def test_a_listing_becomes_shards(output):
         "shard": [0, 0, 1, 1, 2],
         "row": [0, 1, 0, 1, 0],
     }
-    assert output.manifest().equals(manifest)
-    assert list(output.remaining(manifest)) == [
+    assert read_manifest(output).equals(manifest)
+    assert list(remaining_shards(output, manifest)) == [
         Shard(0, ["/photos/5.jpg", "/photos/3.jpg"], [500, 300]),
         Shard(1, ["/photos/1.jpg", "/photos/4.jpg"], [100, 400]),
         Shard(2, ["s3://b/k"], [None]),
@@ -251,47 +258,47 @@ def test_a_listing_becomes_shards(output):
 
 
 def test_sizes_that_nobody_told_are_null(output):
-    output.extend([Listed("a.jpg", None), Listed("b.jpg", None)], shard_size=256)
-    assert output.manifest().schema.equals(MANIFEST)
-    assert output.manifest()["size"].to_pylist() == [None, None]
+    extend_manifest(output, [Listed("a.jpg", None), Listed("b.jpg", None)], shard_size=256)
+    assert read_manifest(output).schema.equals(MANIFEST)
+    assert read_manifest(output)["size"].to_pylist() == [None, None]
 
 
 def test_nothing_new_changes_nothing(output):
-    manifest = output.extend(_listed(1, 2), shard_size=1)
+    manifest = extend_manifest(output, _listed(1, 2), shard_size=1)
     before = _contents(output.uri)
-    assert output.extend(_listed(2, 1), shard_size=7).equals(manifest)
-    assert output.extend([], shard_size=1).equals(manifest)
+    assert extend_manifest(output, _listed(2, 1), shard_size=7).equals(manifest)
+    assert extend_manifest(output, [], shard_size=1).equals(manifest)
     assert _contents(output.uri) == before
 
 
 def test_new_images_become_new_shards_and_old_manifests_stay(output):
-    output.extend(_listed(1, 2, 3), shard_size=2)
+    extend_manifest(output, _listed(1, 2, 3), shard_size=2)
     before = _contents(output.uri)
-    manifest = output.extend(_listed(0, 1, 2, 2, 3, 9), shard_size=5)
+    manifest = extend_manifest(output, _listed(0, 1, 2, 2, 3, 9), shard_size=5)
     after = _contents(output.uri)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"__captioner/manifest-0001.parquet"}
     assert manifest["uri"].to_pylist() == [f"/photos/{number}.jpg" for number in (1, 2, 3, 0, 9)]
     assert manifest["shard"].to_pylist() == [0, 0, 1, 2, 2]
     assert manifest["row"].to_pylist() == [0, 1, 0, 0, 1]
-    assert output.manifest().equals(manifest)
+    assert read_manifest(output).equals(manifest)
 
 
 def test_images_that_left_the_source_stay_in_the_manifest(output):
-    output.extend(_listed(1, 2), shard_size=2)
-    manifest = output.extend(_listed(3), shard_size=2)
+    extend_manifest(output, _listed(1, 2), shard_size=2)
+    manifest = extend_manifest(output, _listed(3), shard_size=2)
     assert len(manifest) == 3
 
 
 def test_additions_are_in_the_order_of_their_numbers(output):
     for number in range(3):
-        output.extend(_listed(number), shard_size=4)
+        extend_manifest(output, _listed(number), shard_size=4)
     private = f"{output.uri}/__captioner"
     for new, old in ((10000, 2), (9999, 1)):
         data = storage.read(f"{private}/manifest-{old:04d}.parquet")
         storage.write(f"{private}/manifest-{new}.parquet", data)
         storage.delete(f"{private}/manifest-{old:04d}.parquet")
-    assert output.manifest()["shard"].to_pylist() == [0, 1, 2]
+    assert read_manifest(output)["shard"].to_pylist() == [0, 1, 2]
 
 
 def test_jobs_that_begin_at_once_in_a_bucket_share_their_books(memory_bucket, monkeypatch):
@@ -309,9 +316,9 @@ def test_jobs_that_begin_at_once_in_a_bucket_share_their_books(memory_bucket, mo
     meanwhile.append(lambda: other.begin({"beam": 2}))
     with pytest.raises(FingerprintError, match="beam was 2, is 1"):
         one.begin({"beam": 1})
-    meanwhile.append(lambda: other.extend(_listed(0, 1), shard_size=4))
-    manifest = one.extend(_listed(0, 8, 9), shard_size=4)
-    assert manifest.equals(other.manifest())
+    meanwhile.append(lambda: extend_manifest(other, _listed(0, 1), shard_size=4))
+    manifest = extend_manifest(one, _listed(0, 8, 9), shard_size=4)
+    assert manifest.equals(read_manifest(other))
     assert manifest["uri"].to_pylist() == [f"/photos/{n}.jpg" for n in (0, 1, 8, 9)]
     assert manifest["shard"].to_pylist() == [0, 0, 1, 1]
 
@@ -322,9 +329,11 @@ def test_books_that_cannot_be_reached_are_an_output_error(memory_bucket, monkeyp
     crash_log = CrashLog(output.uri)
     crash_log.begin(3)
     break_bucket(monkeypatch, "ls", "cat_file")
-    asked = (output.manifest, output.parts, output.delete_held, output.accounts)
+    asked = (output.parts, output.delete_replaced_parts)
+    books = (lambda: read_manifest(output), lambda: audit(output))
     for ask in (
         *asked,
+        *books,
         crash_log.shards,
         crash_log.clear_after_orderly_end,
         lambda: crash_log.crashes(3),
@@ -335,26 +344,26 @@ def test_books_that_cannot_be_reached_are_an_output_error(memory_bucket, monkeyp
 
 def test_many_additions_keep_their_order(output):
     for number in range(12):
-        manifest = output.extend(_listed(number), shard_size=4)
+        manifest = extend_manifest(output, _listed(number), shard_size=4)
     assert manifest["shard"].to_pylist() == list(range(12))
-    assert output.manifest().equals(manifest)
-    assert [shard.number for shard in output.remaining(manifest)] == list(range(12))
+    assert read_manifest(output).equals(manifest)
+    assert [shard.number for shard in remaining_shards(output, manifest)] == list(range(12))
 
 
 def test_what_has_its_part_does_not_remain(output):
-    manifest = output.extend(_listed(*range(7)), shard_size=2)
+    manifest = extend_manifest(output, _listed(*range(7)), shard_size=2)
     _write_part(output, 2, ["ok", "ok"])
     _write_part(output, 0, ["ok", "ok"])
     storage.write(f"{output.uri}/.part-000001.parquet.tmp-0123abcd", b"half")
     storage.write(f"{output.uri}/part-000003.parquet.bak", b"")
-    assert output.done() == {0, 2}
-    assert [shard.number for shard in output.remaining(manifest)] == [1, 3]
+    assert [part.first for part in output.parts()] == [0, 2]
+    assert [shard.number for shard in remaining_shards(output, manifest)] == [1, 3]
 
 
 def test_nothing_remains_of_nothing(output):
-    assert output.manifest().equals(MANIFEST.empty_table())
-    assert list(output.remaining(output.manifest())) == []
-    assert output.accounts() == Accounts(0, {}, [])
+    assert read_manifest(output).equals(MANIFEST.empty_table())
+    assert list(remaining_shards(output, read_manifest(output))) == []
+    assert audit(output) == Audit(0, {}, [])
 
 
 def test_part_names_sort_as_their_numbers():
@@ -365,18 +374,18 @@ def test_part_names_sort_as_their_numbers():
 
 def test_a_part_after_the_millionth_is_found(output):
     storage.write(f"{output.uri}/{part_name(1_234_567)}", b"")
-    assert output.done() == {1_234_567}
+    assert [part.shards for part in output.parts()] == [range(1_234_567, 1_234_568)]
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"x" + data[1:] + b"x"]
 )
 def test_a_damaged_manifest_is_refused(output, damage):
-    output.extend(_listed(1), shard_size=1)
+    extend_manifest(output, _listed(1), shard_size=1)
     uri = f"{output.uri}/__captioner/manifest-0000.parquet"
     storage.write(uri, damage(storage.read(uri)))
     with pytest.raises(OutputError, match=r"^the manifest of .+ cannot be read: ") as caught:
-        output.manifest()
+        read_manifest(output)
     assert "\n" not in str(caught.value)
 
 
@@ -387,36 +396,36 @@ def test_a_table_that_is_no_manifest_is_refused(output):
         pq.write_table(table, sink)
         storage.write(uri, sink.getvalue())
         with pytest.raises(OutputError, match=r"^the manifest of .+ cannot be read: "):
-            output.manifest()
+            read_manifest(output)
 
 
-# Accounts.
+# Audit.
 
 
 def test_every_row_is_counted_and_what_is_missing_is_named(output):
-    output.extend(_listed(*range(5)), shard_size=2)
+    extend_manifest(output, _listed(*range(5)), shard_size=2)
     _write_part(output, 0, ["ok", "rejected"])
     missing = ["/photos/2.jpg", "/photos/3.jpg", "/photos/4.jpg"]
-    assert output.accounts() == Accounts(5, {"ok": 1, "rejected": 1}, missing)
+    assert audit(output) == Audit(5, {"ok": 1, "rejected": 1}, missing)
     _write_part(output, 2, ["ok"])
-    assert output.accounts() == Accounts(5, {"ok": 2, "rejected": 1}, missing[:2])
+    assert audit(output) == Audit(5, {"ok": 2, "rejected": 1}, missing[:2])
     _write_part(output, 1, ["failed", "unreadable"])
     rows = {"ok": 2, "rejected": 1, "failed": 1, "unreadable": 1}
-    assert output.accounts() == Accounts(5, rows, [])
+    assert audit(output) == Audit(5, rows, [])
 
 
 @pytest.mark.parametrize("statuses", [["ok"], ["ok"] * 3, []])
 def test_a_part_with_another_number_of_rows_is_an_error(output, statuses):
-    output.extend(_listed(0, 1, 2), shard_size=2)
+    extend_manifest(output, _listed(0, 1, 2), shard_size=2)
     _write_part(output, 0, statuses)
     with pytest.raises(
         OutputError, match=rf"^part-000000\.parquet has {len(statuses)} rows, its shard 2$"
     ):
-        output.accounts()
+        audit(output)
 
 
 def test_a_part_with_other_images_is_an_error(output):
-    output.extend(_listed(0, 1), shard_size=2)
+    extend_manifest(output, _listed(0, 1), shard_size=2)
     for uris in (["/photos/1.jpg", "/photos/0.jpg"], ["/photos/0.jpg"] * 2):
         rows = [CaptionRow(uri=uri, status="ok") for uri in uris]
         sink = io.BytesIO()
@@ -425,13 +434,13 @@ def test_a_part_with_other_images_is_an_error(output):
         with pytest.raises(
             OutputError, match=r"^part-000000\.parquet holds other images than its shard$"
         ):
-            output.accounts()
+            audit(output)
 
 
 def test_what_is_not_ok_is_found_in_its_place(output):
-    manifest = output.extend(_listed(*range(6)), shard_size=3)
+    manifest = extend_manifest(output, _listed(*range(6)), shard_size=3)
     _write_part(output, 0, ["failed", "ok", "unreadable"])
-    assert list(output.not_ok(manifest)) == [
+    assert list(shards_to_retry(output, manifest)) == [
         Shard(0, ["/photos/0.jpg", "/photos/2.jpg"], [None, None], [0, 2])
     ]
 
@@ -466,29 +475,31 @@ def test_somebody_elses_directory_is_not_locked(tmp_path):
 
 
 def test_a_part_of_no_shard_is_an_error(output):
-    output.extend(_listed(0, 1), shard_size=2)
+    extend_manifest(output, _listed(0, 1), shard_size=2)
     _write_part(output, 0, ["ok", "ok"])
     _write_part(output, 7, ["ok"])
-    with pytest.raises(OutputError, match=r"^part-000007\.parquet is no shard's of the manifest$"):
-        output.accounts()
+    with pytest.raises(
+        OutputError, match=r"^part-000007\.parquet belongs to no shard of the manifest$"
+    ):
+        audit(output)
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: b"", lambda data: data[:-9], lambda data: data[:99]]
 )
 def test_a_damaged_part_is_an_error(output, damage):
-    output.extend(_listed(0, 1), shard_size=2)
+    extend_manifest(output, _listed(0, 1), shard_size=2)
     _write_part(output, 0, ["ok", "ok"])
     uri = f"{output.uri}/{part_name(0)}"
     storage.write(uri, damage(storage.read(uri)))
     with pytest.raises(OutputError, match=r"^cannot read .+/part-000000\.parquet: ") as caught:
-        output.accounts()
+        audit(output)
     assert "\n" not in str(caught.value)
 
 
 def test_a_part_is_read_by_its_columns(output):
     _write_part(output, 0, ["ok", "failed"])
-    assert output.read_part(0, ["status"]).to_pydict() == {"status": ["ok", "failed"]}
-    assert output.read_part(0).column_names == COLUMNS.names
+    assert read_part(output.uri, Part(0, 0), ["status"]).to_pydict() == {"status": ["ok", "failed"]}
+    assert read_part(output.uri, Part(0, 0)).column_names == COLUMNS.names
     with pytest.raises(OutputError, match=r"^cannot read .+/part-000001\.parquet: "):
-        output.read_part(1)
+        read_part(output.uri, Part(1, 1))

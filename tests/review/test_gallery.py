@@ -197,7 +197,7 @@ def test_the_command_writes_the_page(output, tmp_path):
             ["gallery", str(output), "-o", str(target), "--images", "0"],
             "--images must be at least 1, not 0",
         ),
-        (["gallery", str(tmp_path), "-o", str(target)], "is no caption job's output"),
+        (["gallery", str(tmp_path), "-o", str(target)], "is not a caption job's output"),
         (["gallery", str(output), "-o", str(tmp_path)], "cannot write"),
     ):
         result = CliRunner().invoke(main, arguments)

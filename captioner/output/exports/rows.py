@@ -11,6 +11,8 @@ import pyarrow.compute as pc
 from captioner.errors import InputError
 from captioner.output.decisions import read_decisions
 from captioner.output.directory import OutputDirectory
+from captioner.output.manifest import read_manifest
+from captioner.output.rows import read_rows
 
 __all__ = ["Reviewed", "Rows"]
 
@@ -56,12 +58,12 @@ class Rows:
         self._directory = directory
         self._where = where
         #: rows of the output, those that are not exported too
-        self.total = len(directory.manifest())
+        self.total = len(read_manifest(directory))
         self._reviewed = reviewed
         self._decisions = {} if reviewed == "ignore" else read_decisions(directory.uri)
         #: rows left out by the condition, by their status, and by the review
         self.filtered = self.not_ok = self.not_reviewed = 0
-        schema = next(directory.rows()).schema if directory.parts() else None
+        schema = next(read_rows(directory)).schema if directory.parts() else None
         if schema is None:
             raise InputError(f"{directory.uri} holds no captions yet: nothing to export")
         self.columns = [name.strip() for name in columns.split(",")] if columns else None
@@ -91,7 +93,7 @@ class Rows:
     def tables(self) -> Iterator[tuple[int, pa.Table]]:
         """The selected rows, some at a time, each time with how many rows were gone through."""
         self.filtered = self.not_ok = self.not_reviewed = 0
-        for table in self._directory.rows(self._read):
+        for table in read_rows(self._directory, self._read):
             ok = table.filter(pc.equal(table["status"], "ok"))
             reviewed = self._as_reviewed(ok)
             selected = self._select(reviewed)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from captioner.errors import CaptionerError, OutputError
 from captioner.output.decisions import Decision
 from captioner.output.directory import OutputDirectory
+from captioner.output.manifest import read_manifest
 from captioner.output.parts import Part, open_part, row_groups
 from captioner.review.web.view import NUMBER, WORDS, words_of
 
@@ -40,7 +41,7 @@ class RowIndex:
 
     def __init__(self, directory: OutputDirectory):
         self.directory = directory
-        self.total = len(directory.manifest())
+        self.total = len(read_manifest(directory))
         self._folder = tempfile.TemporaryDirectory(prefix="captioner-review-")
         self._database = duckdb.connect(str(Path(self._folder.name) / "index.duckdb"))
         self._database.execute(f"SET memory_limit = '{_MEMORY}'")
@@ -144,7 +145,7 @@ class RowIndex:
             return
         with self._progress:
             self._complete = False
-        self.total = len(self.directory.manifest())
+        self.total = len(read_manifest(self.directory))
         with ThreadPoolExecutor(_READERS) as pool, self._database.cursor() as cursor:
             waiting = []
             for part in new:
