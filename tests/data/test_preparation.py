@@ -63,7 +63,7 @@ def test_no_target_passes_its_limits():
     ],
 )
 def test_a_preparation_that_contradicts_itself_is_refused(fields):
-    with pytest.raises(ValueError, match="size|side"):
+    with pytest.raises(ValueError, match=r"size|side"):
         Preparation(**fields)
 
 

@@ -1,0 +1,1 @@
+"""The image formats: what their headers say, and how each is read."""
