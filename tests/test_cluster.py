@@ -25,6 +25,7 @@ from conftest import write_photos
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
+GUIDE = ROOT / "docs" / "tutorials" / "on-a-cluster.md"
 MANIFESTS = sorted(CLUSTER.glob("ray*.yaml"))
 
 
@@ -140,7 +141,7 @@ def test_the_heads_container_can_start_nodes():
     assert (config["provider"]["type"], "docker" in config) == ("aws", True)
     words = (CLUSTER / "Dockerfile").read_text().split()
     assert {"openssh-client", "rsync", "boto3"} <= set(words)
-    assert " boto3 " in (CLUSTER / "README.md").read_text(), "where ray up is called, too"
+    assert " boto3 " in GUIDE.read_text(), "where ray up is called, too"
 
 
 def test_ray_accepts_the_aws_cluster():
@@ -160,7 +161,7 @@ def test_ray_accepts_the_aws_cluster():
 def _shell_lines() -> list[str]:
     config = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
     lines = [line for key in ("head", "worker") for line in config[f"{key}_start_ray_commands"]]
-    readme = (CLUSTER / "README.md").read_text()
+    readme = GUIDE.read_text()
     lines += re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
     instructions = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
     return lines + re.findall(r"^RUN (.*)$", instructions, re.MULTILINE)
@@ -207,7 +208,7 @@ def test_the_image_is_pinned_and_not_roots():
 
 def test_ray_has_one_version():
     """The clients' and the nodes' must be the same."""
-    texts = [(CLUSTER / name).read_text() for name in ("Dockerfile", "README.md")]
+    texts = [(CLUSTER / "Dockerfile").read_text(), GUIDE.read_text()]
     versions = {version for text in texts for version in re.findall(r"ray\[.+\]==([\d.]+)", text)}
     for path in MANIFESTS:
         spec = yaml.safe_load(path.read_text())["spec"]
