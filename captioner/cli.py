@@ -672,5 +672,34 @@ def _needed_splits(split: str | None, *, of_model: bool) -> tuple[str, ...] | No
     return None if split == "all" else (split,)
 
 
+@main.command("average-models")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("output")
+@_option(
+    "--encoder-weights",
+    metavar="FILE",
+    group="Options",
+    help="Published encoder weights; the encoder is averaged with them.  [default: none]",
+)
+@_option(
+    "--overwrite",
+    is_flag=True,
+    group="Options",
+    help="Replace a model in OUTPUT.  [default: off]",
+)
+def average_models(
+    models: tuple[str, ...], output: str, encoder_weights: str | None, overwrite: bool
+) -> None:
+    """Write the average of the weights of some models to OUTPUT, as float16.
+
+    Fine-tuned versions of one model are often better averaged than alone. A model that is named
+    twice counts twice.
+    """
+    with _importing():
+        from captioner.model import averaging
+
+    averaging.average_models(models, output, encoder_weights=encoder_weights, overwrite=overwrite)
+
+
 if __name__ == "__main__":
     main()

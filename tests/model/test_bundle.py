@@ -6,8 +6,6 @@ import resource
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -401,54 +399,3 @@ def test_how_many_hostile_bundles_there_are(capsys):
     with capsys.disabled():
         print(json.dumps({"hostile bundles": counts | {"all": len(HOSTILE)}}))
     assert len(HOSTILE) > 60
-
-
-# jobs/pack_model.py.
-
-
-def _pack(*arguments: object) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).resolve().parents[2] / "jobs" / "pack_model.py"
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_packed_models_are_the_average_in_half_precision(tmp_path: Path, vocabulary):
-    models = [tiny_model(seed) for seed in range(2)]
-    for number, model in enumerate(models):
-        bundle.save(str(tmp_path / str(number)), model, vocabulary)
-        seen = bundle.SeenImages(frozenset({f"{number}.jpg"}), frozenset({"2.jpg"}))
-        bundle.save_images(str(tmp_path / str(number)), seen)
-    published = tiny_model(2).encoder.backbone.state_dict()
-    torch.save(published, tmp_path / "encoder.pth")
-    options = ("--encoder-weights", tmp_path / "encoder.pth")
-    packed = _pack(tmp_path / "0", tmp_path / "0", tmp_path / "1", tmp_path / "new", *options)
-    assert packed.returncode == 0, packed.stderr
-    for number in range(2):  # their record is not the next model's in that place
-        (tmp_path / str(number) / bundle.IMAGES).rename(tmp_path / f"{number}.json")
-    assert _pack(tmp_path / "0", tmp_path / "new").returncode == 0
-    assert bundle.load_images(str(tmp_path / "new")) is None
-    for number in range(2):
-        (tmp_path / f"{number}.json").rename(tmp_path / str(number) / bundle.IMAGES)
-    packed = _pack(tmp_path / "0", tmp_path / "0", tmp_path / "1", tmp_path / "new", *options)
-    seen = bundle.SeenImages(frozenset({"0.jpg", "1.jpg"}), frozenset({"2.jpg"}))
-    assert bundle.load_images(str(tmp_path / "new")) == seen
-    stored = safetensors.torch.load_file(tmp_path / "new" / "model.safetensors")
-    first, second = (model.state_dict() for model in models)
-    for name, tensor in stored.items():
-        expected = (2 * first[name].double() + second[name].double()) / 3
-        if name.startswith("encoder."):
-            expected = (expected + published[name.removeprefix("encoder.backbone.")]) / 2
-        if tensor.is_floating_point():
-            assert tensor.dtype == torch.float16
-            torch.testing.assert_close(tensor.double(), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_models_that_do_not_fit_together_are_not_packed(tmp_path: Path, vocabulary):
-    bundle.save(str(tmp_path / "0"), tiny_model(), vocabulary)
-    bundle.save(str(tmp_path / "1"), tiny_model(layers=1), vocabulary)
-    for other, message in (("1", "another config.json"), ("2", "it has no config.json")):
-        refused = _pack(tmp_path / "0", tmp_path / other, tmp_path / "new")
-        assert refused.returncode != 0
-        [line] = refused.stderr.splitlines()
-        assert message in line
-    assert not (tmp_path / "new").exists()
