@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -276,9 +277,16 @@ def train(
     "--model",
     metavar="MODEL",
     group="Captions",
-    help="Model directory, local or in a bucket." + _BUNDLED,
+    help="Model: a directory, local or in a bucket, or OWNER/NAME[@REVISION] on the Hugging Face "
+    "hub." + _BUNDLED,
 )
 @options_of(DecodeConfig)
+@_option(
+    "--prompt-file",
+    metavar="FILE",
+    group="Pretrained models",
+    help="Text file that holds the prompt, instead of --prompt.  [default: none]",
+)
 @options_of(ListingConfig)
 @_option(
     "--dry-run",
@@ -294,7 +302,13 @@ def train(
 )
 @options_of(RunConfig)
 def caption(
-    source: str, output: str, model: str | None, overwrite: bool, dry_run: bool, **options: Any
+    source: str,
+    output: str,
+    model: str | None,
+    prompt_file: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Caption every image of SOURCE into Parquet files in OUTPUT.
 
@@ -303,6 +317,8 @@ def caption(
     again to resume a job that was stopped, or to caption new images.
     """
     listing = configure(ListingConfig(), options)
+    if prompt_file is not None:
+        options["prompt"] = _read_prompt(prompt_file, options["prompt"])
     decode = configure(DecodeConfig(), options)
     run = configure(RunConfig(), options)
     with _importing():
@@ -320,6 +336,38 @@ def caption(
         overwrite=overwrite,
     )
     click.echo(printable(done.describe()))
+
+
+def _read_prompt(path: str, given: str | None) -> str:
+    """The prompt in a text file.
+
+    Raises:
+        InputError: there are two prompts, or the file cannot be read or holds none.
+    """
+    if given is not None:
+        raise InputError("give one of --prompt and --prompt-file")
+    try:
+        prompt = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --prompt-file {path}: {error}") from error
+    if not prompt:
+        raise InputError(f"--prompt-file {path} is empty")
+    return prompt
+
+
+@main.command()
+@click.argument("model")
+@click.argument("directory")
+def import_model(model: str, directory: str) -> None:
+    """Convert a pretrained MODEL with pickled weights to safetensors in DIRECTORY.
+
+    MODEL is OWNER/NAME[@REVISION] on the Hugging Face hub, or a local directory. The weights are
+    read without running code that they may hold. Caption with --model DIRECTORY then.
+    """
+    with _importing():
+        from captioner.model.huggingface.importing import import_model as convert
+
+    click.echo(f"{printable(str(convert(model, directory)))} holds the model now")
 
 
 @main.command()
@@ -598,7 +646,22 @@ def compact(output: str, size: int) -> None:
     group="Scores",
     help="Parquet file to write with each image's scores, lowest CIDEr first.  [default: none]",
 )
-@options_of(DecodeConfig, only=("beam", "length_penalty", "max_words", "allow_unknown"))
+@options_of(
+    DecodeConfig,
+    only=(
+        "beam",
+        "length_penalty",
+        "max_words",
+        "allow_unknown",
+        "prompt",
+        "system_prompt",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "repetition_penalty",
+        "seed",
+    ),
+)
 @options_of(RunConfig, only=("device", "precision", "batch_size", "decoders"))
 def evaluate(
     source: str,

@@ -14,16 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from captioner import __version__
+from captioner import __version__, storage
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data import dataset
+from captioner.data import images as decoding
 from captioner.data.dataset import CaptionedImage, Dataset
-from captioner.data.views import load_view
+from captioner.data.preparation import Preparation
 from captioner.errors import InputError, first_of
 from captioner.evaluation import metrics
 from captioner.evaluation.metrics import Scores
 from captioner.model import bundle
-from captioner.model.native import Captioner
+from captioner.model.loading import load_model
 from captioner.output.directory import OutputDirectory
 from captioner.output.rows import read_rows
 from captioner.runtime import prefetch
@@ -40,7 +41,19 @@ __all__ = [
 ]
 
 _SHOWN = 10
-_DECODING = ("beam", "length_penalty", "max_words", "allow_unknown")  # settings in the table
+_DECODING = (
+    "beam",
+    "length_penalty",
+    "max_words",
+    "allow_unknown",
+    "prompt",
+    "system_prompt",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+)  # settings in the table
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ def caption_dataset(
 
     Args:
         images: the images.
-        model: a bundle's directory.
+        model: a model's directory, or its name on a model hub.
         decode: what decides the captions.
         run: only its device, precision, batch size and decoders are used.
 
@@ -143,37 +156,48 @@ def caption_dataset(
     """
     if run.batch_size == "auto":
         raise InputError("--batch-size auto is for caption jobs: give a number to evaluate")
-    loaded = bundle.load(model)
-    decode = decode.with_model_defaults(loaded.config)
-    captioner = Captioner(loaded, decode, device=run.device, precision=run.precision)
+    found = load_model(model)
+    decode = found.resolve(decode)
+    captioner = found.load(decode, device=run.device, precision=run.precision)
     kept: list[CaptionedImage] = []
     captions: list[str] = []
     undecodable: list[str] = []
     with progress_bar(len(images), unit="image", description="captions") as progress:
-        for batch in _decoded_batches(images, captioner.image_size, run):
+        for batch in _decoded_batches(images, found.preparation, run):
             decoded = [(image, pixels) for image, pixels in batch if pixels is not None]
             undecodable += [image.uri for image, pixels in batch if pixels is None]
             if decoded:
                 kept += [image for image, _ in decoded]
-                pixels_BHW3 = np.stack([pixels for _, pixels in decoded])
-                captions += [caption.text for caption in captioner(pixels_BHW3)]
+                some = captioner.caption([pixels for _, pixels in decoded])
+                captions += [caption.text for caption in some]
             progress.update(len(batch))
     settings = {"model": model, "precision": str(captioner.dtype).removeprefix("torch.")}
-    settings |= {name: asdict(decode)[name] for name in _DECODING}
+    chosen = asdict(decode)
+    changed = (name for name in _DECODING if chosen[name] != getattr(DecodeConfig(), name))
+    settings |= {name: chosen[name] for name in dict.fromkeys((*_DECODING[:4], *changed))}
     reasons = {"images that cannot be read or decoded": undecodable}
     return Captioned(kept, captions, settings, _without_empty(reasons))
 
 
 def _decoded_batches(
-    images: Sequence[CaptionedImage], size: int, run: RunConfig
+    images: Sequence[CaptionedImage], preparation: Preparation, run: RunConfig
 ) -> Iterator[list[tuple[CaptionedImage, np.ndarray | None]]]:
     """Batches of images with their pixels, or None for images that cannot be decoded."""
     assert isinstance(run.batch_size, int)
-    load = partial(load_view, size=size, view=0)
+    load = partial(_load_pixels, preparation=preparation)
     threads = run.decoders or os.cpu_count() or 1
     pixels = prefetch.map_ahead(load, [image.uri for image in images], threads)
     for begin in range(0, len(images), run.batch_size):
         yield [(image, next(pixels)) for image in images[begin : begin + run.batch_size]]
+
+
+def _load_pixels(uri: str, preparation: Preparation) -> np.ndarray | None:
+    """An image for a model; None where it cannot be read or decoded."""
+    try:
+        data = storage.read(uri)
+    except OSError:
+        return None
+    return decoding.decode(data, preparation).pixels_HW3
 
 
 def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:

@@ -55,6 +55,11 @@ class LoadedModel(Protocol):
         """The device."""
         ...
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The type of number that the model computes in."""
+        ...
+
     def caption(
         self, images: Sequence[np.ndarray], prompts: Sequence[str] | None = None
     ) -> list[Caption]:

@@ -119,6 +119,10 @@ class _LoadedNative:
     def device(self) -> "torch.device":
         return self._captioner.device
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        return self._captioner.dtype
+
     def caption(
         self, images: Sequence[np.ndarray], prompts: Sequence[str] | None = None
     ) -> list[Caption]:

@@ -9,6 +9,7 @@ from captioner.errors import OutputError
 from captioner.output.audit import Audit, audit
 from captioner.output.directory import OutputDirectory
 from captioner.output.rows import read_rows
+from captioner.review.findings import COLUMNS, Findings
 from captioner.schema import STATUSES
 
 __all__ = [
@@ -30,6 +31,7 @@ class Report:
         last_run: the last run in a line; empty if no run has ended.
         worst: captions with the lowest scores: ``(score, caption, uri)``.
         best: captions with the highest scores.
+        findings: captions that look wrong.
     """
 
     accounts: Audit
@@ -37,6 +39,7 @@ class Report:
     last_run: str
     worst: list[tuple[float, str, str]]
     best: list[tuple[float, str, str]]
+    findings: Findings
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -52,6 +55,7 @@ class Report:
         for title, captions in (("best", self.best), ("worst", self.worst)):
             lines.append(f"{title} scores (mean natural log-probability per word):")
             lines += [f"  {score:7.3f}  {caption}  {uri}" for score, caption, uri in captions]
+        lines += self.findings.lines()
         missing = self.accounts.missing
         lines.append(f"{len(missing)} images have no row" + (":" if missing else ""))
         lines += [f"  {uri}" for uri in missing[:_MISSING_SHOWN]]
@@ -74,7 +78,9 @@ def summarise(output: str) -> Report:
     worst: list[tuple[float, str, str]] = []
     best: list[tuple[float, str, str]] = []
     examples: dict[str, tuple[str, str]] = {}
-    for some in read_rows(directory, ["score", "caption", "uri", "status", "error"]):
+    findings = Findings()
+    for some in read_rows(directory, ["score", "caption", "uri", "status", "error", "finish"]):
+        findings.add(some.select(COLUMNS).to_pylist())
         for status in set(STATUSES) - {"ok", *examples}:
             for row in some.filter(pc.equal(some["status"], status)).slice(0, 1).to_pylist():
                 examples[status] = (row["error"], row["uri"])
@@ -82,7 +88,7 @@ def summarise(output: str) -> Report:
         rows = list(zip(*(scored[name].to_pylist() for name in scored.column_names), strict=True))
         best = heapq.nlargest(_SHOWN, best + rows)
         worst = heapq.nsmallest(_SHOWN, worst + rows)
-    return Report(accounts, examples, last_run, worst, best)
+    return Report(accounts, examples, last_run, worst, best, findings)
 
 
 def _last_run(directory: OutputDirectory) -> str:

@@ -19,6 +19,7 @@ from captioner.errors import InputError, OutputError
 from captioner.model import bundle
 from captioner.model.build import build_model
 from captioner.model.bundle import Bundle, SeenImages
+from captioner.model.loading import is_pretrained
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import Vocabulary
 from captioner.runtime.progress import in_ray_job
@@ -80,6 +81,11 @@ def train(
     batches = math.ceil(len(split.train) / config.batch_size)
     if len(split.train) < workers * batches:  # the batches' sizes differ by one at most
         raise InputError(f"a batch has too few images for {workers} workers")
+    if begin_with and is_pretrained(begin_with):
+        raise InputError(
+            f"--model {begin_with}: captioner does not train pretrained models; give a model that "
+            "captioner trained, or leave --model out"
+        )
     earlier = bundle.load(begin_with) if begin_with else None
     if earlier is not None:
         model_config = earlier.model.config

@@ -42,6 +42,12 @@ class PretrainedCaptioner:
         """The device that holds the model."""
         return torch.device(self.model.device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of number that the model computes in."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
     @torch.inference_mode()
     def caption(
         self, images: Sequence[np.ndarray], prompts: Sequence[str] | None = None
