@@ -342,6 +342,13 @@ def test_books_that_cannot_be_reached_are_an_output_error(memory_bucket, monkeyp
             ask()
 
 
+def test_an_image_that_is_listed_twice_is_added_once(output):
+    extend_manifest(output, _listed(4, 0), shard_size=2)
+    manifest = extend_manifest(output, _listed(1, 0, 1, 2, 1, 4, 3), shard_size=2)
+    assert manifest["uri"].to_pylist() == [f"/photos/{number}.jpg" for number in (4, 0, 1, 2, 3)]
+    assert manifest["shard"].to_pylist() == [0, 0, 1, 1, 2]
+
+
 def test_many_additions_keep_their_order(output):
     for number in range(12):
         manifest = extend_manifest(output, _listed(number), shard_size=4)

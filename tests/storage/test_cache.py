@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,7 @@ def test_a_temporary_folder_that_others_can_write_to_is_not_used(tmp_path, monke
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
-def test_a_user_id_without_a_name_has_a_cache(tmp_path):
-    tmp_path.chmod(0o777)
+def test_a_user_id_without_a_name_has_a_cache():
     code = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -75,12 +75,14 @@ print(directory)
         for name, value in os.environ.items()
         if name not in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME")
     }
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parents[2])],
-        env=environment | {"TMPDIR": "/tmp"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own folder is closed to other users
+        Path(temporary).chmod(0o777)
+        ran = subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parents[2])],
+            env=environment | {"TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "/tmp/captioner-cache-54321/captioner/features"
+    assert ran.stdout.strip() == f"{temporary}/captioner-cache-54321/captioner/features"
