@@ -520,7 +520,7 @@ def test_a_name_never_becomes_a_path_that_is_written(tmp_path, model_directory):
             "/x.jpg",
             "//x.jpg",
         ),
-        *("file:///x.jpg", "file://%2e%2e/x.jpg", "part-000000.parquet", "__captioner/run.json"),
+        *("file:///x.jpg", "file:///%2e%2e/x.jpg", "part-000000.parquet", "__captioner/run.json"),
         *("../out/part-000000.parquet", "~/x.jpg", "memory://../x.jpg", "con:x.jpg"),
         str(photo),
     ]
