@@ -216,7 +216,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out(data: Path, model_directory
 
 @pytest.fixture
 def output(data: Path, tmp_path: Path, model_directory: Path) -> Path:
-    """The captions of the photos and of one more, made where they have other paths."""
+    """A caption job's output for copies of the photos and one more."""
     photos = write_photos(tmp_path / "photos", 9)
     photos[0].write_bytes(b"no image")
     arguments = ("caption", photos[0].parent, tmp_path / "out", "--model", model_directory)

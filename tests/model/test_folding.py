@@ -52,7 +52,7 @@ def test_features_stay_and_norms_after_convolutions_go(backbone: str, left: int)
 
 
 class _Twice(nn.Module):
-    """Also uses what the convolution gave as it is."""
+    """A backbone that also uses the convolution's output before the norm."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class _Twice(nn.Module):
 
 
 class _Shared(nn.Module):
-    """One convolution before two norms."""
+    """A backbone whose convolution feeds two norms."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ def test_a_compiled_encoder_writes_the_same_captions(vocabulary, tmp_path, monke
 
 
 def test_batches_that_were_halved_are_not_filled_up_again(vocabulary, monkeypatch):
-    """Where memory ran out in the encoder it would do so again."""
+    """A batch that was halved because RAM ran out must not be padded again."""
     monkeypatch.setattr(Captioner, "_in_parts", False)
     encoded = []
 

@@ -75,7 +75,7 @@ def _logprobs(model, features, prefix):
 
 @torch.no_grad()
 def _brute_force(model, features, max_words, length_penalty):
-    """The best of all captions of at most ``max_words`` choices, the end counted."""
+    """The best of all captions of at most ``max_words`` words, including the end."""
     words = range(4, model.config.vocabulary_size)
     best = (-np.inf, None)
     for length in range(1, max_words + 1):
@@ -107,7 +107,7 @@ def test_a_wide_beam_finds_what_brute_force_finds(length_penalty):
 
 @torch.no_grad()
 def _reference_beam(model, features, K, length_penalty, max_words):
-    """Beam search of one image in plain lists, nothing cached."""
+    """Beam search for one image in plain lists, without caches."""
     live, done = [(0.0, ())], []
     for step in range(max_words):
         candidates = []

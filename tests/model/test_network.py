@@ -16,7 +16,7 @@ from oracle import greedy, oracle_of
 
 
 def _captions(rows: int, length: int, vocabulary_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids with padding at the end of all rows but the first, and which words are none."""
+    """Ids with padding at the end of all rows but the first, and a mask of the words."""
     ids = torch.randint(4, vocabulary_size, (rows, length))
     ids[:, 0] = 1
     for row in range(1, rows):
@@ -106,7 +106,7 @@ def test_captions_of_an_image_share_its_keys_and_values():
     "changes", [{}, {"pre_norm": True, "tied_embeddings": True}, {"grid": 3}, {"layers": 1}]
 )
 def test_padding_is_not_computed_and_changes_nothing(changes):
-    """Logits, attention and gradients are those of all words, padding among them."""
+    """Logits, attention and gradients equal those computed with padding."""
     torch.manual_seed(0)
     model = tiny_model(**changes)
     features = torch.rand(3, 2, 2, model.encoder.channels)
