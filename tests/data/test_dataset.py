@@ -336,6 +336,23 @@ def test_a_name_may_be_spelled_otherwise(name: str, file: str, tmp_path: Path):
     assert image.uri == f"{tmp_path}/Images/{file}"
 
 
+def test_images_in_linked_folders_are_found_and_copies_by_other_programs_are_not(tmp_path: Path):
+    copies = [".thumbnails/x/a.jpg", "@eaDir/x/a.jpg", "._a.jpg"]
+    source = _flickr(tmp_path, ["a.jpg", "disk/b.jpg"], copies)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
+    (tmp_path / "Images" / "x").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "Images" / "x" / "a.jpg")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "b.jpg").rename(tmp_path / "disk" / "b.jpg")
+    (tmp_path / "Images" / "disk").symlink_to(tmp_path / "disk")
+    read = read_dataset(source)
+    assert [image.uri for image in read.images] == [
+        f"{tmp_path}/Images/x/a.jpg",
+        f"{tmp_path}/Images/disk/b.jpg",
+    ]
+    assert (read.without_caption, read.ambiguous) == (0, 0)
+
+
 def test_the_exact_name_comes_first(tmp_path: Path):
     names = ["a.jpg", " a.jpg", "x\\a.jpg", "x/a.jpg"]
     read = read_dataset(_flickr(tmp_path, names, names))
