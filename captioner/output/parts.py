@@ -163,7 +163,7 @@ def read_part(directory: str, part: Part, columns: list[str] | None = None) -> p
 
 
 def row_groups(directory: str, part: Part, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """A part's rows, so many at a time as were written at once.
+    """A part's rows, a row group at a time.
 
     Raises:
         OutputError: it cannot be read.
@@ -188,13 +188,15 @@ def rewrite(
         advance: is told how many rows were written.
 
     Raises:
-        OutputError: a part cannot be read, or written, or is not there any more.
+        OutputError: a part cannot be read or written, is gone, or holds fewer or more rows than
+            its images.
     """
     with open_part(directory, sources[0]) as file:
         schema = file.schema
     tables = _all_rows(directory, sources, schema)
     sizes = {part: [*_split(rows)] for part, rows in targets.items()}
     pieces = _regroup(tables, itertools.chain.from_iterable(sizes.values()))
+    last = [*targets][-1]
     for part in targets:
         with (
             storage.writing(storage.join(directory, part.name)) as sink,
@@ -203,10 +205,8 @@ def rewrite(
             for piece in itertools.islice(pieces, len(sizes[part])):
                 writer.write_table(piece, row_group_size=len(piece))
                 advance(len(piece))
-    if next(tables, None) is not None:
-        raise OutputError(
-            f"{sources[0].name} to {sources[-1].name} of {directory} hold more rows than images"
-        )
+            if part == last:
+                next(pieces, None)  # raises, before the file is in its place, where rows are left
     for part in targets:
         if not storage.version(storage.join(directory, part.name)):
             raise OutputError(f"{part.name} is gone: another job is at work on {directory}")
@@ -222,13 +222,17 @@ def _all_rows(directory: str, parts: Sequence[Part], schema: pa.Schema) -> Itera
 
 
 def _split(rows: int) -> Iterator[int]:
-    """So many rows, in row groups."""
+    """The sizes of the row groups for a number of rows."""
     for begin in range(0, rows, _ROW_GROUP):
         yield min(_ROW_GROUP, rows - begin)
 
 
 def _regroup(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]:
-    """The rows of tables, in order, in tables of these sizes, which are all of the rows."""
+    """The rows of tables, in order, in tables of these sizes.
+
+    Raises:
+        OutputError: there are fewer or more rows.
+    """
     rest: list[pa.Table] = []
     for size in sizes:
         while sum(map(len, rest)) < size:
@@ -239,3 +243,5 @@ def _regroup(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Ta
         whole = pa.concat_tables(rest)
         yield whole.slice(0, size)
         rest = [whole.slice(size)]
+    if any(map(len, rest)) or next(tables, None) is not None:
+        raise OutputError("parts to be rewritten hold more rows than images")
