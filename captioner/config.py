@@ -498,7 +498,7 @@ class ListingConfig(_Checked):
     GROUP = "Images"
 
     extensions: str = setting(
-        "jpg,jpeg,jfif,png,webp,avif,bmp,gif,tif,tiff",
+        "jpg,jpeg,jfif,png,webp,avif,jp2,j2k,bmp,gif,tif,tiff",
         "Extensions of the image files in a folder, separated by commas.",
         option="--ext",
     )

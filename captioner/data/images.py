@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from captioner.data.formats.limits import OverLimitError, admit
-from captioner.data.formats.pictures import Picture, UnknownFormatError, open_picture
+from captioner.data.formats.opening import UnknownFormatError, open_picture
+from captioner.data.formats.pictures import Picture
 from captioner.data.preparation import Preparation
 from captioner.schema import Status
 

@@ -21,9 +21,9 @@ class Codestream:
 
     @property
     def memory(self) -> int:
-        """Bytes that decoding takes beside the image itself: 32-bit samples of one tile, twice."""
+        """Bytes that decoding a tile takes beside the image itself, by measurement."""
         width, height = min(self.width, self.tile_width), min(self.height, self.tile_height)
-        return width * height * len(self.bits) * 8
+        return width * height * len(self.bits) * 6
 
 
 def read_codestream(data: bytes) -> Codestream:

@@ -1,11 +1,10 @@
 """Formats that are not read, by name: what a file is, if it is not an image that can be decoded."""
 
-import importlib.util
 import re
 import struct
 from dataclasses import dataclass
 
-__all__ = ["Known", "identify", "is_heif", "jxl_size"]
+__all__ = ["Known", "identify", "is_heif", "is_jxl", "jxl_size"]
 
 _NEEDS_EXTRA = "{}, which needs captioner[formats]"
 _NOT_READ = "{}, which captioner does not read"
@@ -108,7 +107,7 @@ def identify(data: bytes) -> Known | None:
 def _identify(data: bytes) -> Known | None:
     if is_heif(data):
         return Known(_NEEDS_EXTRA.format("HEIC"), *_heif_size(data))
-    if data[:2] == b"\xff\x0a" or data[:12] == _JXL_BOXES:
+    if is_jxl(data):
         return Known(_NEEDS_EXTRA.format("JPEG XL"), *jxl_size(data))
     if data[4:8] == b"ftyp":
         brand = data[8:12]
@@ -170,6 +169,11 @@ def _size(data: bytes, name: str) -> tuple[int, int] | tuple[()]:
     return ()
 
 
+def is_jxl(data: bytes) -> bool:
+    """Whether a file is JPEG XL, bare or in boxes."""
+    return data[:2] == b"\xff\x0a" or data[:12] == _JXL_BOXES
+
+
 def is_heif(data: bytes) -> bool:
     """Whether a file is HEIF and not AVIF."""
     if data[4:8] != b"ftyp":
@@ -184,18 +188,25 @@ def is_heif(data: bytes) -> bool:
 
 
 def _heif_size(data: bytes) -> tuple[int, int] | tuple[()]:
-    """The largest of the sizes of a HEIF file's items: that of the image, and not of its tiles."""
-    sizes = [
-        (
-            int.from_bytes(data[at + 8 : at + 12], "big"),
-            int.from_bytes(data[at + 12 : at + 16], "big"),
-        )
-        for at in (found.start() for found in re.finditer(b"ispe", data[: 1 << 20]))
+    """The size of a HEIF file's image: the largest, since tiles have sizes too.
+
+    Codecs pad an image to whole blocks; where it is cropped to its own size, that counts.
+    """
+    cropped = [
+        (values[0] // max(values[1], 1), values[2] // max(values[3], 1))
+        for values in _properties(data, b"clap", 4)
     ]
-    sizes = [
-        (width, height) for width, height in sizes if 0 < width < 1 << 31 and 0 < height < 1 << 31
+    sizes = cropped or [(values[1], values[2]) for values in _properties(data, b"ispe", 3)]
+    return max(sizes, key=lambda size: size[0] * size[1], default=())
+
+
+def _properties(data: bytes, kind: bytes, count: int) -> list[tuple[int, ...]]:
+    """The first 32-bit numbers of each property of this kind in a HEIF file."""
+    head = data[: 1 << 20]
+    begins = [found.end() for found in re.finditer(kind, head)]
+    return [
+        struct.unpack_from(f">{count}I", head, at) for at in begins if at + 4 * count <= len(head)
     ]
-    return max(sizes, key=lambda size: size[0] * size[1]) if sizes else ()
 
 
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
@@ -236,8 +247,3 @@ def jxl_size(data: bytes) -> tuple[int, int] | tuple[()]:
         else height * _JXL_RATIOS[ratio - 1][0] // _JXL_RATIOS[ratio - 1][1]
     )
     return width, height
-
-
-def has_package(name: str) -> bool:
-    """Whether a package of the extra ``formats`` is installed."""
-    return importlib.util.find_spec(name) is not None

@@ -1,31 +1,20 @@
-"""A file opened but not decoded: its size, the memory that it takes, and then its pixels as RGB.
-
-:func:`open_picture` decides by the first bytes how a file is read.
-"""
+"""A file opened but not decoded: its size, the memory that it takes, and then its pixels as RGB."""
 
 import io
 from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin
 
-from captioner.data.formats import known, pillow_guards, rgb, tiff
+from captioner.data.formats import pillow_guards, rgb
 from captioner.data.formats.jpeg import MOST_SCANS, scan_components
-from captioner.data.formats.jpeg2000 import JPEG2000_SIGNATURES, read_codestream
+from captioner.data.formats.jpeg2000 import read_codestream
 from captioner.data.formats.limits import OverLimitError
-from captioner.data.formats.orientation import TRANSPOSE, xmp_orientation
-from captioner.data.formats.png import PNG_SIGNATURE, TransparentColour, essential_png
-from captioner.data.formats.stripped import strip_avif, strip_gif, strip_jpeg, strip_webp
-from captioner.data.formats.tiff_directory import (
-    TIFF_SIGNATURES,
-    Directory,
-    Tag,
-    read_directory,
-    rewritten,
-)
+from captioner.data.formats.orientation import TRANSPOSE
+from captioner.data.formats.png import TransparentColour, essential_png
 
-__all__ = ["Picture", "open_picture"]
+__all__ = ["Jpeg2000Picture", "KeyedPng", "Picture", "WebpPicture"]
 
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # in Pillow; else 4
 _COPIES = {"AVIF": 4}  # of the pixels: the decoder's and Pillow's; else 1
@@ -49,7 +38,7 @@ class Picture:
     """
 
     def __init__(self, file: BinaryIO, data: bytes, orientation: int | None = None) -> None:
-        self.image: ImageFile.ImageFile = Image.open(file, formats=pillow_guards.FORMATS)
+        self.image: Image.Image = Image.open(file, formats=pillow_guards.FORMATS)
         self.width, self.height = self.size = self.image.size
         self.box: tuple[float, float, float, float] | None = None
         self._orientation = orientation
@@ -75,7 +64,8 @@ class Picture:
         pixels = image.width * image.height * _BYTES_PER_PIXEL.get(image.mode, 4)
         if isinstance(image, JpegImagePlugin.JpegImageFile):
             return pixels + _coefficients(image, self._data, self.width * self.height)
-        if image.tile and image.tile[0][0] == "bmp_rle":  # decoded in Python, to its own array
+        tile = getattr(image, "tile", None)
+        if tile and tile[0][0] == "bmp_rle":  # decoded in Python, to its own array
             return pixels * 3
         return pixels * _COPIES.get(image.format or "", 1)
 
@@ -115,6 +105,11 @@ class Picture:
                 yield top, rgb.over_white(grey_HW1, None, is_associated=False)
 
     @staticmethod
+    def to_rgb(image: Image.Image) -> Image.Image:
+        """A strip of 8-bit samples as RGB, over white."""
+        return rgb.to_rgb(image)
+
+    @staticmethod
     def _crops(image: Image.Image, rows: int) -> Iterator[tuple[int, Image.Image]]:
         width, height = image.size
         for top in range(0, height, rows):
@@ -137,7 +132,7 @@ def _coefficients(image: JpegImagePlugin.JpegImageFile, data: bytes, pixels: int
     return 2 * pixels * sum(samples) // max(samples)
 
 
-class _WebpPicture(Picture):
+class WebpPicture(Picture):
     """A WebP, which is opened when it is decoded: opening allocates its canvas twice."""
 
     def __init__(self, file: BinaryIO, canvas: tuple[int, int], orientation: int | None) -> None:
@@ -147,7 +142,7 @@ class _WebpPicture(Picture):
         self._opened: ImageFile.ImageFile | None = None
 
     @property
-    def image(self) -> ImageFile.ImageFile:  # type: ignore[override]
+    def image(self) -> Image.Image:  # type: ignore[override]
         """The image, decoded."""
         assert self._opened is not None
         return self._opened
@@ -172,11 +167,13 @@ class _WebpPicture(Picture):
             raise ValueError("its size contradicts its header")
 
 
-class _KeyedPng(Picture):
+class KeyedPng(Picture):
     """A grey or RGB PNG in which one colour is transparent."""
 
-    def __init__(self, data: bytes, file: BinaryIO, transparent: TransparentColour) -> None:
-        super().__init__(file, data)
+    def __init__(
+        self, file: BinaryIO, data: bytes, orientation: int, transparent: TransparentColour
+    ) -> None:
+        super().__init__(file, data, orientation)
         self._transparent = transparent
         self._low: Image.Image | None = None
         if transparent.depth == 16 and self.image.mode == "RGB":
@@ -217,87 +214,7 @@ class _KeyedPng(Picture):
             yield top, Image.fromarray(pixels_HW3)
 
 
-class _TiffPicture(Picture):
-    """A TIFF whose layout Pillow reads rightly."""
-
-    def __init__(self, data: bytes, directory: Directory, form: tiff.Layout) -> None:
-        # Where other tags are broken or huge, Pillow sees the essential tags alone.
-        file = io.BytesIO(data) if directory.is_plain else rewritten(data, directory, {})
-        super().__init__(file, data)
-        self._copied = 0 if directory.is_plain else len(data)
-        self._form, self._directory = form, directory
-        self.width, self.height = form.width, form.height
-        if Tag.ORIENTATION not in directory.entries and directory.xmp:
-            self._orientation = xmp_orientation(directory.xmp)
-
-    def memory(self, max_pixels: int) -> int:
-        """Bytes of the pixels, and of a strip or tile that libtiff unpacks."""
-        _check_tiles(self._directory, max_pixels)
-        pixels = super().memory(max_pixels)
-        assert isinstance(self.image, TiffImagePlugin.TiffImageFile)
-        if not self.image.use_load_libtiff:
-            return pixels
-        bits = self._form.bits * self._form.samples
-        return pixels + _unpacked_at_once(self._directory, self._form, bits) + self._copied
-
-
-class _SampledTiffPicture(Picture):
-    """A TIFF whose samples are read here, since Pillow does not know them or mistakes them."""
-
-    def __init__(self, data: bytes, directory: Directory, form: tiff.Layout) -> None:
-        self.width, self.height = self.size = form.width, form.height
-        self.box = None
-        self._form, self._directory, self._bytes = form, directory, len(data)
-        self._orientation = directory.integer(Tag.ORIENTATION, 0) or xmp_orientation(directory.xmp)
-        if self._orientation is None:
-            self._orientation = 1
-        self._file = tiff.SampledTiff(data, directory, form)
-        self._pixels = tiff.Colours(self._file, directory, form)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def draft(self, least: tuple[int, int]) -> None:
-        """A TIFF is decoded at its own size."""
-
-    def memory(self, max_pixels: int) -> int:
-        """Bytes of the samples, and of what unpacking them takes."""
-        _check_tiles(self._directory, max_pixels)
-        bits = self._form.bits * self._form.samples
-        at_once = 0
-        if self._form.compression != 1:
-            at_once = self._bytes + _unpacked_at_once(self._directory, self._form, bits)
-        return self._file.memory + at_once
-
-    def load(self) -> None:
-        """Unpacks the samples."""
-        self._file.load()
-
-    @property
-    def plain(self) -> Image.Image | None:
-        """None: the samples have to be read."""
-        return None
-
-    def strips(self, rows: int) -> Iterator[tuple[int, Image.Image]]:
-        """RGB pixels from the top in pieces of so many rows, each with where it begins."""
-        return self._pixels.strips(rows)
-
-
-def _check_tiles(directory: Directory, max_pixels: int) -> None:
-    """Refuses tiles that are too large: one is decoded in full, even beyond its image."""
-    tile = directory.integer(Tag.TILE_WIDTH, 0) * directory.integer(Tag.TILE_LENGTH, 0)
-    if tile > max_pixels:
-        raise OverLimitError(f"its tiles have more than {max_pixels} pixels")
-
-
-def _unpacked_at_once(directory: Directory, form: tiff.Layout, bits: int) -> int:
-    """Bytes of the strip or tile that libtiff unpacks at once; a tile may be the larger."""
-    rows = min(directory.integer(Tag.ROWS_PER_STRIP, form.height), form.height)
-    tile = directory.integer(Tag.TILE_WIDTH, 0) * directory.integer(Tag.TILE_LENGTH, 0)
-    return max(tile, form.width * rows) * bits // 8
-
-
-class _Jpeg2000Picture(Picture):
+class Jpeg2000Picture(Picture):
     """A JPEG 2000 image, whose header says how deep its samples are."""
 
     def __init__(self, data: bytes) -> None:
@@ -327,71 +244,3 @@ class _Jpeg2000Picture(Picture):
         table = [min(255, round(value * 255 / white)) for value in range(256)] * 3
         for top, strip in super().strips(rows):
             yield top, strip.point(table) if self._is_shallow else strip
-
-
-def open_picture(data: bytes) -> Picture:
-    """Opens a file by its first bytes, without decoding its pixels.
-
-    Raises:
-        UnknownFormatError: it is not in a format that is read; the message names it.
-        Exception: nearly any, where the file is broken.
-    """
-    pillow_guards.install()
-    if data[:3] == b"\xff\xd8\xff":
-        stripped = strip_jpeg(data)
-        return Picture(stripped.file, data, stripped.orientation or 1)
-    if data[:8] == PNG_SIGNATURE:
-        png = essential_png(data)
-        if png.transparent:
-            picture: Picture = _KeyedPng(data, png.file, png.transparent)
-            picture._orientation = png.orientation or 1
-            return picture
-        return Picture(png.file, data, png.orientation or 1)
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return Picture(strip_gif(data).file, data, 1)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _open_webp(data)
-    if data[:4] in TIFF_SIGNATURES and data[8:10] != b"CR":
-        directory = read_directory(data)
-        form = tiff.layout(directory)
-        is_read = tiff.check_is_read(directory, form)
-        return (_TiffPicture if is_read else _SampledTiffPicture)(data, directory, form)
-    if data.startswith(JPEG2000_SIGNATURES):
-        return _Jpeg2000Picture(data)
-    is_avif = data[4:8] == b"ftyp" and not known.is_heif(data)
-    try:
-        return Picture(strip_avif(data).file if is_avif else io.BytesIO(data), data)
-    except UnidentifiedImageError:
-        raise UnknownFormatError(known.identify(data)) from None
-
-
-class UnknownFormatError(Exception):
-    """A file is not in a format that is read; the message says what it is."""
-
-    def __init__(self, known_as: known.Known | None) -> None:
-        super().__init__(known_as.reason if known_as else "not an image in a known format")
-        self.width = known_as.width if known_as else None
-        self.height = known_as.height if known_as else None
-
-
-def _open_webp(data: bytes) -> Picture:
-    stripped = strip_webp(data)
-    canvas = _webp_canvas(data)
-    if canvas is None:
-        return Picture(stripped.file, data, stripped.orientation or 1)
-    return _WebpPicture(stripped.file, canvas, stripped.orientation or 1)
-
-
-def _webp_canvas(data: bytes) -> tuple[int, int] | None:
-    """Width and height of the canvas that decoding a WebP takes; None where it has none."""
-    kind, count = data[12:16], len(data)
-    if kind == b"VP8X" and count >= 30:  # of a still image or an animation, of any parts
-        sides = int.from_bytes(data[24:30], "little")
-        return (sides & 0xFFFFFF) + 1, (sides >> 24) + 1
-    if kind == b"VP8L" and count >= 25 and data[20] == 0x2F:  # lossless
-        sides = int.from_bytes(data[21:25], "little")
-        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 " and count >= 30 and data[23:26] == b"\x9d\x01\x2a":  # lossy
-        sides = int.from_bytes(data[26:30], "little")
-        return sides & 0x3FFF, sides >> 16 & 0x3FFF
-    return None
