@@ -4,9 +4,11 @@ import fnmatch
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from captioner.errors import BundleError, OutputError, one_line
 from captioner.model.huggingface.families import family_of
@@ -16,7 +18,6 @@ from captioner.model.huggingface.hub import (
     _split,
     is_hub_name,
 )
-from captioner.model.huggingface.loading import _loading_errors, import_transformers
 
 __all__ = ["import_model"]
 
@@ -43,29 +44,33 @@ def import_model(source: str, directory: str) -> Path:
     target = Path(directory)
     if target.exists():
         raise OutputError(f"{directory} exists; choose a directory that does not")
-    library = import_transformers()
     path = _fetch(source)
     if not (path / "config.json").is_file():
         raise BundleError(f"{source} is not a model: it has no config.json")
-    family = family_of(_parse_config(source, (path / "config.json").read_bytes()), source)
+    family_of(_parse_config(source, (path / "config.json").read_bytes()), source)
     state: dict[str, torch.Tensor] = {}
     files = sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise BundleError(f"the model {source} has no pytorch_model.bin to convert")
     try:
-        for file in files:
-            state |= torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that older versions of torch wrote
+            for file in files:
+                state |= torch.load(file, map_location="cpu", weights_only=True)
+        # Tied weights share their memory, which safetensors refuses.
+        weights = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise BundleError(
             f"{file.name} of the model {source} is not plain weights: {one_line(error)[:200]}"
         ) from error
     part = target.with_name(target.name + ".part")
-    with _loading_errors(source, family):
-        config = library.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        kind = library.AutoModelForImageTextToText
-        model = kind.from_pretrained(None, config=config, state_dict=state, dtype="auto")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -73,7 +78,7 @@ def import_model(source: str, directory: str) -> Path:
             for file in path.glob(pattern):
                 if not file.name.endswith(".bin.index.json"):
                     shutil.copyfile(file, part / file.name)
-        model.save_pretrained(part)
+        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
         os.replace(part, target)
     except OSError as error:
         raise OutputError(f"cannot write {directory}: {one_line(error)}") from error

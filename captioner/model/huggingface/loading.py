@@ -14,8 +14,10 @@ from captioner.errors import BundleError, InputError, one_line
 from captioner.model.huggingface.captioner import PretrainedCaptioner
 from captioner.model.huggingface.families import Family, family_of
 from captioner.model.huggingface.hub import weights_among
+from captioner.model.huggingface.prompts import render
 from captioner.model.huggingface.settings import GenerationSettings
 from captioner.runtime.device import choose_device, choose_dtype
+from captioner.runtime.memory import keep_freed_memory
 
 __all__ = ["import_transformers", "load_directory", "load_processor"]
 
@@ -75,6 +77,10 @@ def load_directory(
         )
         processor = load_processor(directory, family)
         model = model.eval().to(on)
+    if family.prompt == "chat":
+        render(processor, settings.prompt or "")  # may refuse
+    if on.type == "cpu":
+        keep_freed_memory()
     return PretrainedCaptioner(family, model, processor, settings)
 
 
