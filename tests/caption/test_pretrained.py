@@ -147,7 +147,11 @@ def test_both_engines_write_the_same_rows(
         run = RunConfig(**{**vars(RUN), "engine": engine})
         caption_images(str(photos), str(tmp_path / engine), blip, decode=DECODE, run=run)
         written.append(rows(tmp_path / engine))
-    assert written[0] == written[1]
+    exact = ("uri", "caption", "tokens", "status", "finish", "attention_height", "width")
+    for one, other in zip(*written, strict=True):  # the engines' threads differ in number
+        assert [one[name] for name in exact] == [other[name] for name in exact]
+        for name in ("token_logprobs", "attention_peak"):
+            np.testing.assert_allclose(one[name] or [], other[name] or [], atol=1e-5)
 
 
 def test_run_json_names_the_model_and_the_prompt(blip: str, photos: Path, tmp_path: Path) -> None:
