@@ -99,12 +99,21 @@ def is_of_whole_store(error: Exception) -> bool:
     A single object's 403 or 404, or a connection that breaks off, concerns that object alone.
     """
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
+    if any(_is_broken_off(each) for each in causes):
+        return False
     if any(_names(each) & _WHOLE_STORE_NAMES for each in causes):
         return True
     # Such as an endpoint that is not a URL: the client finds that before it asks anything.
     if type(error) is ValueError and "endpoint" in str(error).lower():
         return True
     return http_status(error) == 401 or any(_code(each) in _WHOLE_STORE_CODES for each in causes)
+
+
+def _is_broken_off(error: BaseException) -> bool:
+    """Whether a connection was made and broke off: botocore's error is that of a dead endpoint."""
+    context = error.__context__
+    names = set() if context is None else _names(context)
+    return "aiohttp.ClientOSError" in names and "aiohttp.ClientConnectorError" not in names
 
 
 def _code(error: BaseException) -> str | None:
