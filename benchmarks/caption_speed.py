@@ -46,6 +46,7 @@ from captioner.model import bundle
 from captioner.model.native import Captioner
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import EOS, START, Vocabulary
+from captioner.runtime import cluster
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -104,7 +105,7 @@ class Hugging:
         encoder, _ = oracle_of(model)
         assert encoder is not None
         config = model.config
-        text = BlipTextConfig(
+        text = BlipTextConfig(  # type: ignore[call-arg]
             vocab_size=config.vocabulary_size,
             hidden_size=config.width,
             encoder_hidden_size=model.encoder.channels,
@@ -257,7 +258,7 @@ def measure(
         speeds.setdefault(name, []).append(speed)
         click.echo(f"{precision} {name}: {speed:.2f} images/s")
 
-    vocabulary = captioner.model.vocabulary
+    vocabulary = captioner.vocabulary
     ours = [caption.tokens for caption in captioner(images)]
     theirs = [vocabulary.words(ids) for ids in notebook(images).tolist()]
     equal = sum(one == other for one, other in zip(ours, theirs, strict=True))
@@ -351,7 +352,7 @@ def main(
         make_bundle(model)
         results: dict[str, Any] = {"images": len(files)}
         results["machine"] = describe_machine("torch", "ray", "transformers")
-        with pipeline.connected():
+        with cluster.connected():
             for each in ["fp32", "bf16"] if precision == "both" else [precision]:
                 results[each] = measure(
                     str(chosen), model, each, batch=batch, large=large_batch, rounds=rounds

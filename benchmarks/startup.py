@@ -67,7 +67,7 @@ def stepwise(begin: float, photos: str, output: str) -> None:
     from captioner.caption.batches import BatchCaptioner
     from captioner.model import bundle
 
-    inputs.load_bundle = timed("load the model", inputs.load_bundle)
+    inputs.load_model = timed("load the model", inputs.load_model)
     BatchCaptioner.load = timed("prepare the model", BatchCaptioner.load)  # type: ignore
     BatchCaptioner.__call__ = timed("caption", BatchCaptioner.__call__)  # type: ignore
     stages.write_part = timed("write the part", stages.write_part)

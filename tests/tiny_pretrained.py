@@ -183,7 +183,7 @@ def florence2() -> Built:
     images = transformers.CLIPImageProcessor(
         size={"height": 96, "width": 96}, crop_size={"height": 96, "width": 96}
     )
-    images.image_seq_length = 10
+    images.image_seq_length = 10  # type: ignore[attr-defined]
     model = transformers.Florence2ForConditionalGeneration(config)
     return model, [transformers.Florence2Processor(images, tokenizer)]
 
@@ -214,7 +214,7 @@ def blip2() -> Built:
 def paligemma() -> Built:
     tokenizer = _byte_pairs()
     images = transformers.SiglipImageProcessor(size=_SIZE)
-    images.image_seq_length = 16
+    images.image_seq_length = 16  # type: ignore[attr-defined]
     processor = transformers.PaliGemmaProcessor(images, tokenizer)  # adds a thousand tokens
     config = transformers.PaliGemmaConfig(
         vision_config={
@@ -298,7 +298,7 @@ def smolvlm() -> Built:
         image_seq_len=4,
         chat_template=_CHAT.replace("IMAGE", "<image>"),
     )
-    config = transformers.SmolVLMConfig(
+    config = transformers.SmolVLMConfig(  # type: ignore[call-arg]
         vision_config=_VISION,
         text_config={"model_type": "llama", "num_key_value_heads": 2, **_TEXT, **_ids(tokenizer)},
         image_token_id=tokenizer.image_token_id,
@@ -432,19 +432,19 @@ def write(family: str, directory: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model, others = FAMILIES[family]()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
             if parameter.ndim >= 2:
                 parameter.normal_(0, 1.0 if re.search("projector|connector", name) else 0.15)
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings()  # type: ignore[attr-defined]
         if family in ("paligemma", "gemma3", "smolvlm"):  # else they say little but special tokens
-            tokenizer = others[0].tokenizer
+            tokenizer = others[0].tokenizer  # type: ignore[attr-defined]
             if "gemma" in family:  # tied to the embeddings: else each word follows itself
                 head.weight.normal_(0, 0.02)
             head.weight[tokenizer.vocab_size :] = 0
             head.weight[list(tokenizer.all_special_ids)] = 0
-    model.save_pretrained(directory)
+    model.save_pretrained(directory)  # type: ignore[attr-defined]
     for each in others:
-        each.save_pretrained(directory)
+        each.save_pretrained(directory)  # type: ignore[attr-defined]
     return directory
 
 

@@ -453,7 +453,7 @@ ANIMATIONS = {
 @pytest.mark.parametrize("file_format", ANIMATIONS)
 def test_the_first_frame_of_an_animation_counts(file_format):
     with Image.open(io.BytesIO(ANIMATIONS[file_format])) as image:
-        assert image.n_frames == 3
+        assert image.n_frames == 3  # type: ignore[attr-defined]
     assert np.abs(_decoded(ANIMATIONS[file_format]).astype(int) - RED).max() <= 6
 
 

@@ -62,7 +62,7 @@ def test_a_consumer_that_stops_waits_for_no_work_and_begins_no_more():
     results = map_ahead(read, range(100), 2)
     assert next(results) == 0
     begin = time.monotonic()
-    results.close()
+    results.close()  # type: ignore[attr-defined]
     assert time.monotonic() - begin < 5
     hangs.set()
     time.sleep(0.1)

@@ -80,7 +80,7 @@ def test_a_broken_message_stream_does_not_end_the_work(monkeypatch):
             with progress_bar(9, unit="image") as progress:
                 progress.update(4)
                 time.sleep(0.05)
-                assert progress._thread.is_alive(), stream
+                assert progress._thread.is_alive(), stream  # type: ignore[attr-defined]
 
 
 def test_a_terminal_shows_a_bar(tmp_path: Path):

@@ -191,7 +191,7 @@ def step_by_step(
             hook.remove()
     logprobs = [float(each.log_softmax(-1)[token]) for each, token in zip(logits, ids, strict=True)]
     width = min(len(row) for row in rows)  # the prompt's columns: those that the first step has
-    return logprobs, np.stack([row[:width].numpy() for row in rows])
+    return logprobs, np.stack([row[:width].numpy() for row in rows])  # type: ignore[attr-defined]
 
 
 def image_columns(reference: Reference, image: np.ndarray, width: int) -> tuple[slice | Any, Any]:
