@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import duckdb
 import numpy as np
 import pandas as pd
@@ -132,6 +133,11 @@ def test_the_usual_readers_read_the_output(photos, model_directory, tmp_path):
     for side in ("attention_height", "attention_width"):
         assert set(table[side].to_pylist()) <= {3, None}
     assert table.schema.metadata[b"captioner.attention.levels"] == b"127"
+    loaded = datasets.load_dataset(
+        "parquet", data_dir=str(output), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert loaded["uri"] == table["uri"].to_pylist()
+    assert loaded["caption"] == table["caption"].to_pylist()
 
 
 def test_a_resume_touches_no_finished_shard(photos, model_directory, tmp_path):
