@@ -1,4 +1,4 @@
-"""Fewer and larger part files for an output whose job is finished; smaller ones to change them."""
+"""Merges the parts of a finished output into larger files; splits them where rows change."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ __all__ = ["Compaction", "compact", "isolate_shards"]
 
 @dataclass(frozen=True)
 class Compaction:
-    """What became of an output of ``images`` images: the number of its parts."""
+    """The number of an output's parts before and after, and of its images."""
 
     output: str
     images: int
@@ -31,16 +31,16 @@ class Compaction:
 
 
 def compact(output: str, size: int) -> Compaction:
-    """Merges an output's parts to larger ones; an output that is compact already stays as it is.
+    """Merges an output's parts into larger ones; leaves an output that is compact already.
 
     Args:
         output: a caption job's output, all of whose images have their row.
-        size: how many bytes a part shall have at most. One of half as many is large enough.
+        size: the largest size of a part, in bytes. A part of half that size is large enough.
 
     Raises:
         InputError: the size is not positive.
-        OutputError: it is no such output, another job is at work on it, a part of it cannot be
-            read, or a part cannot be written.
+        OutputError: it is not a caption job's output or not finished, another job is at work on
+            it, or a part cannot be read or written.
     """
     if size < 1:
         raise InputError(f"a part cannot have {size} bytes")
@@ -71,7 +71,7 @@ def compact(output: str, size: int) -> Compaction:
 
 
 def _groups(parts: list[Part], sizes: dict[str, int], size: int) -> Iterator[list[Part]]:
-    """Parts to be merged: neighbours that have the size together, none of them large already."""
+    """The parts to merge: neighbours that are not over the size together, none large already."""
     group: list[Part] = []
     full = 0
     for part in parts:
@@ -88,7 +88,7 @@ def _groups(parts: list[Part], sizes: dict[str, int], size: int) -> Iterator[lis
 
 
 def isolate_shards(directory: OutputDirectory, manifest: pa.Table, shards: Collection[int]) -> None:
-    """Gives shards whose rows are to change a part of their own each: splits those that hold them.
+    """Gives each shard whose rows will change a part of its own; splits the parts that hold them.
 
     Raises:
         OutputError: a part cannot be read or written.
@@ -105,7 +105,7 @@ def isolate_shards(directory: OutputDirectory, manifest: pa.Table, shards: Colle
 
 
 def _pieces(part: Part, shards: list[int]) -> Iterator[Part]:
-    """A part cut so that each of some shards stands alone."""
+    """A part's range, cut into pieces in which each of some shards is alone."""
     begin = part.first
     for shard in shards:
         if begin < shard:

@@ -1,13 +1,12 @@
 """The part files of an output directory: their names, which of them count, how they are rewritten.
 
 ``part-000007.parquet`` holds the rows of shard 7, ``part-000000-000255.parquet`` those of the
-shards 0 to 255, merged. One rule makes it safe to merge and to split at any moment: a part that
-lies within another's range does not count. Parts are merged by writing the large one and then
-deleting those that went into it, and split by writing the small ones and then deleting the large
-one. Either hangs on one step, the writing or the deletion of the large part; what a crash leaves
-within its range is known by its name, and deleted by the next job. It is never the other way about,
-so that at no moment a row is missing; a reader that knows nothing of the rule may see rows twice
-from that step until the last deletion.
+shards 0 to 255, merged. One rule makes it safe to merge and to split at any moment: a part within
+another part's range does not count. A merge writes the large part and then deletes the small ones;
+a split writes the small parts and then deletes the large one. Either takes effect in one step, when
+the large part appears or disappears. The next job recognises what a crash leaves within its range
+by name, and deletes it. No row is missing at any moment; a reader that does not know the rule may
+see rows twice between that step and the last deletion.
 """
 
 import itertools
@@ -38,7 +37,7 @@ __all__ = [
 
 _NAME = re.compile(r"part-(\d{6,})(?:-(\d{6,}))?\.parquet")
 _ROW_GROUP = 8192  # rows of a merged part in memory at once: some 10 MB
-_GAP = 64_000  # bytes between columns that are rather read than asked around
+_GAP = 64_000  # bytes between columns; fewer are read along rather than cost a request
 _THREADS = 16  # that delete: mostly waiting, for a bucket
 
 
@@ -67,10 +66,10 @@ def part_name(shard: int) -> str:
 
 
 def find_parts(names: Iterable[str]) -> tuple[list[Part], list[Part]]:
-    """The parts among a directory's names that count, in order; and those that others hold.
+    """The parts that count, in order, and the parts within another's range, from a folder's names.
 
     Raises:
-        OutputError: two parts hold the same shard, and neither all of the other's.
+        OutputError: two parts overlap, and neither is within the other.
     """
     matches = (_NAME.fullmatch(name) for name in names)
     found = {Part(int(match[1]), int(match[2] or match[1])) for match in matches if match}
@@ -87,7 +86,7 @@ def find_parts(names: Iterable[str]) -> tuple[list[Part], list[Part]]:
 
 
 def delete_parts(directory: str, parts: Sequence[Part]) -> None:
-    """Deletes files.
+    """Deletes the files of parts.
 
     Raises:
         OutputError: one cannot be deleted.
@@ -99,8 +98,8 @@ def delete_parts(directory: str, parts: Sequence[Part]) -> None:
 class PartFile:
     """A part that is open.
 
-    Arrow reads it in this thread alone. Its own threads may hold memory or files of Python a moment
-    longer than they are needed; where that is the moment in which Python ends, the process aborts.
+    Arrow reads it in this thread alone. Arrow's own threads may hold memory or files of Python for
+    a moment longer than needed; a process that ends in that moment aborts.
     """
 
     def __init__(self, file: BinaryIO):
@@ -139,7 +138,7 @@ class PartFile:
 
 @contextmanager
 def open_part(directory: str, part: Part) -> Iterator[PartFile]:
-    """A part to be read. Of a merged one, only what is asked for comes from a bucket.
+    """Opens a part to read. Of a merged part in a bucket, only what is read is transferred.
 
     Raises:
         OutputError: it cannot be opened or read.
