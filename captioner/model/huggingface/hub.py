@@ -22,7 +22,15 @@ from typing import Any
 from captioner import storage
 from captioner.errors import BundleError, one_line
 
-__all__ = ["Location", "is_hub_name", "locate", "weights_among"]
+__all__ = [
+    "Location",
+    "hub_errors",
+    "is_hub_name",
+    "locate",
+    "parse_config",
+    "split_revision",
+    "weights_among",
+]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -100,7 +108,7 @@ def locate(uri: str) -> Location:
             for part in _samples(file, sizes[name]):
                 digest.update(part)
     with storage.open_binary(storage.join(uri, "config.json")) as file:
-        config = _parse_config(uri, file.read())
+        config = parse_config(uri, file.read())
     return Location(
         uri=uri,
         kind="local" if local else "bucket",
@@ -121,7 +129,12 @@ def _samples(file: Any, size: int) -> Iterator[bytes]:
         yield file.read(_SAMPLE)
 
 
-def _parse_config(uri: str, data: bytes) -> dict[str, Any]:
+def parse_config(uri: str, data: bytes) -> dict[str, Any]:
+    """The content of a model's config.json.
+
+    Raises:
+        BundleError: it is not a JSON object.
+    """
     try:
         config = json.loads(data)
     except ValueError as error:
@@ -160,15 +173,16 @@ def _wanted(uri: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted({*small, *weights}))
 
 
-def _split(uri: str) -> tuple[str, str | None]:
+def split_revision(uri: str) -> tuple[str, str | None]:
+    """The name and the revision of ``owner/name@revision``."""
     name, _, revision = uri.partition("@")
     return name, revision or None
 
 
 def _locate_hub(uri: str) -> Location:
     """A model of the hub; without a network, as it was downloaded before."""
-    name, revision = _split(uri)
-    with _hub_errors(uri):
+    name, revision = split_revision(uri)
+    with hub_errors(uri):
         import huggingface_hub as hub
 
         get_config = partial(hub.hf_hub_download, name, "config.json", revision=revision)
@@ -188,16 +202,16 @@ def _locate_hub(uri: str) -> Location:
             files=_wanted(uri, names),
             identity=f"{name}@{commit}",
             revision=commit,
-            config=_parse_config(uri, config.read_bytes()),
+            config=parse_config(uri, config.read_bytes()),
         )
 
 
 def _fetch_hub(location: Location) -> Path:
     """Every file at the location's commit; those that are in the cache are not fetched again."""
-    with _hub_errors(location.uri):
+    with hub_errors(location.uri):
         from huggingface_hub import hf_hub_download
 
-        name, _ = _split(location.uri)
+        name, _ = split_revision(location.uri)
         get = partial(hf_hub_download, name, revision=location.revision)
         with ThreadPoolExecutor(_DOWNLOADS) as pool:
             paths = list(pool.map(get, location.files))
@@ -205,7 +219,7 @@ def _fetch_hub(location: Location) -> Path:
 
 
 @contextlib.contextmanager
-def _hub_errors(uri: str) -> Iterator[None]:
+def hub_errors(uri: str) -> Iterator[None]:
     """Makes one line that says what to do of what the hub's client raises."""
     try:
         from huggingface_hub import constants, errors
@@ -215,7 +229,7 @@ def _hub_errors(uri: str) -> Iterator[None]:
             f"there is no directory {uri}; a model of the Hugging Face hub needs captioner[hf]: "
             "pip install 'captioner[hf]'"
         ) from error
-    name, revision = _split(uri)
+    name, revision = split_revision(uri)
     try:
         yield
     except errors.GatedRepoError as error:

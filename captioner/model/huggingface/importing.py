@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from captioner.errors import BundleError, OutputError, one_line
 from captioner.model.huggingface.families import family_of
 from captioner.model.huggingface.hub import (
-    _hub_errors,
-    _parse_config,
-    _split,
+    hub_errors,
     is_hub_name,
+    parse_config,
+    split_revision,
 )
 
 __all__ = ["import_model"]
@@ -47,7 +47,7 @@ def import_model(source: str, directory: str) -> Path:
     path = _fetch(source)
     if not (path / "config.json").is_file():
         raise BundleError(f"{source} is not a model: it has no config.json")
-    family_of(_parse_config(source, (path / "config.json").read_bytes()), source)
+    family_of(parse_config(source, (path / "config.json").read_bytes()), source)
     state: dict[str, torch.Tensor] = {}
     files = sorted(path.glob("pytorch_model*.bin"))
     if not files:
@@ -88,10 +88,10 @@ def import_model(source: str, directory: str) -> Path:
 def _fetch(source: str) -> Path:
     if not is_hub_name(source):
         return Path(source)
-    with _hub_errors(source):
+    with hub_errors(source):
         import huggingface_hub as hub
 
-        name, revision = _split(source)
+        name, revision = split_revision(source)
         config = Path(hub.hf_hub_download(name, "config.json", revision=revision))
         commit = config.parent.name
         siblings = hub.HfApi().model_info(name, revision=commit).siblings or []
