@@ -37,6 +37,20 @@ from captioner.runtime.streams import error_of_stdout, has_own_streams, protect_
 __all__ = ["main"]
 
 _INTERRUPTED = "captioner: stopped by SIGINT"
+_SUMMARIES = {  # in the order of --help: the commands that most people need come first
+    "caption": "Caption images into Parquet files.",
+    "review": "Serve a page to find, view and correct captions.",
+    "gallery": "Write a page of images, captions and maps.",
+    "show": "Draw where the model looked in an image.",
+    "report": "Summarise an output.",
+    "export": "Export captions in the format of another tool.",
+    "compact": "Merge part files into fewer, larger files.",
+    "train": "Train or fine-tune a model.",
+    "evaluate": "Score captions against captions that people wrote.",
+    "average-models": "Average the weights of fine-tuned models.",
+    "import-model": "Convert a model with pickled weights.",
+    "demo": "Caption the photos that come with scikit-image.",
+}
 _option = partial(click.option, cls=GroupedOption)
 _PRESETS = {name: PRESETS[name] for name in ("small", "notebook")}  # the default first
 _BUNDLED = "  [default: the bundled model]"
@@ -54,6 +68,15 @@ class _Commands(click.Group):
     """Prints captioner's errors as one line and exits with their code; ``--debug`` shows more."""
 
     command_class = GroupedCommand
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands by need, not by name."""
+        return [*_SUMMARIES, *sorted(self.commands.keys() - _SUMMARIES.keys())]
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Adds a command with its summary for ``captioner --help``."""
+        cmd.short_help = _SUMMARIES.get(name or cmd.name or "")
+        super().add_command(cmd, name)
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
         """Runs a command; neither a broken stream nor a read that hangs outlives it."""
@@ -226,8 +249,7 @@ def train(
 
     - a folder with Images/ and captions.txt, a CSV with the columns image and caption;
 
-    - a JSON file in COCO's format, such as captions_train2017.json; give the validation file as
-      --val-data;
+    - a JSON file in COCO's format, such as captions_train2017.json, with --val-data;
 
     - a JSON file in Karpathy's format, such as dataset_coco.json, which contains the split.
 
@@ -523,6 +545,7 @@ def export(output: str, destination: str | None, form: Any, **options: Any) -> N
 @_option(
     "--port",
     type=click.IntRange(0, 65535),
+    metavar="PORT",
     default=0,
     show_default=True,
     group="Options",

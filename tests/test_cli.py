@@ -34,6 +34,14 @@ def test_every_command_has_help_in_sentences(command):
     assert main.commands[command].help.split("\n")[0].endswith((".", ":"))
 
 
+def test_the_list_of_commands_has_a_whole_summary_of_each():
+    text = CliRunner().invoke(main, ["--help"], terminal_width=80).output
+    listed = [line.split()[0] for line in text[text.index("Commands:") :].splitlines()[1:]]
+    assert listed[0] == "caption"
+    assert sorted(listed) == COMMANDS
+    assert "..." not in text
+
+
 @pytest.mark.parametrize(
     ("command", "option"), OPTIONS, ids=[f"{name} --{option.name}" for name, option in OPTIONS]
 )
