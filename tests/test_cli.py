@@ -39,7 +39,7 @@ def test_the_list_of_commands_has_a_whole_summary_of_each():
     listed = [line.split()[0] for line in text[text.index("Commands:") :].splitlines()[1:]]
     assert listed[0] == "caption"
     assert sorted(listed) == COMMANDS
-    assert "..." not in text
+    assert "..." not in text[text.index("Commands:") :]
 
 
 @pytest.mark.parametrize(
