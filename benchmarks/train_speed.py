@@ -38,7 +38,7 @@ from captioner.runtime.cluster import connected
 from captioner.runtime.device import choose_device, choose_dtype
 from captioner.runtime.memory import keep_freed_memory
 from captioner.training import run as training
-from captioner.training.batches import Source, plan_batches
+from captioner.training.batches import TrainingImages, plan_batches
 from captioner.training.features import compute_features
 
 
@@ -71,7 +71,7 @@ def plain(split: Split, config: TrainConfig, *, cached: bool, fused: bool = Fals
         for module in network.modules():
             if isinstance(module, layers.Dropout):
                 module.shared = False
-    source = Source(split.train, views, settings, loaded.vocabulary, config.captions)
+    source = TrainingImages(split.train, views, settings, loaded.vocabulary, config.captions)
     network.train()
     trained = [each for each in network.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, fused=True)

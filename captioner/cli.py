@@ -266,7 +266,7 @@ def train(
     with _importing():
         from captioner import storage
         from captioner.data import dataset
-        from captioner.training import loop
+        from captioner.training import journal
         from captioner.training import run as training
 
     output = storage.absolute(output)
@@ -287,7 +287,7 @@ def train(
         begin_with=model,
         overwrite=overwrite,
     )
-    best = loop.best_of(epochs)
+    best = journal.best_of(epochs)
     text = f"{output}: CIDEr {best.validation_cider:.1f} on the validation images"
     click.echo(printable(f"{text} after epoch {best.epoch}"))
 

@@ -280,6 +280,18 @@ class TrainConfig(_Checked):
         minimum=1,
         group="Data",
     )
+    extend_vocabulary: bool = setting(
+        False,
+        "With --model, add the frequent words of the training captions to its vocabulary.",
+        group="Data",
+    )
+    largest_unknown: float = setting(
+        0.3,
+        "With --model, largest share of training words that its vocabulary may not know, 0 to 1.",
+        minimum=0,
+        maximum=1,
+        group="Data",
+    )
     learning_rate: float = setting(
         1e-4,
         "Peak learning rate of AdamW, reached after the warm-up.",
@@ -368,6 +380,12 @@ class TrainConfig(_Checked):
         if self.drop_path and self.fine_tune_from is None:
             raise SettingError(
                 "drop_path", "needs an encoder that is trained: give --fine-tune-from too"
+            )
+        if self.augmentation == "strong" and self.views < 3:
+            raise SettingError(
+                "augmentation",
+                f"strong changes random crops, and --views {self.views} has none: "
+                "give --views 3 or more",
             )
 
 

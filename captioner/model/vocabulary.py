@@ -49,12 +49,15 @@ class Vocabulary:
             minimum_count: how often a word has to occur.
             kind: how texts are split into words.
         """
-        counts = Counter(word for caption in captions for word in _words(caption, kind))
-        for word in SPECIAL:  # a caption that spells one out must not give it a second entry
-            del counts[word]
-        frequent = (word for word, count in counts.items() if count >= minimum_count)
-        ordered = sorted(frequent, key=lambda word: (-counts[word], word))
-        return cls(_tokenizer([*SPECIAL, *ordered]), kind)
+        return cls(_tokenizer([*SPECIAL, *_frequent(captions, minimum_count, kind)]), kind)
+
+    def extended(
+        self, captions: Iterable[str | Sequence[str]], *, minimum_count: int = 5
+    ) -> "Vocabulary":
+        """This vocabulary with the frequent words of captions after its own."""
+        new = _frequent(captions, minimum_count, self.kind)
+        words = [*self._words, *(word for word in new if word not in self._ids)]
+        return Vocabulary(_tokenizer(words), self.kind)
 
     @classmethod
     def from_json(cls, text: str, kind: TokenizerKind = "whitespace") -> "Vocabulary":
@@ -118,6 +121,17 @@ def _words(caption: str | Sequence[str], kind: TokenizerKind) -> list[str]:
     if isinstance(caption, str):
         return split_ptb(caption) if kind == "ptb" else split_whitespace(caption)
     return [word.lower() for word in caption]
+
+
+def _frequent(
+    captions: Iterable[str | Sequence[str]], minimum_count: int, kind: TokenizerKind
+) -> list[str]:
+    """The words that occur often enough, the most frequent first."""
+    counts = Counter(word for caption in captions for word in _words(caption, kind))
+    for word in SPECIAL:  # a caption that spells one out must not give it a second entry
+        del counts[word]
+    frequent = (word for word, count in counts.items() if count >= minimum_count)
+    return sorted(frequent, key=lambda word: (-counts[word], word))
 
 
 def _tokenizer(words: Sequence[str]) -> Tokenizer:

@@ -19,7 +19,7 @@ from captioner.model.tokenization import TokenizerKind
 from captioner.model.vocabulary import PAD, Vocabulary
 from captioner.training.features import Features
 
-__all__ = ["Batch", "Source", "captions_to_encode", "collate", "plan_batches"]
+__all__ = ["Batch", "TrainingImages", "captions_to_encode", "collate", "plan_batches"]
 
 
 def collate(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
@@ -100,13 +100,18 @@ class Batch:
 
 
 @dataclass
-class Source:
-    """The images of one side of the split.
+class TrainingImages:
+    """The images to train on, or to validate on, with their encoded captions.
 
-    ``views`` are the features of each view of them, where the encoder is frozen. ``unreadable`` are
-    the URIs of images that could not be read or decoded: with features those that lack a view, and
-    what others add; else those that were found so far. They stay in the plan of batches, so that it
-    is the same for all workers and after a resume, whatever each of them could read.
+    Attributes:
+        examples: the images and their captions.
+        views: the features of each view, where the encoder is frozen; None computes them.
+        model: the model's settings.
+        vocabulary: the words of the captions.
+        captions: ``first`` or ``all`` of an image's captions.
+        augmentation: how crops are changed, see :class:`captioner.config.TrainConfig`.
+        unreadable: the URIs of images that could not be read or decoded. They stay in the plan of
+            batches, so that it is the same for all workers and after a resume.
     """
 
     examples: Sequence[CaptionedImage]
@@ -122,7 +127,7 @@ class Source:
         encode = partial(self.vocabulary.encode, max_length=self.model.max_length)
         given = partial(captions_to_encode, which=self.captions, kind=self.vocabulary.kind)
         self.ids = [[encode(caption) for caption in given(e)] for e in self.examples]
-        self.unsided = [
+        self.without_sides = [
             [ids for ids, text in zip(encoded, texts, strict=True) if not _names_a_side(text)]
             for encoded, texts in zip(self.ids, chosen, strict=True)
         ]
@@ -133,10 +138,10 @@ class Source:
 
     def choose(self, image: int, view: int) -> tuple[int, list[list[int]]]:
         """The view to take in place of ``view``, and the captions that are true of it."""
-        if view % 2 == 0 or len(self.unsided[image]) == len(self.ids[image]):
+        if view % 2 == 0 or len(self.without_sides[image]) == len(self.ids[image]):
             return view, self.ids[image]
-        if self.unsided[image]:
-            return view, self.unsided[image]
+        if self.without_sides[image]:
+            return view, self.without_sides[image]
         return view - 1, self.ids[image]
 
     def batch(self, chosen: Sequence[tuple[int, int]]) -> Batch:

@@ -1,7 +1,7 @@
 """What a training run leaves for people to look at: metrics, curves, sample captions, TensorBoard.
 
-Everything is written anew from the metrics so far after each epoch, so that a run that was killed
-and resumed looks like one that was not.
+The files are written anew after each epoch: a run that was killed and resumed looks like one that
+was not. Only TensorBoard's event file is appended to, which an open TensorBoard follows.
 """
 
 import io
@@ -10,11 +10,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from captioner import storage
+from captioner.errors import OutputError
 
-__all__ = ["Epoch", "write_journal"]
+if TYPE_CHECKING:
+    from captioner.training.trainer import StepFigures
+
+__all__ = ["Epoch", "StepLog", "best_of", "write_journal"]
+
+_EVENTS = "tensorboard/events.out.tfevents.1.captioner"
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,32 @@ class Epoch:
         }
 
 
-def write_journal(output: str, epochs: Sequence[Epoch], names: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class StepLog:
+    """The figures of the steps of one epoch, for TensorBoard."""
+
+    steps: "Sequence[StepFigures]"
+
+
+def best_of(epochs: Sequence[Epoch]) -> Epoch:
+    """The epoch whose model is saved: the highest CIDEr, and the lowest loss among equals."""
+    return max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
+
+
+def write_journal(
+    output: str,
+    epochs: Sequence[Epoch],
+    examples: Sequence[tuple[str, Sequence[str]]],
+    log: StepLog,
+) -> None:
     """Writes ``metrics.jsonl``, ``curves.png``, ``samples.md`` and ``tensorboard/`` to ``output``.
 
     Args:
         output: a directory, local or in a bucket.
         epochs: all so far.
-        names: of the images whose captions are the epochs' ``samples``.
+        examples: the name and the references of each image whose captions are the epochs'
+            ``samples``.
+        log: the steps of the last epoch.
 
     Raises:
         OutputError: they cannot be written.
@@ -72,11 +97,11 @@ def write_journal(output: str, epochs: Sequence[Epoch], names: Sequence[str]) ->
     files = {
         "metrics.jsonl": lines.encode(),
         "curves.png": _curves(epochs),
-        "samples.md": _samples(epochs, names).encode(),
-        "tensorboard/events.out.tfevents.1.captioner": _events(epochs, names),
+        "samples.md": _samples(epochs, examples).encode(),
     }
     for name, data in files.items():
         storage.write(storage.join(output, name), data)
+    _append_events(f"{output}/{_EVENTS}", epochs[-1], examples, log)
 
 
 def _curves(epochs: Sequence[Epoch]) -> bytes:
@@ -107,12 +132,14 @@ def _curves(epochs: Sequence[Epoch]) -> bytes:
     return sink.getvalue()
 
 
-def _samples(epochs: Sequence[Epoch], names: Sequence[str]) -> str:
-    """Markdown: for each image its caption after each epoch."""
+def _samples(epochs: Sequence[Epoch], examples: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Markdown: for each image its references, and its caption after each epoch."""
     blocks = []
-    for index, name in enumerate(names):
+    for index, (name, references) in enumerate(examples):
+        shown = [f"- {_escaped(reference)}" for reference in references]
         lines = [f"{each.epoch}. {_escaped(each.samples[index])}" for each in epochs]
-        blocks.append("\n".join([f"## {_escaped(name)}", "", *lines, ""]))
+        text = ["People wrote:", "", *shown, "", "The model, after each epoch:", "", *lines, ""]
+        blocks.append("\n".join([f"## {_escaped(name)}", "", *text]))
     return "\n".join(["# Validation images, captioned after each epoch", "", *blocks])
 
 
@@ -122,21 +149,48 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#+-.!|&" else c for c in printable)
 
 
-def _events(epochs: Sequence[Epoch], names: Sequence[str]) -> bytes:
-    """TensorBoard's event file of the scalars and the sample captions."""
+def _append_events(
+    uri: str, epoch: Epoch, examples: Sequence[tuple[str, Sequence[str]]], log: StepLog
+) -> None:
+    """Appends an epoch to TensorBoard's event file; in a bucket the file is written anew.
+
+    Where a run was killed before its checkpoint, the epoch's records come twice, and TensorBoard
+    shows the later ones.
+    """
+    records = _events(epoch, examples, log)
+    try:
+        if storage.is_local(uri):
+            path = Path(storage.as_path(uri))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(records)
+            return
+        before = storage.read(uri)
+    except FileNotFoundError:
+        before = b""
+    except OSError as error:
+        raise OutputError(f"cannot write {uri}: {error.strerror or error}") from error
+    storage.write(uri, before + records)
+
+
+def _events(epoch: Epoch, examples: Sequence[tuple[str, Sequence[str]]], log: StepLog) -> bytes:
+    """An epoch's records: its figures, its steps' figures, and the sample captions."""
     from tensorboardX import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:
         writer = SummaryWriter(folder)
-        for each in epochs:
-            for name, value in each.figures().items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, each.epoch)
-            text = "\n".join(
-                f"- {_escaped(name)}: {_escaped(caption)}"
-                for name, caption in zip(names, each.samples, strict=True)
-            )
-            writer.add_text("captions", text, each.epoch)
+        for name, value in epoch.figures().items():
+            if name != "epoch":
+                writer.add_scalar(name, value, epoch.epoch)
+        for step in log.steps:
+            writer.add_scalar("step/value", step.value, step.step)
+            writer.add_scalar("step/gradient_norm", step.gradient_norm, step.step)
+            writer.add_scalar("step/learning_rate", step.learning_rate, step.step)
+        text = "\n".join(
+            f"- {_escaped(name)}: {_escaped(caption)}"
+            for (name, _), caption in zip(examples, epoch.samples, strict=True)
+        )
+        writer.add_text("captions", text, epoch.epoch)
         writer.close()
         [path] = Path(folder).iterdir()
         return path.read_bytes()

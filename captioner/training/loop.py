@@ -1,223 +1,212 @@
-"""The training loop of one worker: epochs, checkpoints, validation."""
+"""The training loop that every worker runs: epochs, validation, checkpoints. It knows no Ray."""
 
-import io
-import json
+import logging
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from captioner import storage
-from captioner.config import TrainConfig
-from captioner.data.dataset import Split
-from captioner.errors import CaptionerError, InputError, first_of, printable
-from captioner.evaluation.cider import CiderD
-from captioner.model import bundle
-from captioner.model.bundle import SeenImages
-from captioner.model.tokenization import scoring_words
+from captioner.errors import CaptionerError, InputError, first_of
 from captioner.runtime.progress import Progress, progress_bar
-from captioner.training.batches import Source
+from captioner.training.batches import TrainingImages
 from captioner.training.features import compute_features
-from captioner.training.journal import Epoch, write_journal
-from captioner.training.trainer import Trainer
+from captioner.training.journal import Epoch, StepLog
+from captioner.training.self_critical import SelfCriticalTraining
+from captioner.training.trainer import StepFigures, Trainer
+from captioner.training.validation import Validation
+from captioner.training.worker import Job, Worker
 
-__all__ = ["best_of"]
+__all__ = ["train_loop"]
 
-_SAMPLES = 8  # validation images whose captions are kept after each epoch
+_SAMPLES = 8  # validation images whose captions the journal keeps after each epoch
 
-
-_PRIVATE = "_training"  # what a run keeps for itself: the model as it began, a checkpoint
-
-
-_CHECKPOINT = "checkpoint.pt"
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every worker is told."""
-
-    split: Split
-    output: str
-    config: TrainConfig
-    device: str
-    logged: bool  # whether its output is a log that people follow
-    seen: SeenImages
-
-    def private(self, name: str) -> str:
-        """The URI of a file or directory that the run keeps for itself."""
-        return storage.join(self.output, f"{_PRIVATE}/{name}")
+_logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Worker:
-    """One of the processes that train together, and its way to the others."""
+def train_loop(job: Job, worker: Worker) -> None:
+    """Trains until all epochs are done, from the checkpoint where there is one.
 
-    rank: int
-    workers: int
-    local: tuple[int, int]  # this process and how many there are, on this machine
-    gather: Callable[[Any], list[Any]]
-    report: Callable[[int, Epoch | None], None]  # an epoch's number, and what rank 0 knows of it
-
-    def wait(self) -> None:
-        """Returns when all workers are here."""
-        self.gather(None)
-
-
-def _train_loop(job: _Job, worker: _Worker) -> None:
-    """What each worker does; it is given all it needs, and knows no Ray."""
-    config = job.config
-    initial = bundle.load(job.private("initial"))
+    Raises:
+        InputError: none of the images can be read or decoded.
+        CaptionerError: the loss is not finite.
+        OutputError: the directory cannot be written.
+    """
+    initial = job.directory.load_initial()
     trainer = Trainer(
         initial.model,
         initial.vocabulary,
-        config,
+        job.config,
         device=job.device,
         rank=worker.rank,
         workers=worker.workers,
     )
-    training, validation = _sources(job.split, trainer, worker)
-    if config.scst_epochs:
-        trainer.reward_for(training.examples)
-    judge = CiderD(
-        [[scoring_words(text) for text in each.captions] for each in validation.examples]
-    )
-    reported = training.unreadable | validation.unreadable
-    # Nobody writes the next one before all have read this one: an epoch needs all of them.
-    epochs = _resume(job, trainer)
-    last = config.epochs + config.scst_epochs
-    for number in range(len(epochs) + 1, last + 1):
+    training = _load_images(job, trainer, worker, "training")
+    validation = _load_images(job, trainer, worker, "validation")
+    _Loop(job, worker, trainer, training, validation).run()
+
+
+class _Loop:
+    """The epochs of a run, on one worker."""
+
+    def __init__(
+        self,
+        job: Job,
+        worker: Worker,
+        trainer: Trainer,
+        training: TrainingImages,
+        validation: TrainingImages,
+    ):
+        self._job, self._worker, self._trainer = job, worker, trainer
+        self._training, self._validation = training, Validation(trainer, validation)
+        self._self_critical = None
+        if job.config.scst_epochs:
+            self._self_critical = SelfCriticalTraining(trainer, training.examples)
+        self._reported = training.unreadable | validation.unreadable
+        self._steps: list[StepFigures] = []
+        # No worker writes the next checkpoint before all have read this one: an epoch needs all.
+        self._epochs, state = job.directory.load_checkpoint()
+        if state is not None:
+            trainer.load_state(state)
+        self._last = job.config.epochs + job.config.scst_epochs
+
+    def run(self) -> None:
+        """Trains the epochs that are left."""
+        if self._worker.rank == 0:
+            if not self._epochs:
+                self._job.directory.delete_models()
+            elif len(self._epochs) < self._last:
+                _logger.info("resuming from epoch %d of %d", len(self._epochs), self._last)
+        for number in range(len(self._epochs) + 1, self._last + 1):
+            epoch = self._run_epoch(number)
+            if epoch is not None:
+                self._finish(epoch)
+            else:
+                self._epochs.append(None)  # type: ignore[arg-type]  # only their number counts here
+            self._worker.report(number, epoch)
+
+    def _run_epoch(self, number: int) -> Epoch | None:
+        """Trains and validates; returns the figures on rank 0."""
+        critical = number > self._job.config.epochs
+        step = None
+        if critical:
+            assert self._self_critical is not None, "self-critical epochs need its images"
+            step = self._self_critical.step
+            if number == self._job.config.epochs + 1:
+                self._self_critical.begin()
+        images = len(self._training.examples)
         begin = time.monotonic()
-        with progress_bar(
-            len(training.examples),
-            unit="image",
-            description=f"epoch {number}/{last}",
-            logged=job.logged,
-            quiet=worker.rank != 0,
-        ) as progress:
-            value = trainer.train_epoch(training, number, partial(_advance, progress))
+        with self._progress(images, f"epoch {number}/{self._last}") as progress:
+            report = partial(self._report_step, progress)
+            value = self._trainer.train_epoch(self._training, number, report, step=step)
         seconds = time.monotonic() - begin
-        if np.isfinite(value):
-            loss, mine = trainer.validate(validation)
-        if not (np.isfinite(value) and np.isfinite(loss)):
-            raise CaptionerError(f"the loss is not finite in epoch {number}: lower learning_rate")
-        bad = set().union(*worker.gather(training.unreadable | validation.unreadable))
-        if worker.rank == 0:
-            _report_bad(bad - reported)
-        reported |= bad
-        captions = {image: text for each in worker.gather(mine) for image, text in each.items()}
+        loss, captions = self._validate(number)
+        if self._worker.rank != 0:
+            return None
+        return Epoch(
+            epoch=number,
+            train_loss=None if critical else value,
+            train_cider=100 * value if critical else None,
+            validation_loss=loss,
+            validation_cider=self._validation.cider(captions),
+            seconds=seconds,
+            images_per_second=images / seconds,
+            samples=[captions.get(i, "") for i in range(len(self._examples))],
+        )
+
+    def _report_step(self, progress: Progress, images: int, figures: StepFigures) -> None:
+        progress.update(images)
+        progress.set_postfix(value=f"{figures.value:.3f}")
+        if self._worker.rank == 0:
+            self._steps.append(figures)
+
+    def _validate(self, number: int) -> tuple[float, dict[int, str]]:
+        """The validation loss, and the captions of all workers by the index of their image."""
+        shared = len(self._validation.images.examples) // self._worker.workers
+        with self._progress(shared, f"validation {number}/{self._last}") as progress:
+            loss, own = self._validation.run(progress.update)
+        gathered = self._worker.gather(own)
+        captions = {image: text for each in gathered for image, text in each.items()}
+        found = self._training.unreadable | self._validation.images.unreadable
+        unreadable = set().union(*self._worker.gather(found))
+        if self._worker.rank == 0:
+            _report_unreadable(unreadable - self._reported)
+        self._reported |= unreadable
         if not captions:
             raise InputError("none of the images to validate on can be read or decoded")
-        if worker.rank == 0:
-            scores = [judge.score(image, scoring_words(text)) for image, text in captions.items()]
-            critical = number > config.epochs
-            epoch = Epoch(
-                epoch=number,
-                train_loss=None if critical else value,
-                train_cider=100 * value if critical else None,
-                validation_loss=loss,
-                validation_cider=100 * sum(scores) / len(scores),
-                seconds=seconds,
-                images_per_second=len(training.examples) / seconds,
-                samples=[
-                    captions.get(i, "") for i in range(min(_SAMPLES, len(validation.examples)))
-                ],
+        if not math.isfinite(loss):
+            raise CaptionerError(
+                f"the validation loss is not finite after epoch {number}: run the same command "
+                "again with a lower --learning-rate"
             )
-            epochs.append(epoch)
-            # Not print: on Ray Train's workers it would come twice.
-            sys.stdout.write(f"epoch {number}/{last}: {epoch.describe()}\n")
-            sys.stdout.flush()
-            _keep(job, trainer, epochs, validation)
-        else:
-            epochs.append(None)  # type: ignore[arg-type]  # only their number counts here
-        worker.report(number, epochs[-1])
+        return loss, captions
+
+    @property
+    def _examples(self) -> list[tuple[str, list[str]]]:
+        """The names and references of the images whose captions the journal keeps."""
+        shown = self._validation.images.examples[:_SAMPLES]
+        return [(each.uri.rsplit("/", 1)[-1], each.captions) for each in shown]
+
+    def _finish(self, epoch: Epoch) -> None:
+        """Reports an epoch and writes the models, the journal and, last, the checkpoint."""
+        self._epochs.append(epoch)
+        # Not print: on Ray Train's workers it would come twice.
+        sys.stdout.write(f"epoch {epoch.epoch}/{self._last}: {epoch.describe()}\n")
+        sys.stdout.flush()
+        directory, trainer = self._job.directory, self._trainer
+        directory.save_models(self._epochs, trainer.result, trainer.vocabulary, self._job.seen)
+        log = StepLog([*self._steps])
+        self._steps.clear()
+        directory.save_journal(self._epochs, self._examples, log)
+        directory.save_checkpoint(self._epochs, trainer.state())
+
+    def _progress(self, total: int, description: str) -> Progress:
+        return progress_bar(
+            total, unit="image", description=description, quiet=self._worker.rank != 0
+        )
 
 
-def _advance(progress: Progress, images: int, value: float) -> None:
-    progress.update(images)
-    progress.set_postfix(value=f"{value:.3f}")
+def _load_images(job: Job, trainer: Trainer, worker: Worker, which: str) -> TrainingImages:
+    """The images of a split; with a frozen encoder their features.
 
-
-def _as_json(epochs: Sequence[Epoch]) -> str:
-    return json.dumps([asdict(each) for each in epochs])
-
-
-def _resume(job: _Job, trainer: Trainer) -> list[Epoch]:
-    """Loads the last checkpoint, where there is one; the epochs that are done."""
-    try:
-        data = storage.read(job.private(_CHECKPOINT))
-    except FileNotFoundError:
-        return []
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    epochs = [Epoch(**each) for each in json.loads(state.pop("epochs"))]
-    trainer.load_state(state)
-    return epochs
-
-
-def best_of(epochs: Sequence[Epoch]) -> Epoch:
-    """The epoch whose model is kept: the highest CIDEr, and the lowest loss among equals."""
-    return max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
-
-
-def _keep(job: _Job, trainer: Trainer, epochs: Sequence[Epoch], validation: Source) -> None:
-    """Writes the bundles, the journal and, last, the checkpoint after an epoch."""
-    directories = [storage.join(job.output, "last")]
-    if best_of(epochs) is epochs[-1]:
-        directories.append(job.output)
-    for directory in directories:
-        bundle.save_images(directory, job.seen)
-        bundle.save(directory, trainer.kept, trainer.vocabulary)
-    names = [each.uri.rsplit("/", 1)[-1] for each in validation.examples[:_SAMPLES]]
-    write_journal(job.output, epochs, names)
-    storage.write(storage.join(job.output, "epochs.json"), _as_json(epochs).encode())
-    sink = io.BytesIO()
-    torch.save({"epochs": _as_json(epochs), **trainer.state()}, sink)
-    storage.write(job.private(_CHECKPOINT), sink.getvalue())
-
-
-def _sources(split: Split, trainer: Trainer, worker: _Worker) -> tuple[Source, Source]:
-    """Both sides of the split; with a frozen encoder their features."""
-    config, vocabulary, model = trainer.config, trainer.vocabulary, trainer.model
-    sides = []
-    source = partial(
-        Source,
+    Raises:
+        InputError: none of the images can be read or decoded.
+    """
+    examples = job.split.train if which == "training" else job.split.validation
+    config, model = job.config, trainer.model
+    make: Callable[..., TrainingImages] = partial(
+        TrainingImages,
+        examples,
         model=model.config,
-        vocabulary=vocabulary,
+        vocabulary=trainer.vocabulary,
         captions=config.captions,
         augmentation=config.augmentation,
     )
-    for examples, count in ((split.train, config.views), (split.validation, 1)):
-        if not model.encoder.frozen:
-            sides.append(source(examples, None))
-            continue
-        views = compute_features(
-            model.encoder.eval(),
-            examples,
-            image_size=model.config.image_size,
-            views=count,
-            augmentation=config.augmentation,
-            dtype=trainer.dtype,
-            share=worker.local,
-            wait=worker.wait,
-        )
-        side = source(examples, views)
-        side.unreadable = set().union(*worker.gather(side.unreadable))
-        if len(side.unreadable) == len(examples):
-            raise InputError("none of the images can be read or decoded")
-        if worker.rank == 0:
-            _report_bad(side.unreadable)
-        sides.append(side)
-    return sides[0], sides[1]
+    if not model.encoder.frozen:
+        return make(views=None)
+    views = compute_features(
+        model.encoder.eval(),
+        examples,
+        image_size=model.config.image_size,
+        views=config.views if which == "training" else 1,
+        augmentation=config.augmentation,
+        dtype=trainer.dtype,
+        share=worker.local,
+        wait=worker.wait,
+    )
+    images = make(views=views)
+    images.unreadable = set().union(*worker.gather(images.unreadable))
+    if len(images.unreadable) == len(examples):
+        raise InputError(f"none of the {which} images can be read or decoded")
+    if worker.rank == 0:
+        _report_unreadable(images.unreadable)
+    return images
 
 
-def _report_bad(uris: set[str]) -> None:
+def _report_unreadable(uris: set[str]) -> None:
     """Names the images that are left out of training and validation."""
     if uris:
         first = first_of(sorted(uris), 5)
-        text = f"{len(uris)} images cannot be read or decoded and are left out: {first}"
-        tqdm.write(printable(text), file=sys.stderr)
+        _logger.warning(
+            "%d images cannot be read or decoded and are left out: %s", len(uris), first
+        )

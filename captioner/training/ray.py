@@ -13,12 +13,15 @@ from captioner.config import LaunchConfig
 from captioner.errors import CaptionerError, InputError
 from captioner.runtime.device import choose_device
 from captioner.training.journal import Epoch
-from captioner.training.loop import _CHECKPOINT, _Job, _train_loop, _Worker
+from captioner.training.loop import train_loop
+from captioner.training.worker import Job, Worker
+
+__all__ = ["train_on_ray"]
 
 _logger = logging.getLogger(__name__)
 
 
-def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
+def train_on_ray(job: Job, launch: LaunchConfig) -> None:
     """Runs the loop on Ray Train's workers, which go on from the last checkpoint when one dies."""
     from captioner.runtime.cluster import connected
 
@@ -26,7 +29,7 @@ def _train_on_ray(job: _Job, launch: LaunchConfig) -> None:
         _fit(ray, job, launch)
 
 
-def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
+def _fit(ray: Any, job: Job, launch: LaunchConfig) -> None:
     from ray.exceptions import RayError
     from ray.train import (
         CheckpointConfig,
@@ -43,7 +46,7 @@ def _fit(ray: Any, job: _Job, launch: LaunchConfig) -> None:
     _logger.info("%d workers on Ray, %s", launch.workers, devices)
     if launch.device == "auto":
         job = replace(job, device="cuda" if use_gpu else "cpu")
-    filesystem, path = storage.arrow_filesystem(job.private("ray"))
+    filesystem, path = storage.arrow_filesystem(job.directory.private("ray"))
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"job": ray.put(job)},
@@ -116,7 +119,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         # Ray's checkpoint says where ours is, which a run without Ray goes on from as well.
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "checkpoint.json").write_text(
-                json.dumps({"uri": job.private(_CHECKPOINT)})
+                json.dumps({"uri": job.directory.checkpoint})
             )
             ray.train.report(
                 figures,
@@ -124,9 +127,9 @@ def _ray_worker(settings: dict[str, Any]) -> None:
                 checkpoint_dir_name=f"epoch-{number:04d}",
             )
 
-    _train_loop(
+    train_loop(
         job,
-        _Worker(
+        Worker(
             rank=context.get_world_rank(),
             workers=context.get_world_size(),
             local=(context.get_local_rank(), context.get_local_world_size()),

@@ -29,9 +29,10 @@ from captioner.model import bundle
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import EOS, PAD, START, Vocabulary
 from captioner.training import run as training
-from captioner.training import trainer as trainer_module
-from captioner.training.batches import Source
+from captioner.training import self_critical
+from captioner.training.batches import TrainingImages
 from captioner.training.trainer import Trainer
+from captioner.training.validation import Validation
 from conftest import TINY, tiny_model, write_photos
 
 NO_DROPOUT = dataclasses.replace(
@@ -93,21 +94,25 @@ def _take_steps(rank: int, workers: int, port: int, data: Path, result: Path) ->
     model_config = dataclasses.replace(NO_DROPOUT, vocabulary_size=len(vocabulary))
     model = tiny_model(**dataclasses.asdict(model_config))
     trainer = Trainer(model, vocabulary, CONFIG, device="cpu", rank=rank, workers=workers)
-    training_source = Source(split.train, None, model_config, vocabulary)
+    training_source = TrainingImages(split.train, None, model_config, vocabulary)
     losses, gradients = [], []
-    trainer.reward_for(split.train)
+    critical = self_critical.SelfCriticalTraining(trainer, split.train)
     for epoch, accumulate in ((1, 1), (2, 3), (3, 1)):
         trainer.config = dataclasses.replace(CONFIG, accumulate=accumulate)
-        with mock.patch.object(trainer_module, "sample", _samples):  # each worker draws others
-            losses.append(trainer.train_epoch(training_source, epoch, lambda *_: None))
+        step = None
+        if epoch == 3:
+            critical.begin()
+            step = critical.step
+        with mock.patch.object(self_critical, "sample", _samples):  # each worker draws others
+            losses.append(trainer.train_epoch(training_source, epoch, lambda *_: None, step=step))
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         gradients.append([p.grad.clone() for p in trained])
-    validation = Source(split.validation, None, model_config, vocabulary)
-    loss, captions = trainer.validate(validation)
+    validation = TrainingImages(split.validation, None, model_config, vocabulary)
+    loss, captions = Validation(trainer, validation).run(lambda _: None)
     torch.save(
         {
             "gradients": gradients,
-            "kept": list(trainer.kept.parameters()),
+            "kept": list(trainer.result.parameters()),
             "losses": [*losses, loss],
             "captions": captions,
         },
@@ -166,10 +171,10 @@ def test_a_run_goes_on_with_another_number_of_workers(
         return [dataclasses.asdict(each) for each in epochs]
 
     whole = run("whole", 0)
-    real = Trainer.validate
+    real = Validation.run
     calls = iter([real])
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "validate", lambda *arguments: next(calls)(*arguments))
+        patch.setattr(Validation, "run", lambda *arguments: next(calls)(*arguments))
         with pytest.raises(StopIteration):
             run("killed", 0)
     begun = json.loads((tmp_path / "killed" / "epochs.json").read_text())

@@ -22,19 +22,23 @@ from captioner.config import PRESETS, DecodeConfig, LaunchConfig, TrainConfig
 from captioner.data import dataset
 from captioner.data.dataset import CaptionedImage, Split
 from captioner.data.views import load_view
-from captioner.errors import CaptionerError, InputError, OutputError
+from captioner.errors import CaptionerError, InputError, OutputError, StoppedError
 from captioner.evaluation.cider import CiderD
 from captioner.model import bundle
 from captioner.model.build import build_model
+from captioner.model.bundle import SeenImages
 from captioner.model.encoder import ImageEncoder
 from captioner.model.native import Captioner
-from captioner.model.vocabulary import EOS, PAD, START
+from captioner.model.vocabulary import EOS, PAD, START, Vocabulary
 from captioner.training import features as features_module
-from captioner.training import loop, trainer
+from captioner.training import loop, self_critical, trainer
 from captioner.training import run as training
-from captioner.training.batches import collate
+from captioner.training.batches import TrainingImages, collate
 from captioner.training.features import compute_features
-from captioner.training.journal import Epoch
+from captioner.training.journal import Epoch, best_of
+from captioner.training.self_critical import SelfCriticalTraining
+from captioner.training.validation import Validation
+from captioner.training.worker import Job, Worker
 from conftest import TINY, tiny_model, write_photos
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -161,7 +165,7 @@ def test_training_goes_on_with_a_model(data: Path, tmp_path: Path):
     fine_tuned = str(tmp_path / "third")
     arguments["config"] = _config(epochs=1, fine_tune_from=2, learning_rate=1e-3)
     assert training.train(split, fine_tuned, **arguments)[0].train_loss < begun[-1].train_loss
-    with pytest.raises(OutputError, match=r"other settings \(begin_with\)"):
+    with pytest.raises(OutputError, match=r"other settings \(--begin-with\)"):
         training.train(split, fine_tuned, **{**arguments, "begin_with": fine_tuned})
     nothing = _config(epochs=0)
     with pytest.raises(InputError, match="nothing to train"):
@@ -194,7 +198,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
     }
     whole = training.train(_split(data), str(tmp_path / "whole"), **arguments)
     output = tmp_path / "killed"
-    real_validate, real_write = trainer.Trainer.validate, storage.write
+    real_validate, real_write = Validation.run, storage.write
 
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
@@ -206,12 +210,12 @@ def test_a_killed_run_ends_as_one_that_was_not(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write", write_no_checkpoint)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedError, match="SIGINT: 0 epochs done; run the same command"):
             training.train(_split(data), str(output), **arguments)
     calls = iter([real_validate, dies])
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "validate", lambda *args: next(calls)(*args))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Validation, "run", lambda *args: next(calls)(*args))
+        with pytest.raises(StoppedError, match="SIGINT: 1 epochs done"):
             training.train(_split(data), str(output), **arguments)
     resumed = training.train(_split(data), str(output), **arguments)
     for one, other in zip(whole, resumed, strict=True):
@@ -239,10 +243,10 @@ def test_another_run_in_the_same_place_is_refused(data: Path, tmp_path: Path):
         )
 
     assert len(run()) == 1
-    with pytest.raises(OutputError, match=r"other settings \(learning_rate\)"):
-        run(learning_rate=1e-3)
+    with pytest.raises(OutputError, match=r"other settings \(--batch-size\)"):
+        run(batch_size=4)
     assert len(run(scst_epochs=1)) == 2
-    assert len(run(learning_rate=1e-3, overwrite=True)) == 1
+    assert len(run(batch_size=4, overwrite=True)) == 1
     with (
         storage.locked(f"{output}/_training/lock"),
         pytest.raises(OutputError, match=r"^another job is at work"),
@@ -275,7 +279,7 @@ def test_an_output_that_is_no_directory_is_one_line(overwrite, data: Path, tmp_p
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_other_files_is_left_alone(overwrite, data: Path, tmp_path: Path):
     before = sorted(data.rglob("*"))
-    with pytest.raises(OutputError, match="is not empty, and no model's directory"):
+    with pytest.raises(OutputError, match="holds other files and no model: use an empty directory"):
         training.train(
             _split(data),
             str(data),
@@ -300,7 +304,7 @@ def test_the_largest_seed_is_one_that_torch_takes(data: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("fine_tune_from", [None, 2])
 def test_bad_images_are_left_out(
-    fine_tune_from, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    fine_tune_from, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ):
     """Of training, of the validation's captions and of its CIDEr."""
     for name in ("05.png", "36.png"):
@@ -323,8 +327,7 @@ def test_bad_images_are_left_out(
     assert np.isfinite(epoch.train_loss)
     assert sorted(judged) == list(range(1, 12))
     assert [bool(text) for text in epoch.samples] == [False] + [True] * 7
-    printed = capsys.readouterr().err
-    assert all(printed.count(name) == 1 for name in ("05.png", "36.png"))
+    assert all(caplog.text.count(name) == 1 for name in ("05.png", "36.png"))
 
 
 @pytest.mark.parametrize("fine_tune_from", [None, 2])
@@ -337,7 +340,7 @@ def test_images_of_which_none_can_be_read_are_refused(
         monkeypatch.delattr(trainer.Trainer, "train_epoch")
     for name in (data / f"{side}.txt").read_text().split():
         (data / "Images" / name).write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"^none of the images"):
+    with pytest.raises(InputError, match=r"^none of the .*images"):
         training.train(
             _split(data),
             str(tmp_path / "model"),
@@ -362,19 +365,20 @@ def test_a_bad_image_changes_nothing_of_a_step(
     examples = [CaptionedImage(str(data / "Images" / n), texts) for n, texts in captions.items()]
     config = _config(epochs=1, scst_epochs=1, scst_samples=2, fine_tune_from=fine_tune_from)
     samples = torch.tensor([[START, 4, EOS, PAD], [START, 4, 8, EOS]])  # "a", "a dog"
-    monkeypatch.setattr(trainer, "sample", lambda _, each, *__: samples.repeat(len(each), 1))
+    monkeypatch.setattr(self_critical, "sample", lambda _, each, *__: samples.repeat(len(each), 1))
 
     def step(count: int) -> tuple[float, list[torch.Tensor]]:
         model = tiny_model(
             embedding_dropout=0, attention_dropout=0, residual_dropout=0, head_dropout=0
         )
         own = trainer.Trainer(model, vocabulary, config, device="cpu")
-        own.reward_for(examples)
+        critical = SelfCriticalTraining(own, examples)
         views = None
         if fine_tune_from is None:
             views = compute_features(model.encoder, examples[:count], image_size=64)
-        source = trainer.Source(examples[:count], views, TINY, vocabulary)
-        value = own.train_epoch(source, epoch, lambda *_: None)
+        images = TrainingImages(examples[:count], views, TINY, vocabulary)
+        step = critical.step if epoch > config.epochs else None
+        value = own.train_epoch(images, epoch, lambda *_: None, step=step)
         return value, [each.grad for each in model.parameters() if each.requires_grad]
 
     expected, gradients = step(3)
@@ -412,7 +416,7 @@ def test_a_mirrored_image_has_no_caption_that_names_a_side(vocabulary, data: Pat
         CaptionedImage("f", ["the left-most man"]),
         CaptionedImage("g", ['the man in the upright "cleft"']),
     ]
-    source = trainer.Source(examples, None, TINY, vocabulary)
+    source = TrainingImages(examples, None, TINY, vocabulary)
     encoded = source.ids
     assert source.choose(0, 0) == (0, encoded[0])
     assert source.choose(0, 1) == (1, encoded[0][1:])
@@ -522,23 +526,23 @@ def test_of_epochs_with_the_same_cider_the_one_with_the_lower_loss_is_the_best()
         Epoch(epoch=n, validation_loss=loss, validation_cider=0.0, samples=[], **figures)
         for n, loss in losses.items()
     ]
-    assert loop.best_of(epochs).epoch == 2
+    assert best_of(epochs).epoch == 2
     better = dataclasses.replace(epochs[0], validation_cider=0.1)
-    assert loop.best_of([better, *epochs[1:]]).epoch == 1
+    assert best_of([better, *epochs[1:]]).epoch == 1
 
 
 def test_a_model_whose_validation_loss_is_not_finite_is_not_kept(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    validate = trainer.Trainer.validate
+    validate = Validation.run
 
-    def ruined(self: trainer.Trainer, source: trainer.Source) -> tuple[float, dict[int, str]]:
+    def ruined(self: Validation, *arguments: object) -> tuple[float, dict[int, str]]:
         with torch.no_grad():
-            self.model.decoder.head.weight.fill_(torch.nan)
-        return validate(self, source)
+            self._trainer.model.decoder.head.weight.fill_(torch.nan)
+        return validate(self, *arguments)
 
-    monkeypatch.setattr(trainer.Trainer, "validate", ruined)
-    with pytest.raises(CaptionerError, match="the loss is not finite in epoch 1: lower learning"):
+    monkeypatch.setattr(Validation, "run", ruined)
+    with pytest.raises(CaptionerError, match=r"not finite after epoch 1: .*lower --learning-rate"):
         training.train(
             _split(data),
             str(tmp_path / "model"),
@@ -555,7 +559,7 @@ def test_batches_with_too_few_images_for_the_workers_are_refused_at_once(
 ):
     split = _split(data)
     split = Split(split.train[:images], split.validation, [])
-    with pytest.raises(InputError, match=f"a batch has too few images for {workers} workers"):
+    with pytest.raises(InputError, match=f"--workers {workers}: some batches would have fewer"):
         training.train(
             split,
             str(tmp_path / "model"),
@@ -649,7 +653,7 @@ def test_a_cache_that_cannot_hold_features_is_one_line(
         with pytest.raises(OutputError, match=r"cannot write features to .*: No space left"):
             compute_features(encoder, examples[:2], image_size=64)
     assert sorted(folder.iterdir()) == names
-    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "captions.txt"))
+    monkeypatch.setattr(storage, "cache_directory", (data / "captions.txt").joinpath)
     with pytest.raises(OutputError, match=r"cannot write features to .*: Not a directory"):
         compute_features(encoder, examples, image_size=64)
 
@@ -754,7 +758,7 @@ def test_an_image_that_cannot_be_read_for_a_moment_is_tried_again(
 
 
 def test_an_image_that_any_worker_lacks_in_any_view_is_left_out(
-    data: Path, vocabulary, monkeypatch: pytest.MonkeyPatch, capsys
+    data: Path, vocabulary, monkeypatch: pytest.MonkeyPatch, caplog
 ):
     """With a frozen encoder; all workers still plan the same batches."""
     examples = _examples(data, 8)
@@ -774,12 +778,13 @@ def test_an_image_that_any_worker_lacks_in_any_view_is_left_out(
     def gather(value: object) -> list[object]:
         return [value, others if isinstance(value, set) else None]
 
-    worker = loop._Worker(0, 2, (0, 1), gather, lambda *_: None)
-    source, _ = loop._sources(split, own, worker)
+    worker = Worker(0, 2, (0, 1), gather, lambda *_: None)
+    seen = SeenImages(frozenset(), frozenset())
+    job = Job(split, "", _config(views=2), "cpu", seen)
+    source = loop._load_images(job, own, worker, "training")
     assert source.unreadable == {examples[2].uri, examples[4].uri}
     assert len(source.lengths) == 6
-    printed = capsys.readouterr().err
-    assert "2 images cannot be read or decoded and are left out: " in printed
+    assert "2 images cannot be read or decoded and are left out: " in caplog.text
     for view in range(2):
         batch = source.batch([(image, view) for image in range(6)])
         assert batch.readable.tolist() == [True, True, False, True, False, True]
@@ -852,3 +857,181 @@ def test_a_file_that_holds_no_weights_is_one_line(tmp_path: Path):
         assert not re.search("weights_only|\n", str(error.value))
     with pytest.raises(InputError, match=rf"^cannot read {tmp_path}: Is a directory$"):
         build_model(TINY, str(tmp_path))
+
+
+def test_strong_augmentation_without_crops_is_refused():
+    with pytest.raises(InputError, match=r"augmentation.*views"):
+        TrainConfig(augmentation="strong", views=2)
+    TrainConfig(augmentation="strong", views=3)
+
+
+def test_a_warm_up_longer_than_the_training_is_told(data: Path, tmp_path: Path, caplog):
+    training.train(
+        _split(data),
+        str(tmp_path / "model"),
+        model_config=TINY,
+        config=_config(epochs=1, warmup_steps=1000),
+        encoder_weights=_weights(tmp_path),
+    )
+    assert "1000 steps of warm-up" in caplog.text
+
+
+def test_a_finished_training_can_get_more_epochs_and_another_learning_rate(
+    data: Path, tmp_path: Path, caplog
+):
+    output = tmp_path / "model"
+
+    def run(**changes: object) -> list[Epoch]:
+        return training.train(
+            _split(data),
+            str(output),
+            model_config=TINY,
+            config=_config(**changes),
+            encoder_weights=_weights(tmp_path),
+        )
+
+    first = run(epochs=1)
+    with caplog.at_level("INFO"):
+        second = run(epochs=2, learning_rate=1e-5)
+    assert second[:1] == first
+    assert len(second) == 2
+    assert "resuming from epoch 1 of 2" in caplog.text
+    settings = json.loads((output / "training.json").read_text())
+    assert {each["setting"]: (each["from"], each["to"]) for each in settings["changes"]} == {
+        "epochs": (1, 2),
+        "learning_rate": (_config().learning_rate, 1e-5),
+    }
+    config = json.loads((output / "config.json").read_text())
+    assert settings["model"]["vocabulary_size"] == config["model"]["vocabulary_size"] > 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A lower learning rate then continues from the last checkpoint."""
+    output = str(tmp_path / "model")
+    real, steps = trainer.caption_loss, []
+
+    def run(**changes: object) -> list[Epoch]:
+        return training.train(
+            _split(data),
+            output,
+            model_config=TINY,
+            config=_config(epochs=2, batch_size=4, **changes),
+            encoder_weights=_weights(tmp_path),
+        )
+
+    def ruined(*arguments: object) -> torch.Tensor:
+        steps.append(0)
+        return real(*arguments) * (torch.nan if len(steps) == 2 else 1)
+
+    monkeypatch.setattr(trainer, "caption_loss", ruined)
+    with pytest.raises(CaptionerError, match=r"not finite in step 2, epoch 1: .*--learning-rate"):
+        run(learning_rate=1e-3)
+    assert len(steps) == 2
+    monkeypatch.undo()
+    assert len(run(learning_rate=1e-4)) == 2
+
+
+def test_overwrite_leaves_the_old_model_until_the_new_one_trains(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "model"
+    arguments = {"model_config": TINY, "encoder_weights": _weights(tmp_path), "overwrite": True}
+    training.train(_split(data), str(output), config=_config(epochs=1), **arguments)
+    with pytest.raises(InputError):
+        training.train(
+            _split(data),
+            str(output),
+            config=_config(epochs=1),
+            **(arguments | {"encoder_weights": str(tmp_path / "missing.pth")}),
+        )
+    assert (output / "config.json").exists()
+
+    def die(*_: object, **__: object) -> float:
+        assert not (output / "config.json").exists()
+        assert not (output / "last").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", die)
+    with pytest.raises(StoppedError):
+        training.train(_split(data), str(output), config=_config(epochs=1), **arguments)
+
+
+def test_captions_without_spaces_are_refused(data: Path, tmp_path: Path):
+    lines = (data / "captions.txt").read_text().splitlines()
+    texts = [f"{line.split(',')[0]},一只狗在草地上奔跑第{i}只" for i, line in enumerate(lines[1:])]
+    (data / "captions.txt").write_text("\n".join([lines[0], *texts]) + "\n")
+    with pytest.raises(InputError, match=r"too rare for the vocabulary.*--minimum-count"):
+        training.train(
+            _split(data),
+            str(tmp_path / "model"),
+            model_config=TINY,
+            config=_config(minimum_count=5),
+            encoder_weights=_weights(tmp_path),
+        )
+    assert not (tmp_path / "model").exists()
+
+
+def test_words_that_a_model_does_not_know_are_told_refused_or_added(
+    data: Path, tmp_path: Path, caplog
+):
+    vocabulary = Vocabulary.from_captions(["a the dog cat"] * 5)
+    start = str(tmp_path / "start")
+    bundle.save(start, tiny_model(vocabulary_size=len(vocabulary)), vocabulary)
+
+    def run(name: str, **changes: object) -> bundle.Bundle:
+        training.train(
+            _split(data),
+            str(tmp_path / name),
+            model_config=TINY,
+            config=_config(epochs=1, minimum_count=1, **changes),
+            begin_with=start,
+        )
+        return bundle.load(str(tmp_path / name))
+
+    with pytest.raises(InputError, match=r"% of the words.*unknown.*--extend-vocabulary"):
+        run("refused")
+    with caplog.at_level("INFO"):
+        assert len(run("accepted", largest_unknown=1.0).vocabulary) == len(vocabulary)
+        assert "% of the words in the training captions are unknown" in caplog.text
+    extended = run("extended", extend_vocabulary=True, learning_rate=0.0)
+    assert len(extended.vocabulary) > len(vocabulary)
+    assert extended.vocabulary.words(range(len(vocabulary))) == vocabulary.words(
+        range(len(vocabulary))
+    )
+    embedding = extended.model.decoder.head.weight
+    torch.testing.assert_close(embedding[-1], embedding[: len(vocabulary)].mean(0))
+
+
+def test_an_open_tensorboard_follows_the_epochs_and_their_steps(data: Path, tmp_path: Path):
+    output = tmp_path / "model"
+    arguments = {"model_config": TINY, "encoder_weights": _weights(tmp_path)}
+    training.train(_split(data), str(output), config=_config(epochs=1), **arguments)
+    [events] = (output / "tensorboard").iterdir()
+    inode, before = events.stat().st_ino, events.read_bytes()
+    training.train(_split(data), str(output), config=_config(epochs=2), **arguments)
+    assert events.stat().st_ino == inode
+    assert events.read_bytes().startswith(before)
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    read = event_accumulator.EventAccumulator(str(output / "tensorboard"))
+    read.Reload()
+    assert [each.step for each in read.Scalars("validation_loss")] == [1, 2]
+    for name in ("step/value", "step/gradient_norm", "step/learning_rate"):
+        assert all(each.value > 0 for each in read.Scalars(name))
+
+
+def test_samples_stand_beside_what_people_wrote(data: Path, tmp_path: Path):
+    output = tmp_path / "model"
+    split = _split(data)
+    training.train(
+        split,
+        str(output),
+        model_config=TINY,
+        config=_config(epochs=1),
+        encoder_weights=_weights(tmp_path),
+    )
+    text = (output / "samples.md").read_text()
+    assert f"- {split.validation[0].captions[0].replace('.', '')}" in text.replace("\\.", "")
