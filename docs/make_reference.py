@@ -35,9 +35,10 @@ def command_line() -> str:
         "traceback of an error; [failures](../explanation/failures.md) explains the exit codes.",
         "",
     ]
-    lines += [f"- [captioner {name}](#captioner-{name})" for name in sorted(cli.commands)]
-    for name, command in sorted(cli.commands.items()):
-        lines += ["", *_command(name, command)]
+    names = cli.list_commands(click.Context(cli))
+    lines += [f"- [captioner {name}](#captioner-{name})" for name in names]
+    for name in names:
+        lines += ["", *_command(name, cli.commands[name])]
     return "\n".join(lines) + "\n"
 
 
