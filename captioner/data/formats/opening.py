@@ -5,6 +5,7 @@ import io
 from PIL import UnidentifiedImageError
 
 from captioner.data.formats import extra_pictures, known, pillow_guards
+from captioner.data.formats.bmp import MaskedBmp, has_masks
 from captioner.data.formats.jpeg2000 import JPEG2000_SIGNATURES
 from captioner.data.formats.pictures import Jpeg2000Picture, KeyedPng, Picture, WebpPicture
 from captioner.data.formats.png import PNG_SIGNATURE, essential_png
@@ -49,6 +50,8 @@ def open_picture(data: bytes) -> Picture:
         return open_tiff(data)
     if data.startswith(JPEG2000_SIGNATURES):
         return Jpeg2000Picture(data)
+    if has_masks(data):
+        return MaskedBmp(data)
     if known.is_heif(data) and extra_pictures.can_read_heif():
         return extra_pictures.HeifPicture(data)
     if known.is_jxl(data) and extra_pictures.can_read_jxl():

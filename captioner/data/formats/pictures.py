@@ -219,6 +219,11 @@ class Jpeg2000Picture(Picture):
 
     def __init__(self, data: bytes) -> None:
         self._codestream = read_codestream(data)
+        bits = self._codestream.bits
+        if len(bits) > 1 and max(bits) > 8:
+            # Pillow rounds white up to 256, which a byte holds as 0: it becomes black.
+            kind = f"{len(bits)} components of {max(bits)} bits"
+            raise ValueError(f"JPEG 2000 of {kind}, which captioner does not read")
         super().__init__(io.BytesIO(data), data)
         if self.size != (self._codestream.width, self._codestream.height):
             raise ValueError("its size contradicts its header")

@@ -74,7 +74,8 @@ class Directory:
         entries: each essential tag's type, count and bytes.
         xmp: the XMP packet, or empty.
         numbers: the tags that are there, essential or not.
-        is_plain: Pillow can read the other tags without harm: they are small and inside the file.
+        is_plain: Pillow can read the directory without harm: it is no BigTIFF's, and the tags that
+            are not essential are small and inside the file.
     """
 
     order: str
@@ -132,7 +133,7 @@ def read_directory(data: bytes) -> Directory:
             is_plain = is_plain and inside and tag in _HARMLESS
         if tag == Tag.XMP and inside:
             xmp = data[place : place + min(size, _LONGEST_XMP)]
-    is_plain = is_plain and small <= _MOST_BYTES_OF_SMALL_TAGS
+    is_plain = is_plain and small <= _MOST_BYTES_OF_SMALL_TAGS and not big
     return Directory(order, big, entries, xmp, frozenset(numbers), is_plain)
 
 
@@ -143,41 +144,44 @@ _HARMLESS = {269, 270, 271, 272, 280, 281, 282, 283, 285, 286, 287, 296, 297, 30
 def rewritten(data: bytes, directory: Directory, values: dict[int, tuple[int, ...]]) -> BinaryIO:
     """The file with a directory of the essential tags behind it, some with other values.
 
+    It is a TIFF of 32-bit offsets, though the file may be a BigTIFF: Pillow does not read those of
+    the big-endian kind.
+
     Args:
         data: the file.
         directory: its directory.
         values: for tags, the integers to put in the place of what they have; none removes a tag.
+
+    Raises:
+        ValueError: the file is too long for offsets of 32 bits.
     """
+    if len(data) >= 1 << 31:
+        raise ValueError("a TIFF of 2 GiB or more in this layout, which captioner does not read")
     entries = dict(directory.entries)
-    for tag, integers in values.items():
+    long_ones = {tag: directory.integers(tag) for tag, entry in entries.items() if entry[0] >= 16}
+    for tag, integers in (long_ones | values).items():
         entries.pop(tag, None)
         if integers:
-            kind = 16 if directory.big else 4
-            packed = struct.pack(f"{directory.order}{len(integers)}{_INTEGERS[kind]}", *integers)
-            entries[tag] = kind, len(integers), packed
+            packed = struct.pack(f"{directory.order}{len(integers)}I", *integers)
+            entries[tag] = 4, len(integers), packed
     padding = bytes(len(data) % 2)
-    begin = len(data) + len(padding)
-    header, packed = _packed(directory, entries, begin)
+    header, packed = _packed(directory.order, entries, len(data) + len(padding))
     return cast(BinaryIO, SplicedFile([header, memoryview(data)[len(header) :], padding, packed]))
 
 
 def _packed(
-    directory: Directory, entries: dict[int, tuple[int, int, bytes]], begin: int
+    order: str, entries: dict[int, tuple[int, int, bytes]], begin: int
 ) -> tuple[bytes, bytes]:
     """A file's header and its directory, which is at ``begin``."""
-    order, big = directory.order, directory.big
-    counts, offset = ("Q", "Q") if big else ("H", "I")
-    inline = struct.calcsize(offset)
-    size = struct.calcsize(f"={counts}") + len(entries) * (12 if not big else 20) + inline
-    table, beside = [struct.pack(order + counts, len(entries))], b""
+    size = 2 + len(entries) * 12 + 4
+    table, beside = [struct.pack(order + "H", len(entries))], b""
     for tag, (kind, count, content) in sorted(entries.items()):
-        if len(content) <= inline:
-            value = content.ljust(inline, b"\0")
+        if len(content) <= 4:
+            value = content.ljust(4, b"\0")
         else:
-            value = struct.pack(order + offset, begin + size + len(beside))
+            value = struct.pack(order + "I", begin + size + len(beside))
             beside += content + bytes(len(content) % 2)
-        table.append(struct.pack(f"{order}HH{offset}", tag, kind, count) + value)
-    table.append(bytes(inline))
+        table.append(struct.pack(f"{order}HHI", tag, kind, count) + value)
+    table.append(bytes(4))
     signature = b"II" if order == "<" else b"MM"
-    version = struct.pack(order + "HHH", 43, 8, 0) if big else struct.pack(order + "H", 42)
-    return signature + version + struct.pack(order + offset, begin), b"".join(table) + beside
+    return signature + struct.pack(order + "HI", 42, begin), b"".join(table) + beside

@@ -149,6 +149,14 @@ def test_a_jpeg_inside_a_jpeg_xl_is_decoded(tmp_path):
     np.testing.assert_array_equal(decoded.pixels_HW3, expected.pixels_HW3)
 
 
+def test_deep_colours_in_jpeg_2000_are_named_and_not_shown_wrongly():
+    imagecodecs = pytest.importorskip("imagecodecs")
+    deep = np.full((16, 16, 3), 1023, np.uint16)
+    decoded = images.decode(bytes(imagecodecs.jpeg2k_encode(deep, bitspersample=10)), 16)
+    assert decoded.status == "undecodable"
+    assert decoded.error == "JPEG 2000 of 3 components of 10 bits, which captioner does not read"
+
+
 def test_reading_other_formats_imports_no_package_of_the_extra():
     import subprocess
 
