@@ -283,7 +283,14 @@ def test_train_reads_what_its_options_say(tmp_path: Path):
         "2 images to train on, 1 to validate on" + left_out.format(1): (*images, *lists),
     }
     for line, options in counts.items():
-        weights = ("--encoder-weights", tmp_path / "none.pth")
+        weights = (
+            "--encoder-weights",
+            tmp_path / "none.pth",
+            "--warmup-steps",
+            0,
+            "--minimum-count",
+            1,
+        )
         result = _run("train", tables / "train.json", tmp_path / "model", *options, *weights)
         assert result.exit_code == 2, result.output
         *_, first, second = result.output.splitlines()

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from captioner import __version__, storage
@@ -86,7 +86,7 @@ class OutputDirectory:
                 "fingerprint": _fingerprint(settings),
                 "settings": settings,
                 "captioner_version": __version__,
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             try:
                 self._write_json("run.json", run, new=not overwrite)
