@@ -66,6 +66,7 @@ _WHOLE_STORE_CODES = {
     "AllAccessDisabled",
     "AuthFailure",
     "AuthenticationFailed",
+    "AuthorizationFailure",
     "AuthorizationHeaderMalformed",
     "CredentialsNotSupported",
     "ExpiredToken",
@@ -123,6 +124,7 @@ def _code(error: BaseException) -> str | None:
         code = response.get("Error", {}).get("Code")
     else:
         code = getattr(error, "error_code", None)
+        code = getattr(code, "value", code)  # Azure's are members of an enumeration
     return code if isinstance(code, str) else None
 
 
@@ -148,4 +150,5 @@ def http_status(error: Exception) -> int | None:
 def reason(error: Exception) -> str:
     """The message of an error on one line, without what may be a secret."""
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    text = text.split(" RequestId:")[0]  # Azure's own; then all of it again as XML
     return _SECRETS.sub("…", text) or type(error).__name__
