@@ -299,7 +299,8 @@ def test_train_reads_what_its_options_say(tmp_path: Path):
     (tmp_path / "val.txt").write_text(f"{photos[2].name}\ngone.jpg\n")
     result = _run("train", tables / "train.json", tmp_path / "val.txt", *images, *lists)
     assert result.exit_code == 2, result.output
-    _, first, _, second, third = result.output.splitlines()
+    _, first, _, second, warning, third = result.output.splitlines()
+    assert warning.endswith("use a lower --warmup-steps")
     assert first == (
         f"left out: 1 of the 2 names in {lists[3]} are of no captioned image: gone.jpg"
     )
