@@ -39,6 +39,7 @@ FORMATS = {
     "gif": "GIF",
     "tif": "TIFF",
     "avif": "AVIF",
+    "jp2": "JPEG2000",
 }
 RUN = RunConfig(
     max_error_rate=1.0, engine="local", shard_size=64, batch_size=16, precision="fp32", device="cpu"
@@ -141,14 +142,14 @@ def bombs() -> dict[str, tuple[str, bytes]]:
         "more.png": ("rejected", _png(60_000, 60_000, _zeros(1 << 24))),
         "scans.jpg": ("rejected", _scans(20_000)),
         "text.png": (
-            "undecodable ok",
+            "ok",
             _png(1, 1, row, _chunk(b"zTXt", b"a\0\0" + _zeros(1 << 28))),
         ),
         "texts.png": (
-            "undecodable ok",
+            "ok",
             _png(1, 1, row, *[_chunk(b"zTXt", b"a\0\0" + _zeros(1 << 20))] * 200),
         ),
-        "profile.png": ("undecodable ok", _png(1, 1, row, _chunk(b"iCCP", bomb))),
+        "profile.png": ("ok", _png(1, 1, row, _chunk(b"iCCP", bomb))),
         "trailing.png": ("ok", _png(1, 1, row + _zeros(1 << 28))),
         "wide.png": ("ok", _encoded(Image.new("RGB", (65_535, 1)), "PNG")),
         "tall.png": ("ok", _encoded(Image.new("RGB", (1, 65_535)), "PNG")),

@@ -1,6 +1,7 @@
 """HEIC and JPEG XL by the extra ``formats``, and JPEG 2000."""
 
 import io
+import subprocess
 import sys
 
 import numpy as np
@@ -74,6 +75,48 @@ def test_a_picture_that_takes_much_memory_is_rejected(name, monkeypatch):
     decoded = images.decode(WRITERS[name](), 32, max_pixels=64 * 48)
     assert decoded.status == "rejected"
     assert decoded.error.startswith("decoding takes")
+
+
+LARGE = {
+    "HEIC": lambda image: _heic(image),
+    "JPEG XL, lossless": lambda image: _jxl(image, effort=1),
+    "JPEG XL, alpha": lambda image: _jxl(image.convert("RGBA"), effort=1),
+    "JPEG 2000": lambda image: _jp2(image),
+    "JPEG 2000, alpha": lambda image: _jp2(image.convert("RGBA")),
+    "JPEG 2000, grey": lambda image: _jp2(image.convert("L")),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_decoding_takes_no_more_memory_than_it_is_reckoned_to(name):
+    """Measured in a process of its own, beside the strip of a megapixel that is converted."""
+    data = LARGE[name](PICTURE.resize((1600, 1600)))
+    code = """
+import sys
+from captioner.data import images
+from captioner.data.formats import limits
+from captioner.data.formats.opening import open_picture
+
+def mebibytes(name):
+    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) / 1024
+
+small, data = (bytes.fromhex(line) for line in sys.stdin)
+images.decode(small, 32)
+reckoned = open_picture(data).memory(10**9) / 2**20
+open("/proc/self/clear_refs", "w").write("5")
+before = mebibytes("VmRSS")
+print(images.decode(data, 32).status, mebibytes("VmHWM") - before, reckoned)
+"""
+    small = LARGE[name](PICTURE)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        input=f"{small.hex()}\n{data.hex()}".encode(),
+        capture_output=True,
+    )
+    status, taken, reckoned = ran.stdout.split()
+    assert status == b"ok", ran.stderr.decode()
+    assert float(taken) < float(reckoned) + 14
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -158,8 +201,6 @@ def test_deep_colours_in_jpeg_2000_are_named_and_not_shown_wrongly():
 
 
 def test_reading_other_formats_imports_no_package_of_the_extra():
-    import subprocess
-
     code = """
 import sys
 from captioner.data import images
