@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captioner.cli import main
+from captioner.output.decisions import Journal
 from conftest import write_photos
 
 
@@ -159,6 +160,23 @@ def test_report_names_an_image_of_each_status(tmp_path: Path, model_directory: P
     assert lines[:2] == ["4 images listed", "  2 ok"]
     assert lines[2].startswith(f"  2 undecodable, for example {tmp_path}/photos/text.jpg: ")
     assert len(lines[2]) > len(f"  2 undecodable, for example {tmp_path}/photos/text.jpg: ")
+
+
+def test_report_counts_the_reviewers_decisions(tmp_path: Path, model_directory: Path):
+    photos = [str(path) for path in write_photos(tmp_path / "photos", 4)]
+    _run("caption", tmp_path / "photos", tmp_path / "out", "--model", model_directory)
+    assert "reviewed" not in _run("report", tmp_path / "out").output
+    journal = Journal(str(tmp_path / "out"))
+    for uri, kind in zip(photos, ("accepted", "accepted", "edited", "rejected"), strict=True):
+        made = journal.decide(uri, kind, "a cat" if kind == "edited" else None, seen=0)
+    journal.decide("/no/row/of/this/output.jpg", "accepted", None, seen=0)
+
+    lines = _run("report", tmp_path / "out").output.splitlines()
+    assert "4 captions reviewed: 2 accepted, 1 edited, 1 rejected" in lines
+
+    journal.decide(photos[3], None, None, seen=made.revision)
+    lines = _run("report", tmp_path / "out").output.splitlines()
+    assert "3 captions reviewed: 2 accepted, 1 edited, 0 rejected" in lines
 
 
 def test_show_of_a_folder_that_is_no_output_says_so(tmp_path: Path):

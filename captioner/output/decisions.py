@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +20,10 @@ from captioner import storage
 from captioner.errors import OutputError
 from captioner.output.directory import PRIVATE
 
-__all__ = ["ConflictError", "Decision", "Journal", "read_decisions"]
+__all__ = ["KINDS", "ConflictError", "Decision", "Journal", "Kind", "read_decisions"]
 
-Kind = Literal["accepted", "rejected", "edited"]
+Kind = Literal["accepted", "edited", "rejected"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _SCHEMA = pa.schema(
     {

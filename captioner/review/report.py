@@ -1,12 +1,14 @@
 """Summarises an output directory: counts, best and worst captions, missing images."""
 
 import heapq
+from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
 from captioner.errors import OutputError
 from captioner.output.audit import Audit, audit
+from captioner.output.decisions import KINDS, read_decisions
 from captioner.output.directory import OutputDirectory
 from captioner.output.rows import read_rows
 from captioner.review.findings import COLUMNS, Findings
@@ -32,6 +34,7 @@ class Report:
         worst: captions with the lowest scores: ``(score, caption, uri)``.
         best: captions with the highest scores.
         findings: captions that look wrong.
+        decisions: how many captions a reviewer accepted, edited and rejected.
     """
 
     accounts: Audit
@@ -40,6 +43,7 @@ class Report:
     worst: list[tuple[float, str, str]]
     best: list[tuple[float, str, str]]
     findings: Findings
+    decisions: Counter[str]
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -52,6 +56,9 @@ class Report:
                     lines[-1] += f", for example {uri}: {error}"
         if self.last_run:
             lines.append(self.last_run)
+        if self.decisions:
+            counts = ", ".join(f"{self.decisions[kind]} {kind}" for kind in KINDS)
+            lines.append(f"{self.decisions.total()} captions reviewed: {counts}")
         for title, captions in (("best", self.best), ("worst", self.worst)):
             lines.append(f"{title} scores (mean natural log-probability per word):")
             lines += [f"  {score:7.3f}  {caption}  {uri}" for score, caption, uri in captions]
@@ -79,7 +86,12 @@ def summarise(output: str) -> Report:
     best: list[tuple[float, str, str]] = []
     examples: dict[str, tuple[str, str]] = {}
     findings = Findings()
+    reviewed = read_decisions(output)
+    decisions: Counter[str] = Counter()
     for some in read_rows(directory, ["score", "caption", "uri", "status", "error", "finish"]):
+        if reviewed:
+            made = (reviewed.get(uri) for uri in some["uri"].to_pylist())
+            decisions.update(each.decision for each in made if each and each.decision)
         findings.add(some.select(COLUMNS).to_pylist())
         for status in set(STATUSES) - {"ok", *examples}:
             for row in some.filter(pc.equal(some["status"], status)).slice(0, 1).to_pylist():
@@ -88,7 +100,7 @@ def summarise(output: str) -> Report:
         rows = list(zip(*(scored[name].to_pylist() for name in scored.column_names), strict=True))
         best = heapq.nlargest(_SHOWN, best + rows)
         worst = heapq.nsmallest(_SHOWN, worst + rows)
-    return Report(accounts, examples, last_run, worst, best, findings)
+    return Report(accounts, examples, last_run, worst, best, findings, decisions)
 
 
 def _last_run(directory: OutputDirectory) -> str:
