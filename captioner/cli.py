@@ -618,8 +618,8 @@ def compact(output: str, size: int) -> None:
     "--references",
     metavar="DATA",
     group="What to score",
-    help="Score the captions in SOURCE, a caption job's output, against this dataset.  "
-    "[this or --model]",
+    help="Score the captions in SOURCE, a caption job's output, against this dataset or the "
+    "accepted captions of this reviewed output.  [this or --model]",
 )
 @_option(
     "--split",
@@ -704,7 +704,7 @@ def evaluate(
 
     With --model, SOURCE is a dataset in any form that captioner train takes, and its images are
     captioned first. With --references, SOURCE is the output of a caption job, whose images are
-    matched with the dataset's by URI, or else by file name.
+    matched with the dataset's, or the reviewed output's, by URI, or else by file name.
     """
     if (model is None) == (references is None):
         raise InputError("give one of --model and --references")
@@ -721,7 +721,8 @@ def evaluate(
         from captioner.evaluation import evaluation, metrics
 
     chosen = metrics.choose_tokenizer(tokenizer)
-    captioned_images = dataset.read_dataset(
+    read = dataset.read_dataset if references is None else evaluation.read_references
+    captioned_images = read(
         references or source,
         images,
         needed=_needed_splits(split, of_model=model is not None),

@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from captioner.evaluation import metrics
 from captioner.evaluation.metrics import Scores
 from captioner.model import bundle
 from captioner.model.loading import load_model
+from captioner.output.decisions import read_decisions
 from captioner.output.directory import OutputDirectory
 from captioner.output.rows import read_rows
 from captioner.runtime import prefetch
@@ -38,6 +39,7 @@ __all__ = [
     "describe_seen",
     "evaluate",
     "join_output",
+    "read_references",
 ]
 
 _SHOWN = 10
@@ -101,6 +103,52 @@ def choose_images(
         images = data.choose(split or "all")
     dataset.warn_if_single(images, "score")
     return images
+
+
+def read_references(
+    source: str,
+    images_directory: str | None = None,
+    *,
+    needed: Collection[str] | None = None,
+    allow_missing: bool = False,
+) -> Dataset:
+    """Reads the captions to score against.
+
+    Args:
+        source: a dataset; or a reviewed output, whose accepted and edited captions are the
+            references.
+        images_directory: as for :func:`captioner.data.dataset.read_dataset`; a dataset's only.
+        needed: as there.
+        allow_missing: as there.
+
+    Raises:
+        InputError: the dataset cannot be read, or no caption of the output is accepted.
+        OutputError: the output cannot be read.
+    """
+    output = OutputDirectory(storage.absolute(source))
+    if not output.is_begun():
+        return dataset.read_dataset(
+            source, images_directory, needed=needed, allow_missing=allow_missing
+        )
+    for option, given in (("--images", images_directory), ("--split", needed)):
+        if given is not None:
+            raise InputError(f"{option} goes with a dataset: {source} is a caption job's output")
+    accepted = {
+        uri: decision.caption
+        for uri, decision in read_decisions(output.uri).items()
+        if decision.decision in ("accepted", "edited")
+    }
+    images: list[CaptionedImage] = []
+    output.finish_compaction()
+    for rows in read_rows(output, ["uri", "caption", "status"]) if accepted else ():
+        images += [
+            CaptionedImage(row["uri"], [accepted[row["uri"]] or row["caption"]])
+            for row in rows.to_pylist()
+            if row["status"] == "ok" and row["uri"] in accepted
+        ]
+    if not images:
+        raise InputError(f"{source} has no accepted captions: accept some in captioner review")
+    return Dataset(images)
 
 
 def describe_seen(

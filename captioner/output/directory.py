@@ -46,6 +46,13 @@ class OutputDirectory:
         """The URI of one of the job's own files."""
         return self._within(PRIVATE, name)
 
+    def is_begun(self) -> bool:
+        """Whether a caption job began it; False where that cannot be told, as of a file."""
+        try:
+            return storage.is_directory(self.uri) and "run.json" in storage.names(self.private(""))
+        except OSError:
+            return False
+
     def names(self, *folders: str) -> list[str]:
         """The names in the directory, or in a folder of it, sorted; empty where there is none.
 

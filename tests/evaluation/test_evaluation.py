@@ -16,6 +16,7 @@ from captioner.data.views import load_view
 from captioner.evaluation import metrics
 from captioner.model import bundle
 from captioner.model.native import Captioner
+from captioner.output.decisions import Journal
 from conftest import write_photos
 
 
@@ -282,7 +283,10 @@ def test_mistakes_get_one_line_and_exit_code_2(data: Path, output: Path, model_d
         "--beam goes with --model": (output, "--references", data, "--beam=3"),
         "too few": (data, "--model", model_directory),
         "has no run.json": (data, "--references", data),
-        "has no captions.txt": (output, "--references", output),
+        "has no captions.txt": (output, "--references", output.parent / "photos"),
+        "has no accepted captions": (output, "--references", output),
+        "--images goes with a dataset": (output, "--references", output, "--images", data),
+        "--split goes with a dataset": (output, "--references", output, "--split=val"),
         "has no config.json": (data, "--model", data, *listed),
         "no device 'gpu'": (data, "--model", model_directory, *listed, "--device=gpu"),
     }
@@ -291,3 +295,28 @@ def test_mistakes_get_one_line_and_exit_code_2(data: Path, output: Path, model_d
         assert result.exit_code == 2, (message, result.output)
         assert message in result.output
         assert len(result.output.splitlines()) == 1, result.output
+
+
+def test_an_output_against_the_accepted_captions_of_another(output: Path, tmp_path: Path):
+    reviewed = Path(shutil.copytree(output, tmp_path / "reviewed"))
+    rows = pd.read_parquet(output / "part-000000.parquet").set_index("uri")["caption"]
+    journal = Journal(str(reviewed))
+    photos = [str(tmp_path / "photos" / f"photo-{number:04}.jpg") for number in range(5)]
+    journal.decide(photos[0], "accepted", None, seen=0)  # has no caption
+    journal.decide(photos[1], "accepted", None, seen=0)
+    journal.decide(photos[2], "edited", "Two men in red water .", seen=0)
+    journal.decide(photos[3], "rejected", None, seen=0)
+    made = journal.decide(photos[4], "accepted", None, seen=0)
+    journal.decide(photos[4], None, None, seen=made.revision)
+
+    parquet = tmp_path / "images.parquet"
+    result = _run(
+        output, "--references", reviewed, "--tokenizer=simple", "--per-image", parquet, "--json=-"
+    )
+
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["images"] == 2
+    scored = pd.read_parquet(io.BytesIO(parquet.read_bytes())).set_index("uri")
+    assert list(scored.loc[photos[1], "references"]) == [rows[photos[1]]]
+    assert list(scored.loc[photos[2], "references"]) == ["Two men in red water ."]
+    assert scored.loc[photos[2], "caption"] == rows[photos[2]]
