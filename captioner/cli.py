@@ -495,10 +495,10 @@ def report_command(output: str, missing: bool) -> None:
         from captioner.review import report
 
     summary = report.summarise(storage.absolute(output))
-    lines = summary.accounts.missing if missing else summary.lines()
+    lines = summary.audit.missing if missing else summary.lines()
     for line in lines:
         click.echo(printable(line))
-    if summary.accounts.missing:
+    if summary.audit.missing:
         sys.exit(1)
 
 

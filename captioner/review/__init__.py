@@ -1,1 +1,1 @@
-"""Looking at an output: reports, drawings, a page."""
+"""Inspects an output: reports, drawings, a gallery and a review page."""

@@ -1,4 +1,4 @@
-"""Captions the photos that scikit-image contains: a first look that needs no network."""
+"""Captions the photos that scikit-image contains: a demonstration that needs no network."""
 
 from collections.abc import Iterator
 from importlib import resources
@@ -11,7 +11,7 @@ from captioner.review import gallery, rows
 
 __all__ = ["PHOTOS", "run_demo"]
 
-#: Those of scikit-image's pictures that show everyday things.
+#: The pictures in scikit-image that show everyday things.
 PHOTOS = (
     "astronaut.png",
     "camera.png",
@@ -26,8 +26,8 @@ def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
     """Captions the photos and draws where the model looked.
 
     Args:
-        output: a directory: the photos go to ``photos/`` in it, the captions to ``captions/``, the
-            drawings to ``overlays/``, a page of all of them to ``gallery.html``.
+        output: the directory to write. Its ``photos/`` holds the photos, ``captions/`` the
+            captions, ``overlays/`` the drawings, and ``gallery.html`` a page of all photos.
         model: a bundle's directory.
 
     Yields:

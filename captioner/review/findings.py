@@ -1,7 +1,7 @@
 """Finds captions that look wrong: cut off, empty, repetitive, refusals, stock openings.
 
-Pretrained models fail in these ways when a prompt or a setting does not suit them. Whoever reads
-the report after some hundred images can then change it.
+Pretrained models fail in these ways when a prompt or a setting does not suit them. A report on the
+first few hundred images shows it early enough to change the setting.
 """
 
 import re
@@ -12,16 +12,17 @@ from typing import Any
 
 __all__ = ["COLUMNS", "Finding", "Findings", "is_refusal", "is_repetitive"]
 
-#: The columns of a row that are looked at.
+#: The columns that :meth:`Findings.add` reads.
 COLUMNS = ("uri", "caption", "finish", "status")
 
-_EXAMPLES = 2
-_OPENING = 4  # words
-_OPENINGS = 3  # shown
-_COMMON, _OFTEN = 0.2, 10  # share of the captions, and captions, from which an opening is shown
+_EXAMPLES = 2  # captions shown for each problem
+_OPENING_WORDS = 4
+_OPENINGS_SHOWN = 3
+# An opening is shown from this share of the captions, and from this many captions, on.
+_OPENING_SHARE, _OPENING_COUNT = 0.2, 10
 _LONGEST_PHRASE = 8  # words
 _REPEATS = 4  # times in a row
-_RUN = re.compile(r"(\S)\1{7,}")  # of one character
+_REPEATED_CHARACTER = re.compile(r"(\S)\1{7,}")
 _REFUSAL = re.compile(
     r"\b(i'?m|i am) (sorry|unable|not able)\b|\bi (can'?t|cannot|can not)\b|\bas an ai\b"
     r"|\bunable to (assist|help|provide|describe|view|see)\b|\bno image (was|is|has been)\b",
@@ -31,25 +32,25 @@ _REFUSAL = re.compile(
 
 @dataclass
 class Finding:
-    """Captions that look wrong in one way.
+    """The captions with one problem.
 
     Attributes:
-        count: how many.
-        examples: some, each a caption and its image.
+        count: the number of captions.
+        examples: a few captions, each with the URI of its image.
     """
 
     count: int = 0
     examples: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, caption: str, uri: str) -> None:
-        """Counts a caption."""
+        """Counts a caption; keeps the first few as examples."""
         self.count += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append((caption, uri))
 
 
 class Findings:
-    """What is found in the rows of an output."""
+    """Collects the captions of an output that look wrong."""
 
     def __init__(self) -> None:
         self._captions = 0
@@ -58,7 +59,7 @@ class Findings:
         self._first: dict[str, tuple[str, str]] = {}
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Looks at rows that have :data:`COLUMNS`."""
+        """Checks the captions of rows that have :data:`COLUMNS`."""
         for row in rows:
             if row["status"] != "ok":
                 continue
@@ -73,20 +74,20 @@ class Findings:
             if is_refusal(caption):
                 self._found["refusal"].add(caption, uri)
             words = caption.lower().split()
-            if len(words) > _OPENING:
-                opening = " ".join(words[:_OPENING])
+            if len(words) > _OPENING_WORDS:
+                opening = " ".join(words[:_OPENING_WORDS])
                 self._openings[opening] += 1
                 self._first.setdefault(opening, (caption, uri))
 
     def lines(self) -> list[str]:
-        """A line for each way in which captions look wrong, with examples below it."""
+        """Returns a line for each problem found, with examples below it."""
         lines = []
         for name, finding in self._found.items():
             if finding.count:
                 lines.append(f"captions that {_TITLES[name]}: {finding.count}")
                 lines += [f"  {_short(caption)}  {uri}" for caption, uri in finding.examples]
-        for opening, count in self._openings.most_common(_OPENINGS):
-            if count >= max(_OFTEN, _COMMON * self._captions):
+        for opening, count in self._openings.most_common(_OPENINGS_SHOWN):
+            if count >= max(_OPENING_COUNT, _OPENING_SHARE * self._captions):
                 caption, uri = self._first[opening]
                 lines.append(f"captions that begin with {opening!r}: {count}")
                 lines.append(f"  {_short(caption)}  {uri}")
@@ -107,8 +108,8 @@ def _short(caption: str) -> str:
 
 
 def is_repetitive(caption: str) -> bool:
-    """Whether a phrase, or a character, follows itself many times."""
-    if _RUN.search(caption):
+    """Whether a phrase or a character repeats many times in a row."""
+    if _REPEATED_CHARACTER.search(caption):
         return True
     words = caption.lower().split()
     for length in range(1, min(_LONGEST_PHRASE, len(words) // _REPEATS) + 1):
@@ -121,5 +122,5 @@ def is_repetitive(caption: str) -> bool:
 
 
 def is_refusal(caption: str) -> bool:
-    """Whether a model says that it does not caption the image."""
+    """Whether a caption is a model's refusal to describe the image."""
     return _REFUSAL.search(caption.replace("’", "'")) is not None

@@ -47,9 +47,9 @@ def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed
 
     Args:
         output: a caption job's output directory, local or in a bucket.
-        count: most rows to show.
-        order: which rows.
-        seed: of the random sample.
+        count: the largest number of rows to show.
+        order: how to choose the rows, and their order.
+        seed: the seed of the random sample.
 
     Raises:
         InputError: ``count`` is below 1.

@@ -28,8 +28,8 @@ class Report:
     """A summary of an output directory.
 
     Attributes:
-        accounts: numbers of images and rows, and the images without a row.
-        examples: for each status other than ok one row: ``(error, uri)``.
+        audit: the number of images, the rows by status, and the images without a row.
+        examples: for each status other than ok, the error and URI of one row.
         last_run: the last run in a line; empty if no run has ended.
         worst: captions with the lowest scores: ``(score, caption, uri)``.
         best: captions with the highest scores.
@@ -37,7 +37,7 @@ class Report:
         decisions: how many captions a reviewer accepted, edited and rejected.
     """
 
-    accounts: Audit
+    audit: Audit
     examples: dict[str, tuple[str, str]]
     last_run: str
     worst: list[tuple[float, str, str]]
@@ -47,9 +47,9 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        lines = [f"{self.accounts.images} images listed"]
+        lines = [f"{self.audit.images} images listed"]
         for status in STATUSES:
-            if count := self.accounts.rows.get(status):
+            if count := self.audit.rows.get(status):
                 lines.append(f"  {count} {status}")
                 if status in self.examples:
                     error, uri = self.examples[status]
@@ -63,11 +63,11 @@ class Report:
             lines.append(f"{title} scores (mean natural log-probability per word):")
             lines += [f"  {score:7.3f}  {caption}  {uri}" for score, caption, uri in captions]
         lines += self.findings.lines()
-        missing = self.accounts.missing
+        missing = self.audit.missing
         lines.append(f"{len(missing)} images have no row" + (":" if missing else ""))
         lines += [f"  {uri}" for uri in missing[:_MISSING_SHOWN]]
         if len(missing) > _MISSING_SHOWN:
-            lines.append("  --missing lists all of them; run captioner caption again to resume")
+            lines.append("  --missing lists every image; run captioner caption again to resume")
         return lines
 
 

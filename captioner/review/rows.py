@@ -23,8 +23,8 @@ from captioner.output.rows import read_row
 __all__ = ["CaptionedRow", "attention_maps", "draw", "find_row", "read_photo"]
 
 _LONGEST_SIDE = 480  # pixels, of an image in a drawing
-_MOST_BYTES = 256_000_000  # of an image file
-_TALLEST = 4  # largest ratio of a panel's height to its width
+_MAX_BYTES = 256_000_000  # of an image file
+_MAX_PANEL_RATIO = 4  # largest ratio of a panel's height to its width
 
 
 def _spelled(uri: str) -> str:
@@ -103,15 +103,15 @@ def read_photo(uri: str, longest_side: int) -> Image.Image:
 
     Args:
         uri: the image.
-        longest_side: of the result, in pixels.
+        longest_side: the longest side of the result, in pixels.
 
     Raises:
         InputError: the image cannot be read.
     """
     try:
-        data = storage.read(uri, _MOST_BYTES)
+        data = storage.read(uri, _MAX_BYTES)
         shown = Preparation(max_side=longest_side, enlarge=True)
-        decoded = images.decode(data, shown, max_bytes=_MOST_BYTES)
+        decoded = images.decode(data, shown, max_bytes=_MAX_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {uri}: {error}") from error
     if decoded.pixels_HW3 is None:
@@ -143,7 +143,7 @@ def draw(row: CaptionedRow) -> bytes:
     panels = _panels(row, image)
     columns = min(len(panels), 5)
     rows = math.ceil(len(panels) / columns)
-    height = 2.4 * min(image.height / image.width, _TALLEST) + 0.3
+    height = 2.4 * min(image.height / image.width, _MAX_PANEL_RATIO) + 0.3
     figure = Figure(figsize=(2.4 * columns, height * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(row.caption, parse_math=False)

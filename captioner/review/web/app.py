@@ -31,11 +31,11 @@ __all__ = ["make_app"]
 _STATIC = {"review.css": "text/css", "review.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _LONGEST_CAPTION = 10_000  # characters of an edited caption
 _LARGEST_BODY = 100_000  # bytes
-_OWN = frozenset(COLUMNS.names)
+_CAPTION_COLUMNS = frozenset(COLUMNS.names)
 
 
 def make_app(index: RowIndex, journal: Journal, guard: Guard) -> Starlette:
-    """The page over an index; decisions go to the journal."""
+    """Builds the application that shows an index and records decisions in the journal."""
     for decision in journal.all():
         index.decide(decision)
     review = _Review(index, journal, guard)
@@ -72,7 +72,7 @@ async def _explain_status(_: Request, error: Exception) -> Response:
 
 
 class _Review:
-    """The answers; what waits for the database, a disk or a bucket does so in a thread."""
+    """Answers requests. Work that waits for the database, a disk or a bucket runs in a thread."""
 
     def __init__(self, index: RowIndex, journal: Journal, guard: Guard):
         self._index, self._journal, self._guard = index, journal, guard
@@ -88,7 +88,7 @@ class _Review:
 
     async def grid(self, request: Request) -> Response:
         """A page of rows, with the filters."""
-        view = View.of(request.query_params.multi_items())
+        view = View.from_parameters(request.query_params.multi_items())
         return await run_in_threadpool(self._grid, view)
 
     def _grid(self, view: View) -> Response:
@@ -107,19 +107,23 @@ class _Review:
             total=total,
             pages=max(1, -(-total // PAGE)),
             facets={name: ask(*view.facet(name, columns)) for name in names},
-            kept=[name for name in columns if name not in _OWN and not name.startswith("__")],
+            source_columns=[
+                name
+                for name in columns
+                if name not in _CAPTION_COLUMNS and not name.startswith("__")
+            ],
         )
 
     async def row(self, request: Request) -> Response:
         """One row: its photo, a map for each word, its columns."""
-        view = View.of(request.query_params.multi_items())
+        view = View.from_parameters(request.query_params.multi_items())
         return await run_in_threadpool(self._row, request.path_params["number"], view)
 
     def _row(self, number: int, view: View) -> Response:
         row, maps = self._read(number)
         decision = self._journal[row["uri"]]
         words = [
-            {"text": token, "likely": float(np.exp(logprob))}
+            {"text": token, "probability": float(np.exp(logprob))}
             for token, logprob in zip(
                 row["tokens"] or [], row["token_logprobs"] or [], strict=False
             )
@@ -135,7 +139,7 @@ class _Review:
             decision=decision,
             before=before,
             after=after,
-            facts={
+            columns={
                 name: value
                 for name, value in row.items()
                 if name not in ("attention", "attention_peak", "tokens", "token_logprobs")
@@ -144,7 +148,7 @@ class _Review:
         )
 
     def _neighbours(self, number: int, view: View) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The rows before and after one in the view, each with its page; -1 where there is none."""
+        """The previous and next row in the view, each as ``(number, page)``; number -1 for none."""
         columns = self._index.columns
         numbers: list[tuple[int, int]] = []
         for page in (view.page - 1, view.page, view.page + 1):
@@ -163,7 +167,7 @@ class _Review:
         """A row's photo, small or large."""
         number, size = request.path_params["number"], request.path_params["size"]
         if size not in SIZES:
-            raise HTTPException(404, "There is no such size.")
+            raise HTTPException(404, "Unknown size: use small or large.")
         uri = await run_in_threadpool(self._uri, number)
         make = partial(photo_jpeg, uri, size)
         picture = await run_in_threadpool(self._pictures.get, (uri, size), make)
@@ -176,13 +180,13 @@ class _Review:
     def _map(self, number: int, word: int) -> Response:
         _, maps = self._read(number)
         if maps is None or word >= len(maps):
-            raise HTTPException(404, "The row has no such map.")
+            raise HTTPException(404, "This word has no attention map.")
         return Response(
             map_png(maps[word]), media_type="image/png", headers={"Cache-Control": "private"}
         )
 
     async def decide(self, request: Request) -> Response:
-        """Takes a decision: JSON with ``decision``, ``caption`` and the ``revision`` seen."""
+        """Records a decision: JSON with ``decision``, ``caption`` and the ``revision`` seen."""
         if int(request.headers.get("content-length") or 0) > _LARGEST_BODY:
             raise HTTPException(413, "The caption is too long.")
         values = _parse(await request.body())
@@ -201,14 +205,14 @@ class _Review:
         return JSONResponse(_as_json(made))
 
     async def progress(self, _: Request) -> Response:
-        """How much of the output is indexed, for the page to follow."""
+        """How much of the output is indexed; the page polls it."""
         return JSONResponse(self._progress())
 
     async def static(self, request: Request) -> Response:
         """The style sheet and the script."""
         name = request.path_params["name"]
         if name not in _STATIC:
-            raise HTTPException(404, "There is no such file.")
+            raise HTTPException(404, "File not found.")
         data = resources.files("captioner.review.web").joinpath("static", name).read_bytes()
         return Response(data, media_type=_STATIC[name])
 
@@ -223,15 +227,15 @@ class _Review:
     def _uri(self, number: int) -> str:
         found = self._index.query("SELECT uri FROM captions WHERE __row = ?", [number])
         if not found:
-            raise HTTPException(404, "There is no such row.")
+            raise HTTPException(404, "Row not found: reload the page.")
         uri: str = found[0]["uri"]
         return uri
 
     def _read(self, number: int) -> tuple[dict[str, Any], np.ndarray | None]:
-        """A row and its maps, one a word; None where it has none."""
+        """A row and its attention maps, one per word; None for a row without maps."""
         found = self._index.read_row(number)
         if found is None:
-            raise HTTPException(404, "There is no such row.")
+            raise HTTPException(404, "Row not found: reload the page.")
         row, schema = found
         return row, attention_maps(row, schema) if row["attention"] else None
 
@@ -253,17 +257,19 @@ def _parse(body: bytes) -> dict[str, Any]:
         values = json.loads(body)
         kind, caption, revision = values["decision"], values["caption"], values["revision"]
     except (ValueError, KeyError, TypeError) as error:
-        raise HTTPException(400, "A decision has decision, caption and revision.") from error
+        raise HTTPException(
+            400, "The request must be JSON with decision, caption and revision."
+        ) from error
     if kind not in ("accepted", "rejected", "edited", None):
-        raise HTTPException(400, "A decision is accepted, rejected, edited or null.")
+        raise HTTPException(400, "The decision must be accepted, rejected, edited or null.")
     if not isinstance(revision, str) or not revision.isdecimal() or len(revision) > 20:
-        raise HTTPException(400, "A revision is a number, as text.")
+        raise HTTPException(400, "The revision must be a number, as text.")
     if (kind == "edited") != isinstance(caption, str):
-        raise HTTPException(400, "An edited caption has a text, and no other has.")
+        raise HTTPException(400, "Only an edited decision has a caption, and it needs one.")
     if caption is not None:
         caption = " ".join(caption.split())
         if not caption or len(caption) > _LONGEST_CAPTION:
-            raise HTTPException(400, f"A caption has 1 to {_LONGEST_CAPTION} characters.")
+            raise HTTPException(400, f"A caption must have 1 to {_LONGEST_CAPTION} characters.")
     return {"decision": kind, "caption": caption, "revision": int(revision)}
 
 

@@ -1,4 +1,4 @@
-"""An index of an output's rows that a page can search while the output is large, or still growing.
+"""Indexes an output's rows for searching, even while the output is large or still growing.
 
 The parts are read once, without their attention maps, into a DuckDB database in a temporary folder.
 A row's number is the order in which it was indexed, which is the listing order of a finished
@@ -23,10 +23,15 @@ from captioner.review.web.view import NUMBER, WORDS, words_of
 
 __all__ = ["RowIndex"]
 
-_HEAVY = ("attention", "attention_peak", "token_logprobs", "tokens")  # read for a single row
+_DETAIL_COLUMNS = (
+    "attention",
+    "attention_peak",
+    "token_logprobs",
+    "tokens",
+)  # read for a single row
 _READERS = 8  # threads that read parts
 _MEMORY = "512MB"  # of DuckDB; what does not fit goes to the temporary folder
-_EVERY = 2.0  # seconds between two looks for new parts
+_POLL_SECONDS = 2.0  # between checks for new parts
 
 
 class RowIndex:
@@ -52,11 +57,11 @@ class RowIndex:
         )
         self._indexed: dict[Part, int] = {}  # the number of each part's first row
         self._rows = 0
-        self._made = False
+        self._has_captions = False
         self._stopped = threading.Event()
         self._progress = threading.Condition()
         self._complete = False
-        #: why parts could not be read, for the page to say
+        #: why the last check could not read the parts; the page shows it
         self.problem: str | None = None
         self._thread = threading.Thread(target=self._follow, name="index", daemon=True)
         self._thread.start()
@@ -70,22 +75,22 @@ class RowIndex:
 
     @property
     def rows(self) -> int:
-        """How many rows are indexed."""
+        """The number of indexed rows."""
         return self._rows
 
     @property
     def complete(self) -> bool:
-        """Whether all parts that there were at the last look are indexed."""
+        """Whether every part that the last check found is indexed."""
         return self._complete
 
     def wait(self, rows: int, seconds: float = 10.0) -> None:
-        """Returns when so many rows are indexed, or all of them, or after some seconds."""
+        """Waits until ``rows`` rows, or all parts, are indexed, or until the time is up."""
         with self._progress:
             self._progress.wait_for(lambda: self._rows >= rows or self._complete, seconds)
 
     def query(self, sql: str, parameters: list[Any]) -> list[dict[str, Any]]:
-        """The rows that a query of the tables ``captions`` and ``decisions`` gives."""
-        if not self._made:
+        """Runs SQL on the tables ``captions`` and ``decisions``; returns the resulting rows."""
+        if not self._has_captions:
             return []
         with self._database.cursor() as cursor:
             cursor.execute(sql, parameters)
@@ -94,12 +99,12 @@ class RowIndex:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The indexed columns, those of the source too, and their types in DuckDB."""
+        """The indexed columns, including the source's, and their types in DuckDB."""
         described = self.query("DESCRIBE captions", [])
         return {row["column_name"]: row["column_type"] for row in described}
 
     def decide(self, decision: Decision) -> None:
-        """Takes a decision over from the journal."""
+        """Indexes a decision of the journal."""
         with self._database.cursor() as cursor:
             cursor.execute(
                 "INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?)",
@@ -107,7 +112,7 @@ class RowIndex:
             )
 
     def read_row(self, number: int) -> tuple[dict[str, Any], pa.Schema] | None:
-        """A row with all of its columns, and its part's schema; None where there is no such row.
+        """Reads all columns of a row, and its part's schema; None if the row is not indexed.
 
         Raises:
             OutputError: its part cannot be read.
@@ -124,7 +129,7 @@ class RowIndex:
         return None
 
     def _follow(self) -> None:
-        """Indexes the parts that there are, then those that appear."""
+        """Indexes the existing parts, then new parts as they appear."""
         while not self._stopped.is_set():
             try:
                 self._index_new_parts()
@@ -134,7 +139,7 @@ class RowIndex:
             with self._progress:
                 self._complete = True
                 self._progress.notify_all()
-            self._stopped.wait(_EVERY)
+            self._stopped.wait(_POLL_SECONDS)
 
     def _index_new_parts(self) -> None:
         parts = self.directory.parts()
@@ -160,7 +165,7 @@ class RowIndex:
 
     def _read(self, part: Part) -> pa.Table:
         with open_part(self.directory.uri, part) as file:
-            names = [name for name in file.schema.names if name not in _HEAVY]
+            names = [name for name in file.schema.names if name not in _DETAIL_COLUMNS]
         tables = [*row_groups(self.directory.uri, part, names)]
         return pa.concat_tables(tables).replace_schema_metadata(None)
 
@@ -171,13 +176,15 @@ class RowIndex:
         cursor.register("new", table)
         selected = f"SELECT *, {words_of('caption')} AS {WORDS} FROM new"  # noqa: S608
         try:
-            if not self._made:
+            if not self._has_captions:
                 cursor.execute(f"CREATE TABLE captions AS {selected}")
-                self._made = True
+                self._has_captions = True
             else:
                 cursor.execute(f"INSERT INTO captions BY NAME {selected}")
         except duckdb.Error as error:
-            raise OutputError(f"{part.name} has other columns than the parts before it") from error
+            raise OutputError(
+                f"{part.name} does not have the columns of the earlier parts"
+            ) from error
         finally:
             cursor.unregister("new")
         with self._progress:
@@ -188,4 +195,4 @@ class RowIndex:
     def _start_over(self) -> None:
         with self._database.cursor() as cursor:
             cursor.execute("DROP TABLE IF EXISTS captions")
-        self._made, self._indexed, self._rows = False, {}, 0
+        self._has_captions, self._indexed, self._rows = False, {}, 0

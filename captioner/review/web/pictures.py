@@ -15,20 +15,20 @@ __all__ = ["SIZES", "PictureCache", "map_png", "photo_jpeg"]
 
 #: Pixels of a photo's longest side, by the name of the size.
 SIZES = {"small": 320, "large": 1280}
-_CACHE = 128_000_000  # bytes
+_CACHE_BYTES = 128_000_000  # bytes
 
 
 class PictureCache:
-    """The pictures that were made last, up to a number of bytes. Safe with threads."""
+    """Keeps the most recently used pictures, up to a number of bytes. Thread-safe."""
 
-    def __init__(self, limit: int = _CACHE):
+    def __init__(self, limit: int = _CACHE_BYTES):
         self._limit = limit
         self._bytes = 0
         self._pictures: OrderedDict[Hashable, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], bytes]) -> bytes:
-        """The picture of a key, made by ``make`` where it is not there."""
+        """Returns the picture of a key, made by ``make`` if it is not in the cache."""
         with self._lock:
             if key in self._pictures:
                 self._pictures.move_to_end(key)
@@ -45,7 +45,7 @@ class PictureCache:
 
 
 def photo_jpeg(uri: str, size: str) -> bytes:
-    """A photo as JPEG, its longest side as :data:`SIZES` says.
+    """Reads a photo as JPEG in one of the :data:`SIZES`.
 
     Raises:
         InputError: it cannot be read or decoded.
@@ -56,7 +56,7 @@ def photo_jpeg(uri: str, size: str) -> bytes:
 
 
 def map_png(map_HW: np.ndarray) -> bytes:
-    """An attention map as a small PNG, a pixel a value: the page enlarges it."""
+    """Encodes an attention map as a PNG with one pixel per value; the page enlarges it."""
     sink = io.BytesIO()
     picture: Image.Image = colour(map_HW)
     picture.save(sink, "PNG")

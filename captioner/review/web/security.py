@@ -1,4 +1,4 @@
-"""What keeps the page to its reviewer: hosts, a token, headers."""
+"""Restricts the review page to its reviewer: host check, token, security headers."""
 
 import hmac
 import secrets
@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 __all__ = ["HEADERS", "Guard", "is_loopback"]
 
-#: On every response: nothing is loaded from elsewhere, embedded elsewhere or told elsewhere.
+#: Sent with every response: the page loads nothing from, and reveals nothing to, another site.
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
@@ -37,22 +37,21 @@ class Guard:
     """Decides which requests are answered.
 
     Args:
-        port: the server's.
-        token: what a browser must have shown before anything is answered; None on loopback, where
-            the ``Host`` header must name this machine instead, so that no page of another site can
-            reach the server under its own name (DNS rebinding).
+        port: the server's port.
+        token: the token that a browser must present before any other request. None on loopback:
+            the ``Host`` header must then name this machine, which prevents DNS rebinding.
     """
 
     port: int
     token: str | None = None
-    #: What a request that changes something must carry: another site's page cannot know it (CSRF).
+    #: Required in a header of every request that changes something, against CSRF.
     write_token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
 
     def refusal(self, request: Request) -> Response | None:
-        """The answer to a request that is not let through; None for others."""
+        """Returns the response that refuses a request; None for a request that is allowed."""
         if self.token is None:
             if request.headers.get("host", "") not in self._hosts():
-                return PlainTextResponse("This address is not the review page's.", 421)
+                return PlainTextResponse("The Host header does not name this machine.", 421)
         elif (given := request.query_params.get("token")) is not None:
             return self._log_in(request, given)
         elif not _same(request.cookies.get(_COOKIE, ""), self.token):
@@ -67,7 +66,7 @@ class Guard:
         return {f"{name}:{self.port}" for name in _LOOPBACK}
 
     def _log_in(self, request: Request, given: str) -> Response:
-        """Turns the token of an address into a cookie, so that it stays in no history or log."""
+        """Moves the token from the address to a cookie, to keep it out of histories and logs."""
         assert self.token is not None
         if not _same(given, self.token):
             return PlainTextResponse("The token is not the one that captioner printed.", 403)

@@ -1,4 +1,4 @@
-"""Serving the review page until the reviewer ends it."""
+"""Serves the review page until the reviewer stops it."""
 
 import socket
 import webbrowser
@@ -15,7 +15,7 @@ from captioner.review.web.security import Guard, is_loopback
 
 __all__ = ["serve"]
 
-_WAITING = 100  # connections
+_BACKLOG = 100  # connections that wait to be accepted
 
 
 def serve(
@@ -27,32 +27,27 @@ def serve(
     open_browser: bool = False,
     announce: Callable[[str], object] = print,
 ) -> None:
-    """Serves the page until Ctrl-C or SIGTERM; then brings the decisions together in one file.
+    """Serves the page until Ctrl-C or SIGTERM; then merges the decisions into one file.
 
     Args:
         output: a caption job's output, local or in a bucket, finished or still growing.
         host: the address to listen on.
-        port: the port to listen on; 0 takes one that is free.
-        token: what the page's address must carry; needed where ``host`` is not loopback.
-        open_browser: whether to open the page.
-        announce: is told the page's address.
+        port: the port to listen on; 0 chooses a free port.
+        token: the token that the page's address must contain; required unless ``host`` is loopback.
+        open_browser: whether to open the page in a browser.
+        announce: called with the page's address once the server listens.
 
     Raises:
         InputError: the address cannot be listened on, or it needs a token and has none.
         OutputError: ``output`` is not an output, or cannot be read or written.
     """
     if not is_loopback(host) and not token:
-        raise InputError(f"--host {host} lets other machines in: give a --token that they need")
+        raise InputError(
+            f"--host {host} is reachable from other machines: protect the page with --token"
+        )
     directory = OutputDirectory(output)
     directory.read_json("run.json")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(_WAITING)  # a browser may come before the server is ready
-        except (OSError, OverflowError) as error:
-            raise InputError(f"cannot listen on {host}:{port}: {error}") from error
+    with _listen(host, port) as listener:
         port = listener.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
@@ -70,3 +65,17 @@ def serve(
         finally:
             index.close()
             journal.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Opens the socket first: a browser may connect before the server is ready."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise InputError(f"cannot listen on {host}:{port}: {error}") from error
+    return listener

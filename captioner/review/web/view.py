@@ -1,4 +1,4 @@
-"""A view of an output: what a page filters and sorts by, as a URL says it and as SQL asks it."""
+"""The filters and the order of a page: read from a URL, written as a URL and as SQL."""
 
 import urllib.parse
 from collections.abc import Iterable, Mapping
@@ -7,9 +7,9 @@ from typing import Any
 
 __all__ = ["PAGE", "SORTS", "View"]
 
-PAGE = 48  #: rows of a page
+PAGE = 48  #: rows per page
 
-#: The orders, by their names in a URL: a label, and what the rows are ordered by.
+#: The orders by their names in a URL: a label, and the SQL expression.
 SORTS = {
     "listed": ("listing order", "__row"),
     "best": ("highest score first", "score DESC NULLS LAST, __row"),
@@ -19,8 +19,8 @@ SORTS = {
     "random": ("random", "hash(__row + ?), __row"),
 }
 
-#: The index's own columns beside those of the output: a row's number, and its caption's words
-#: between single spaces, with punctuation marks left out.
+#: Columns that the index adds to the output's: the row's number, and its caption's words separated
+#: by single spaces, without punctuation.
 NUMBER, WORDS = "__row", "__words"
 
 DECISIONS = ("accepted", "rejected", "edited", "undecided")
@@ -50,8 +50,8 @@ class View:
     page: int = 1
 
     @classmethod
-    def of(cls, parameters: Iterable[tuple[str, str]]) -> "View":
-        """The view that a URL's parameters say; what makes no sense is left out."""
+    def from_parameters(cls, parameters: Iterable[tuple[str, str]]) -> "View":
+        """Reads a view from a URL's parameters; ignores invalid values."""
         lists: dict[str, list[str]] = {}
         for name, value in parameters:
             lists.setdefault(name, []).append(value)
@@ -73,7 +73,7 @@ class View:
         )
 
     def url(self, **changes: Any) -> str:
-        """The parameters of the view with some changes, as they stand behind a path's ``?``."""
+        """Returns the view, with some fields changed, as a URL's query string."""
         changed = replace(self, **changes)
         pairs: list[tuple[str, str]] = []
         for name, default in _DEFAULTS.items():
@@ -85,7 +85,7 @@ class View:
         return urllib.parse.urlencode(pairs, errors="surrogatepass")
 
     def toggled(self, name: str, value: str) -> str:
-        """The URL of the view with a value of a filter added, or taken away where it is there."""
+        """Returns the query string with a value of a filter added, or removed if it is set."""
         values = getattr(self, name)
         changed = tuple(v for v in values if v != value) if value in values else (*values, value)
         return self.url(**{name: changed, "page": 1})
@@ -113,8 +113,8 @@ class View:
         return f"SELECT count(*) AS rows FROM {_FROM} WHERE {where}", parameters  # noqa: S608
 
     def facet(self, name: str, columns: Mapping[str, str]) -> tuple[str, list[Any]]:
-        """SQL for how many rows each value of a filter would show, the other filters applied."""
-        where, parameters = self._where(columns, but=name)
+        """SQL for the number of rows for each value of a filter, with the other filters applied."""
+        where, parameters = self._where(columns, ignored=name)
         expression = _DECIDED if name == "decision" else f'captions."{name}"'
         return (
             f"SELECT {expression} AS value, count(*) AS rows FROM {_FROM} "  # noqa: S608
@@ -122,10 +122,10 @@ class View:
             parameters,
         )
 
-    def _where(self, columns: Mapping[str, str], but: str = "") -> tuple[str, list[Any]]:
-        """The condition, with one of the filters left out.
+    def _where(self, columns: Mapping[str, str], ignored: str = "") -> tuple[str, list[Any]]:
+        """The WHERE condition and its parameters, without the filter named by ``ignored``.
 
-        Every value is a parameter, and the name of a column is one that there is.
+        Every value is a parameter; every column name is checked against ``columns``.
         """
         terms = ["TRUE"]
         parameters: list[Any] = []
@@ -135,7 +135,7 @@ class View:
             ("finish", "finish"),
         ):
             values = getattr(self, name)
-            if values and name != but and (name in columns or name == "decision"):
+            if values and name != ignored and (name in columns or name == "decision"):
                 terms.append(f"{expression} IN ({', '.join('?' * len(values))})")
                 parameters += values
         shown = f"COALESCE({words_of('edited')}, {WORDS})"
