@@ -1,1 +1,1 @@
-"""The output directory: manifest, parts, attention maps."""
+"""The output directory: manifest, parts, attention maps, review decisions, exports."""

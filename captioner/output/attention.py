@@ -1,9 +1,9 @@
 """Attention maps ↔ bytes (codec version 1), and maps over images.
 
-The codec: a value of one of a caption's ``T`` maps of ``H×W``, ``peak`` being that map's largest,
-is stored as ``round(value / peak · levels)``, one byte, row-major, map after map; it is read back
-as ``byte · peak / levels``. The result is off by at most ``peak / (2 · levels)``, and by float32
-rounding. Parquet's zstd packs the bytes; fewer levels pack tighter.
+A caption has ``T`` maps of ``H×W`` values; ``peak`` is a map's largest value. The codec stores each
+value as one byte, ``round(value / peak · levels)``, row-major, map after map, and reads it back as
+``byte · peak / levels``. The error is at most ``peak / (2 · levels)``, plus float32 rounding.
+Parquet's zstd compresses the bytes; fewer levels compress better.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ __all__ = ["colour", "decode", "encode", "heatmap", "overlay"]
 
 
 def encode(maps_THW: np.ndarray, levels: int = 127) -> tuple[bytes, list[float]]:
-    """Attention maps as bytes.
+    """Encodes attention maps as bytes.
 
     Args:
         maps_THW: non-negative floats ``(T, H, W)``.
@@ -50,12 +50,11 @@ def decode(
     Args:
         data: ``T·H·W`` bytes.
         peaks: the ``T`` largest values.
-        grid: height and width of a map, or one number for a square; where it is not given, maps
-            are taken to be square.
-        levels: as the file's schema metadata has it.
+        grid: height and width of a map, or one number for a square. Maps are square by default.
+        levels: ``captioner.attention.levels`` of the file's schema metadata.
 
     Raises:
-        ValueError: the lengths of ``data`` and ``peaks`` do not belong together.
+        ValueError: ``data`` does not have ``T·H·W`` bytes.
     """
     count = len(peaks)
     if grid is None:
@@ -86,5 +85,5 @@ def colour(map_GG: np.ndarray, size: tuple[int, int] | None = None) -> Image.Ima
 
 
 def overlay(image: Image.Image, map_GG: np.ndarray, alpha: float = 0.5) -> Image.Image:
-    """A map over its image, half and half: the notebook's overlay."""
+    """Blends a map, with weight ``alpha``, over its image, as the notebook does."""
     return Image.blend(image.convert("RGB"), colour(map_GG, image.size), alpha)

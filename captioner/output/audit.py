@@ -1,4 +1,4 @@
-"""Which images have their row: what is left to do, what may be retried, and the final count.
+"""Finds which images have their row: the remaining shards, the retries and the final count.
 
 A shard is done when, and only when, its rows are in a part.
 """
@@ -59,7 +59,7 @@ def audit(directory: OutputDirectory) -> Audit:
 def remaining_shards(
     directory: OutputDirectory, manifest: pa.Table, *, begun: bool = True
 ) -> Iterator[Shard]:
-    """The shards that have no part yet, in order; all, where the job has not begun."""
+    """The shards without a part, in order; all shards if the job has not begun."""
     done = {shard for part in directory.parts() for shard in part.shards} if begun else set()
     for number, table in by_shard(manifest):
         if number not in done:
@@ -67,7 +67,7 @@ def remaining_shards(
 
 
 def shards_to_retry(directory: OutputDirectory, manifest: pa.Table) -> Iterator[Shard]:
-    """Of the shards that are done, the images whose rows are not ``ok``.
+    """The images of finished shards whose rows are not ``ok``.
 
     Their sizes are unknown: the files may have been replaced since they were listed.
 
@@ -84,7 +84,7 @@ def shards_to_retry(directory: OutputDirectory, manifest: pa.Table) -> Iterator[
 def _statuses(
     directory: OutputDirectory, manifest: pa.Table
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """For each part its images, and the URIs and statuses of its rows; several read at a time."""
+    """For each part, its images and the URIs and statuses of its rows; reads parts in parallel."""
     waiting: deque[tuple[Part, pa.Table, Future[pa.Table]]] = deque()
     rows = 0
     with ThreadPoolExecutor(_READERS) as pool:

@@ -18,7 +18,7 @@ __all__ = ["Compaction", "compact", "isolate_shards"]
 
 @dataclass(frozen=True)
 class Compaction:
-    """The number of an output's parts before and after, and of its images."""
+    """The number of an output's images, and of its parts before and after."""
 
     output: str
     images: int
@@ -31,10 +31,10 @@ class Compaction:
 
 
 def compact(output: str, size: int) -> Compaction:
-    """Merges an output's parts into larger ones; leaves an output that is compact already.
+    """Merges an output's parts into larger ones; does nothing if they are large enough.
 
     Args:
-        output: a caption job's output, all of whose images have their row.
+        output: the output of a finished caption job: every image has its row.
         size: the largest size of a part, in bytes. A part of half that size is large enough.
 
     Raises:
@@ -43,7 +43,7 @@ def compact(output: str, size: int) -> Compaction:
             it, or a part cannot be read or written.
     """
     if size < 1:
-        raise InputError(f"a part cannot have {size} bytes")
+        raise InputError(f"the part size must be positive, not {size} bytes")
     directory = OutputDirectory(output)
     directory.read_json("run.json")  # the lock would make a directory where there is none
     with directory.locked():
@@ -71,7 +71,7 @@ def compact(output: str, size: int) -> Compaction:
 
 
 def _groups(parts: list[Part], sizes: dict[str, int], size: int) -> Iterator[list[Part]]:
-    """The parts to merge: neighbours that are not over the size together, none large already."""
+    """The parts to merge: consecutive small parts whose total size is within the limit."""
     group: list[Part] = []
     full = 0
     for part in parts:
@@ -88,7 +88,7 @@ def _groups(parts: list[Part], sizes: dict[str, int], size: int) -> Iterator[lis
 
 
 def isolate_shards(directory: OutputDirectory, manifest: pa.Table, shards: Collection[int]) -> None:
-    """Gives each shard whose rows will change a part of its own; splits the parts that hold them.
+    """Splits parts so that each of ``shards``, whose rows will change, has its own part.
 
     Raises:
         OutputError: a part cannot be read or written.
@@ -105,7 +105,7 @@ def isolate_shards(directory: OutputDirectory, manifest: pa.Table, shards: Colle
 
 
 def _pieces(part: Part, shards: list[int]) -> Iterator[Part]:
-    """A part's range, cut into pieces in which each of some shards is alone."""
+    """Cuts a part's range of shards so that each of ``shards`` is a piece by itself."""
     begin = part.first
     for shard in shards:
         if begin < shard:

@@ -1,8 +1,8 @@
-"""What a reviewer decided of an output's captions: accepted, rejected, edited.
+"""Review decisions on an output's captions: accepted, rejected, edited.
 
-The parts of an output are never changed. A decision is a small file in
-``OUT/__captioner/review/`` the moment it is made; ``OUT/__captioner/review.parquet`` holds all that
-were made before. A later decision on an image replaces an earlier one.
+The parts of an output never change. Each decision is written at once as a small file in
+``OUT/__captioner/review/``; compaction moves decisions to ``OUT/__captioner/review.parquet``. The
+latest decision on an image counts.
 """
 
 import json
@@ -38,9 +38,13 @@ _COMPACTED_AFTER = 500  # files
 
 @dataclass(frozen=True)
 class Decision:
-    """One image's: ``caption`` is the edited text, ``revision`` the time in nanoseconds.
+    """The decision on one image.
 
-    ``decision`` is None where an earlier one was taken back.
+    Attributes:
+        uri: the image.
+        decision: None if the reviewer withdrew an earlier decision.
+        caption: the edited text.
+        revision: the time of the decision, in nanoseconds since 1970.
     """
 
     uri: str
@@ -53,7 +57,7 @@ class ConflictError(Exception):
     """Another decision on the image was made since the reviewer saw it."""
 
     def __init__(self, current: Decision):
-        super().__init__(f"{current.uri} was decided on meanwhile")
+        super().__init__(f"{current.uri} has a newer decision")
         self.current = current
 
 
@@ -68,7 +72,7 @@ def read_decisions(output: str) -> dict[str, Decision]:
 
 
 class Journal:
-    """The decisions on an output's captions, and where new ones are written. Safe with threads."""
+    """Reads and records the decisions on an output's captions. Thread-safe."""
 
     def __init__(self, output: str):
         self._output = output
@@ -76,11 +80,11 @@ class Journal:
         self._decisions, self._files = _read(output)
 
     def __getitem__(self, uri: str) -> Decision:
-        """The decision on an image; one with revision 0 where there is none."""
+        """The decision on an image; an empty decision with revision 0 if there is none."""
         return self._decisions.get(uri, Decision(uri, None, None, 0))
 
     def all(self) -> list[Decision]:
-        """Every decision that there is, those taken back too."""
+        """Every decision, including withdrawn decisions."""
         return [*self._decisions.values()]
 
     def decide(self, uri: str, kind: Kind | None, caption: str | None, *, seen: int) -> Decision:
@@ -88,7 +92,7 @@ class Journal:
 
         Args:
             uri: the image.
-            kind: what was decided; None takes the decision back.
+            kind: the decision; None withdraws an earlier decision.
             caption: the text, where it was edited.
             seen: the revision of the decision that the reviewer saw.
 
@@ -111,7 +115,7 @@ class Journal:
             return made
 
     def close(self) -> None:
-        """Brings all decisions together in ``review.parquet``.
+        """Merges all decisions into ``review.parquet``.
 
         Raises:
             OutputError: it cannot be written.
@@ -121,7 +125,7 @@ class Journal:
                 self._compact()
 
     def _compact(self) -> None:
-        # Another server may have written meanwhile: what it wrote is kept, the latest counts.
+        # Another server may have written decisions; keep them.
         decisions, files = _read(self._output)
         self._decisions = _latest([*self._decisions.values(), *decisions.values()])
         rows = [asdict(each) for each in self._decisions.values()]

@@ -1,4 +1,4 @@
-"""The output directory of a caption job: whose it is, its lock, its JSON files, its clean-up."""
+"""The output directory of a caption job: its identity, lock, JSON files and clean-up."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ class OutputDirectory:
             return False
 
     def names(self, *folders: str) -> list[str]:
-        """The names in the directory, or in a folder of it, sorted; empty where there is none.
+        """The sorted names in the directory, or in a subfolder; empty if it does not exist.
 
         Raises:
             OutputError: it cannot be listed.
@@ -69,12 +69,12 @@ class OutputDirectory:
         """The parts that count, in order.
 
         Raises:
-            OutputError: two of them overlap, or the directory cannot be listed.
+            OutputError: two parts overlap, or the directory cannot be listed.
         """
         return find_parts(self.names())[0]
 
     def begin(self, settings: dict[str, Any], *, overwrite: bool = False) -> None:
-        """Makes the directory this job's: new, or begun before with the same settings.
+        """Claims the directory for this job: a new directory, or a job with the same settings.
 
         Args:
             settings: what decides the captions, by name; its SHA-256 is the job's fingerprint.
@@ -82,7 +82,7 @@ class OutputDirectory:
 
         Raises:
             FingerprintError: a job with other settings began it.
-            OutputError: it holds files of others, or it cannot be written.
+            OutputError: it holds files that no caption job wrote, or cannot be written.
         """
         ours = self.check(settings, overwrite=overwrite)
         if ours and overwrite:
@@ -109,7 +109,7 @@ class OutputDirectory:
         return ours
 
     def _is_ours(self) -> bool:
-        """Whether a caption job began it; False where it is empty, an error where others use it."""
+        """Whether a caption job began it; raises OutputError if it holds other files."""
         present = self.names()
         if "run.json" in self.names(PRIVATE):
             return True
@@ -123,11 +123,11 @@ class OutputDirectory:
         before = self.read_json("run.json").get("settings")
         if not isinstance(before, dict):
             raise OutputError(f"{self.private('run.json')} has no settings")
-        now = json.loads(json.dumps(settings))
+        current = json.loads(json.dumps(settings))
         differing = [
-            _difference(name, before.get(name), now.get(name))
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
+            _difference(name, before.get(name), current.get(name))
+            for name in sorted(before.keys() | current.keys())
+            if before.get(name) != current.get(name)
         ]
         if differing:
             raise FingerprintError(
@@ -152,8 +152,7 @@ class OutputDirectory:
     def delete_leftovers(self) -> None:
         """Deletes temporary files of killed writers and, where there are locks, replaced parts.
 
-        In a bucket, which has no locks, another job may be splitting a part into those at the
-        moment.
+        A bucket has no locks: another job may be splitting a part into the smaller parts.
 
         Raises:
             OutputError: a file cannot be deleted.
@@ -174,13 +173,13 @@ class OutputDirectory:
         delete_parts(self.uri, replaced)
 
     def finish_compaction(self) -> None:
-        """Deletes what a killed compaction left, for a command that only reads, where it can."""
+        """Deletes the parts that a killed compaction left, if no job is at work; for readers."""
         if storage.is_local(self.uri) and find_parts(self.names())[1]:
             with suppress(OutputError), self.locked():  # a job at work does it itself
                 self.delete_replaced_parts()
 
     def _delete(self) -> None:
-        """Parts first, run.json last: an interrupted deletion is still recognised as ours.
+        """Deletes parts first and run.json last: an interrupted deletion stays recognisable.
 
         The last manifest goes first: the rest are then numbered without a gap.
         """
@@ -192,7 +191,7 @@ class OutputDirectory:
                 storage.delete(self.private(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of ours.
+        """Reads one of the job's JSON files.
 
         Raises:
             OutputError: it is missing or broken.
@@ -217,7 +216,7 @@ class OutputDirectory:
         self._write_json("summary.json", values)
 
     def read_summary(self) -> dict[str, Any]:
-        """What :meth:`write_summary` wrote; empty where no run has ended.
+        """Reads summary.json; empty if no run has ended.
 
         Raises:
             OutputError: it is broken.
@@ -236,6 +235,6 @@ def _fingerprint(settings: dict[str, Any]) -> str:
 
 def _difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, str) and isinstance(now, str) and len(before) == len(now) == 64:
-        return f"another {name}"  # SHA-256 digests tell the reader nothing
+        return f"another {name}"  # SHA-256 digests mean nothing to a reader
     option = f"--{name.replace('_', '-')}" if name in _OPTIONS else name
     return f"{option} was {before}, is {now}"

@@ -1,7 +1,7 @@
-"""The manifest: which images a job captions, and in which shard each of them is.
+"""The manifest: the images of a job and the shard of each image.
 
-A listing becomes numbered shards. Nothing is ever renumbered: images that a later listing adds
-become new shards at the end, in a file of their own.
+A listing becomes numbered shards. Shards keep their numbers: images that a later
+listing adds become new shards at the end, in a new file.
 """
 
 import io
@@ -57,7 +57,7 @@ def read_manifest(directory: OutputDirectory) -> pa.Table:
 def extend_manifest(
     directory: OutputDirectory, listing: Sequence[Listed], shard_size: int
 ) -> pa.Table:
-    """Adds what is not in the manifest yet, as new shards; returns the whole manifest.
+    """Adds new images to the manifest as new shards; returns the whole manifest.
 
     Raises:
         OutputError: the manifest cannot be read or written.
@@ -72,7 +72,9 @@ def extend_manifest(
         uri = directory.private(f"manifest-{len(names):04d}.parquet")
         try:
             storage.write(uri, sink.getvalue(), new=True)
-        except FileExistsError:  # another job was quicker, in a bucket: see what it listed
+        except (
+            FileExistsError
+        ):  # in a bucket, another job wrote this name first: read what it listed
             continue
         return pa.concat_tables([manifest, added])
 
@@ -98,7 +100,7 @@ def _read(directory: OutputDirectory, names: Sequence[str]) -> pa.Table:
 
 
 def new_shards(manifest: pa.Table, listing: Sequence[Listed], shard_size: int) -> pa.Table:
-    """The images of a listing that are not in a manifest yet, each once, in shards of their own."""
+    """The listed images that are not in the manifest, without duplicates, as new shards."""
     known = set(manifest["uri"].to_pylist())
     first_of_each = {listed.uri: listed for listed in reversed(listing)}
     new = [first_of_each[uri] for uri in dict.fromkeys(each.uri for each in listing)]

@@ -1,4 +1,4 @@
-"""The part files of an output directory: their names, which of them count, how they are rewritten.
+"""The part files of an output directory: their names, which parts count, how to rewrite parts.
 
 ``part-000007.parquet`` holds the rows of shard 7, ``part-000000-000255.parquet`` those of the
 shards 0 to 255, merged. One rule makes it safe to merge and to split at any moment: a part within
@@ -50,7 +50,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The file's."""
+        """The file name."""
         last = "" if self.first == self.last else f"-{self.last:06d}"
         return f"part-{self.first:06d}{last}.parquet"
 
@@ -74,15 +74,15 @@ def find_parts(names: Iterable[str]) -> tuple[list[Part], list[Part]]:
     matches = (_NAME.fullmatch(name) for name in names)
     found = {Part(int(match[1]), int(match[2] or match[1])) for match in matches if match}
     counting: list[Part] = []
-    held: list[Part] = []
+    replaced: list[Part] = []
     for part in sorted(found, key=lambda part: (part.first, -part.last)):
         if not counting or part.first > counting[-1].last:
             counting.append(part)
         elif part.last <= counting[-1].last:
-            held.append(part)
+            replaced.append(part)
         else:
             raise OutputError(f"{counting[-1].name} and {part.name} hold the same images")
-    return counting, held
+    return counting, replaced
 
 
 def delete_parts(directory: str, parts: Sequence[Part]) -> None:
@@ -178,17 +178,17 @@ def rewrite(
     targets: Mapping[Part, int],
     advance: Callable[[int], object],
 ) -> None:
-    """Writes the rows of some parts as other parts, and deletes those that they came from.
+    """Writes the rows of some parts as other parts, and deletes the original parts.
 
     Args:
         directory: where they are.
         sources: parts that count, one after another.
         targets: parts of the same shards, in order, with the number of their rows.
-        advance: is told how many rows were written.
+        advance: called with the number of rows after each write.
 
     Raises:
-        OutputError: a part cannot be read or written, is gone, or holds fewer or more rows than
-            its images.
+        OutputError: a part cannot be read or written, has disappeared, or does not hold
+            exactly one row per image.
     """
     with open_part(directory, sources[0]) as file:
         schema = file.schema

@@ -1,4 +1,4 @@
-"""The rows of an output: all of them, one image's, or those that rank lowest."""
+"""Reads rows of an output: all rows, one image's row, or the lowest-ranked rows."""
 
 import heapq
 import itertools
@@ -32,7 +32,7 @@ def read_rows(directory: OutputDirectory, columns: list[str] | None = None) -> I
 
 
 def read_row(directory: OutputDirectory, shard: int, row: int) -> pa.Table | None:
-    """The row of an image, in a table of its own; None where it has none yet.
+    """The row of an image as a table with one row; None if it has no row yet.
 
     Raises:
         OutputError: it cannot be read.
@@ -55,8 +55,8 @@ def lowest_ranked_rows(
 
     Args:
         directory: the output.
-        rank: from the scores of some rows, NaN where a row has none, to their ranks. A row whose
-            rank is NaN is left out.
+        rank: maps the scores of some rows (NaN for a row without a score) to their ranks. A row
+            whose rank is NaN is left out.
         count: the largest number of rows.
 
     Raises:

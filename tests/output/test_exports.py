@@ -106,7 +106,7 @@ def test_cocos_results_are_read_by_its_own_tool(own_output, tmp_path):
     ("settings", "message"),
     [
         ({}, "another image has the id 0 too; use --id"),
-        ({"id": "licence"}, "--id licence: there is no such column"),
+        ({"id": "licence"}, "--id licence: unknown column"),
     ],
 )
 def test_an_image_without_an_id_of_its_own_writes_no_results(
@@ -353,7 +353,7 @@ def test_a_reviewed_output_gives_what_the_reviewer_wrote(own_output, tmp_path, r
         ({"where": "count(*) > 1"}, "not a condition on single rows"),
         ({"where": "row_number() OVER (ORDER BY score) < 3"}, "window functions"),
         ({"where": "score > (SELECT max(a) FROM read_csv('/etc/passwd') t(a))"}, "--where"),
-        ({"columns": "uri,licence"}, "--columns licence: there is no such column"),
+        ({"columns": "uri,licence"}, "--columns licence: unknown column"),
         ({"existing": "append"}, "--existing append is for --format sidecar"),
     ],
 )

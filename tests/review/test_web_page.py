@@ -237,10 +237,11 @@ def test_two_tabs_do_not_lose_each_others_edits(browser, address, output):
 
 
 def test_decisions_survive_a_server_that_is_killed(browser, output):
-    with _served(output) as (address, process), _opened(browser, address) as page:
-        page.locator("article").nth(4).focus()
-        page.keyboard.press("a")
-        _saved(page)
+    with _served(output) as (address, process):
+        with _opened(browser, address) as page:
+            page.locator("article").nth(4).focus()
+            page.keyboard.press("a")
+            _saved(page)
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
     with _served(output) as (address, _), _opened(browser, f"{address}?decision=accepted") as page:

@@ -1,8 +1,8 @@
 """Exports: a finished output in the form that another tool reads.
 
-An export is a function of the rows whose status is ``ok``. Each file that it writes is there in
-full or not at all, so that an export can be killed and run again; a file whose content would not
-change is left alone. A file that the export did not write is never replaced unasked.
+An export writes the rows whose status is ``ok``. It writes each file atomically, so a killed export
+can be run again, and leaves a file whose content would not change. It changes a file that it did
+not write only as ``--existing`` allows.
 """
 
 from captioner.output.exports.export import FORMATS, Format, export

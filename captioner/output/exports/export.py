@@ -40,11 +40,11 @@ def export(
         output: the caption job's output directory, local or in a bucket.
         destination: the file or folder to write, local or in a bucket; None, for sidecars only,
             puts each sidecar beside its image.
-        form: what to write.
-        config: what it holds, and how it looks.
+        form: the format to write.
+        config: which rows and columns to export, and how.
 
     Returns:
-        The number of images written, and left out by reason.
+        The number of images written, and the number left out for each reason.
 
     Raises:
         InputError: a setting does not fit the format or the output's columns; or a file that the
@@ -71,6 +71,6 @@ def export(
     if summary.kept:
         examples = ", ".join(summary.kept_examples)
         raise InputError(
-            f"{summary.describe()} ({examples}): --existing says what becomes of such files"
+            f"{summary.describe()} ({examples}): to replace these files, add --existing overwrite"
         )
     return summary

@@ -18,8 +18,8 @@ _FOLDER = 10_000  # images in a folder
 def write(job: ExportJob) -> None:
     """Writes the images to ``images/0000/…`` and, last, ``metadata.jsonl`` with their captions.
 
-    ``metadata.jsonl`` has ``file_name``, ``text``, and the columns that were asked for. An image
-    whose copy has the size that the image had when it was captioned is not copied again.
+    ``metadata.jsonl`` has ``file_name``, ``text``, and the chosen columns. An image is not copied
+    again if its copy already has the image's recorded size.
 
     Raises:
         OutputError: a file cannot be written.
@@ -51,7 +51,7 @@ def _rows(job: ExportJob) -> Iterator[dict[str, Any]]:
 def _copy(
     job: ExportJob, numbered: tuple[int, dict[str, Any]]
 ) -> tuple[str, dict[str, Any], Literal["written", "unchanged", "unreadable"]]:
-    """Copies the image of a row; the path of the copy below the destination, and what was done."""
+    """Copies the image of a row; returns the path of the copy, the row and the outcome."""
     number, row = numbered
     name = f"images/{number // _FOLDER:04d}/{number:09d}{file_extension(row['uri'])}"
     target = storage.join(job.destination, name)

@@ -1,4 +1,4 @@
-"""What one export works with, and what it counts."""
+"""The inputs of an export, and its counts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,10 +49,10 @@ class ExportSummary:
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What the writer of a format is given.
+    """The inputs of a format's writer.
 
-    ``destination`` is a file or a folder, empty where sidecars go beside their images; ``advance``
-    is told how many images were gone through.
+    ``destination`` is a file or a folder, or empty for sidecars beside their images. The writer
+    calls ``advance`` with the number of images that it has processed.
     """
 
     rows: Rows
@@ -67,7 +67,7 @@ class ExportJob:
         return f"{self.config.prefix}{caption}{self.config.suffix}"
 
     def may_write(self, target: str) -> bool:
-        """Whether a file is not there, was written by this export, or may be replaced."""
+        """Whether a file does not exist, was written by this export, or may be replaced."""
         version = storage.version(target)
         return (
             not version

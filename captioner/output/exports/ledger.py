@@ -1,4 +1,4 @@
-"""What an export wrote, so that it recognises its own files when it is run again."""
+"""Records what an export wrote: the next run recognises its own files."""
 
 import hashlib
 
@@ -19,9 +19,9 @@ class Ledger:
     """The files that exports of an output wrote to one destination.
 
     Each has its version (size and time, or ETag) after it was written and, in ``content``, what the
-    writer needs to know of it: the text that was added to a sidecar, the digest of a tar's rows. An
-    export that was killed may have written files that the ledger lacks: a writer recognises those
-    by their content. Stands in ``__captioner/exports/``.
+    writer needs to recognise it: the text that was added to a sidecar, or the digest of a tar's
+    rows. A killed export may have written files that the ledger lacks: a writer recognises them by
+    their content. The ledger is stored in ``__captioner/exports/``.
     """
 
     def __init__(self, directory: OutputDirectory, destination: str):
@@ -43,22 +43,22 @@ class Ledger:
             self._entries[row["target"]] = (row["version"], row["content"])
 
     def version(self, target: str) -> str | None:
-        """The version of a file as it was written; None where the export did not write it."""
+        """The version of a file as it was written; None if the export did not write it."""
         return self._entries[target][0] if target in self._entries else None
 
     def content(self, target: str) -> str | None:
-        """What the writer noted of a file; None where the export did not write it."""
+        """What the writer recorded about a file; None if the export did not write it."""
         return self._entries[target][1] if target in self._entries else None
 
     def note(self, target: str, content: str = "") -> None:
-        """Notes a file that was written just now, as it is now."""
+        """Records a file, with its current version, that was just written."""
         self._entries[target] = (storage.version(target), content)
         self._unsaved += 1
         if self._unsaved >= _SAVED_EVERY:
             self.save()
 
     def save(self) -> None:
-        """Writes what was noted.
+        """Writes the ledger.
 
         Raises:
             OutputError: it cannot be written.

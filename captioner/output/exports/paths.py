@@ -1,4 +1,4 @@
-"""Where images are, relative to a folder that all of them are in."""
+"""Paths of images relative to a common folder."""
 
 import itertools
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ def common_folder(uris: Iterable[str]) -> str:
     """The deepest folder that holds all images, without a slash at its end.
 
     Raises:
-        InputError: there is none, as between a bucket and a local folder.
+        InputError: there is none, for example between a bucket and a local folder.
     """
     first: list[str] | None = None
     for uri in uris:
@@ -40,5 +40,7 @@ def relative(uri: str, root: str) -> str:
         raise InputError(f"{uri} is not below --root {root}")
     parts = path[len(folder) :].split("/")
     if any(part in ("", ".", "..") for part in parts):
-        raise InputError(f"{uri} has no plain path below --root {root}")
+        raise InputError(
+            f"{uri}: the path below --root {root} has empty, . or .. segments; use another --root"
+        )
     return "/".join(parts)

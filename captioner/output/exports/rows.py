@@ -1,4 +1,4 @@
-"""The rows that an export goes through: those with a caption that its condition selects."""
+"""The rows of an export: captioned rows that its condition and the review select."""
 
 import re
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from captioner.output.rows import read_rows
 
 __all__ = ["Reviewed", "Rows"]
 
-#: Which captions of a reviewed output: ``all`` are those that are not rejected, ``ignore`` are all
-#: captions as the model wrote them.
+#: Which captions to export: ``accepted`` includes edited captions, ``all`` leaves out only rejected
+#: captions, ``ignore`` exports every caption as the model wrote it.
 Reviewed = Literal["ignore", "accepted", "edited", "all"]
 
-_LET_THROUGH: dict[Reviewed, tuple[str | None, ...]] = {
+_EXPORTED_DECISIONS: dict[Reviewed, tuple[str | None, ...]] = {
     "accepted": ("accepted", "edited"),
     "edited": ("edited",),
     "all": ("accepted", "edited", None),
 }
 _WINDOW = re.compile(r"\bover\s*\(", re.IGNORECASE)
-_MAPS = ("attention", "attention_peak")  # left unread unless an export asks for them
+_MAPS = ("attention", "attention_peak")  # not read unless an export asks for them
 
 
 class Rows:
@@ -35,12 +35,11 @@ class Rows:
     Args:
         directory: the output.
         where: an SQL condition over the output's columns, in DuckDB's dialect.
-        columns: the columns that the export shall hold, between commas.
-        reviewed: which captions a reviewer must have decided on: those accepted or edited, those
-            edited, or all that are not rejected; ``ignore`` takes every caption as it is.
+        columns: the names of the columns to export, separated by commas.
+        reviewed: which captions to export by their review decision: see :data:`Reviewed`.
 
     Raises:
-        InputError: the condition cannot be evaluated, or there is no such column.
+        InputError: the condition cannot be evaluated, or a column does not exist.
         OutputError: it is not a caption job's output.
     """
 
@@ -57,7 +56,7 @@ class Rows:
         directory.read_json("run.json")  # refuses what is not an output
         self._directory = directory
         self._where = where
-        #: rows of the output, those that are not exported too
+        #: all rows of the output, including rows that are not exported
         self.total = len(read_manifest(directory))
         self._reviewed = reviewed
         self._decisions = {} if reviewed == "ignore" else read_decisions(directory.uri)
@@ -70,7 +69,7 @@ class Rows:
         for name in self.columns or []:
             if name not in schema.names:
                 known = ", ".join(schema.names)
-                raise InputError(f"--columns {name}: there is no such column; there are {known}")
+                raise InputError(f"--columns {name}: unknown column; choose from {known}")
         self._read = [name for name in schema.names if name not in _MAPS or name in self._wanted]
         # The condition is the user's own, about rows: it reads no file and opens no connection.
         self._connection = duckdb.connect(config={"enable_external_access": "false"})
@@ -83,15 +82,15 @@ class Rows:
 
     @property
     def exported(self) -> int:
-        """How many rows were selected, when all were gone through."""
+        """The number of exported rows, once :meth:`tables` has ended."""
         return self.total - self.filtered - self.not_ok - self.not_reviewed
 
     def chosen(self, default: list[str]) -> list[str]:
-        """The columns that were asked for, or else these."""
+        """The columns chosen by the user, or else ``default``."""
         return self.columns if self.columns is not None else default
 
     def tables(self) -> Iterator[tuple[int, pa.Table]]:
-        """The selected rows, some at a time, each time with how many rows were gone through."""
+        """Yields the selected rows of each row group, after the number of rows in the group."""
         self.filtered = self.not_ok = self.not_reviewed = 0
         for table in read_rows(self._directory, self._read):
             ok = table.filter(pc.equal(table["status"], "ok"))
@@ -103,12 +102,12 @@ class Rows:
             yield len(table), selected
 
     def _as_reviewed(self, table: pa.Table) -> pa.Table:
-        """The rows that the review lets through, with the captions that it gave them."""
+        """The rows that the review decisions select, with edited captions."""
         if self._reviewed == "ignore":
             return table
         made = [self._decisions.get(uri) for uri in table["uri"].to_pylist()]
         kinds = [None if each is None else each.decision for each in made]
-        taken = [kind in _LET_THROUGH[self._reviewed] for kind in kinds]
+        taken = [kind in _EXPORTED_DECISIONS[self._reviewed] for kind in kinds]
         captions = [
             caption if each is None or each.caption is None else each.caption
             for each, caption in zip(made, table["caption"].to_pylist(), strict=True)
@@ -122,7 +121,7 @@ class Rows:
             return table
         try:
             self._connection.register("captions", table)
-            # A subquery of its own, so that the condition cannot add clauses to the outer query.
+            # In parentheses, the condition cannot add clauses to the query.
             query = f"SELECT ({self._where})::BOOLEAN AS selected FROM captions"  # noqa: S608
             result: pa.Table = self._connection.sql(query).to_arrow_table()
         except duckdb.Error as error:

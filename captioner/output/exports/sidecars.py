@@ -1,4 +1,4 @@
-"""A text file for each image, beside it or in a folder of the same shape: what trainers read."""
+"""A text file for each image, beside it or in a parallel folder, as training tools read it."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +24,14 @@ def write(job: ExportJob) -> None:
     order gets it, the others are counted as kept.
 
     Raises:
-        InputError: an image is not below the root, or its folder cannot be written to by URI.
+        InputError: an image is not below the root, or is on the web and there is no destination.
         OutputError: a sidecar cannot be written.
     """
     root = job.config.root
     if job.destination and root is None:
         tables = (table["uri"].to_pylist() for _, table in job.rows.tables())
         root = common_folder(uri for uris in tables for uri in uris)
-    taken: set[int] = set()  # hashes of the targets: eight bytes a file instead of its name
+    taken: set[int] = set()  # hashes of the targets, which take less memory than the names
     with ThreadPoolExecutor(_THREADS) as pool:
         for count, table in job.rows.tables():
             jobs = []
@@ -61,7 +61,7 @@ def _target(job: ExportJob, uri: str, root: str | None) -> str:
     if not job.destination:
         path = storage.as_path(uri)
         if path.startswith(("http://", "https://")):
-            raise InputError(f"{uri} has no folder to write to: name a DESTINATION")
+            raise InputError(f"{uri} is a web address: give a DESTINATION to write to")
         return os.path.splitext(path)[0] + extension
     assert root is not None, "a destination has a root"
     return storage.join(job.destination, os.path.splitext(relative(uri, root))[0] + extension)
@@ -84,7 +84,7 @@ def _write(job: ExportJob, target: str, text: str) -> tuple[_Outcome, str]:
             before = _without(before, added)
         after = _together(before, text, first=mode == "prepend")
         if not ours and _is_part(before, text, first=mode == "prepend"):
-            return "unchanged", text  # written by an export that was killed before it noted it
+            return "unchanged", text  # a killed export wrote it and did not save its ledger
     elif before == text:
         return "unchanged", text
     elif ours or mode == "overwrite":
@@ -98,7 +98,7 @@ def _write(job: ExportJob, target: str, text: str) -> tuple[_Outcome, str]:
 
 
 def _together(before: str, text: str, *, first: bool) -> str:
-    """Two texts with a space between them; the text alone where there was nothing before."""
+    """Joins two texts with a space; returns ``text`` alone if ``before`` is blank."""
     if not before.strip():
         return text
     return f"{text} {before.lstrip()}" if first else f"{before.rstrip()} {text}"

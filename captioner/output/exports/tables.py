@@ -32,7 +32,7 @@ def write_jsonl(job: ExportJob) -> None:
 
 
 def write_csv(job: ExportJob) -> None:
-    """Writes CSV as RFC 4180 has it, with a header; lists are JSON.
+    """Writes CSV (RFC 4180) with a header; lists are JSON.
 
     Raises:
         OutputError: the file cannot be written.
@@ -75,7 +75,7 @@ def _id_by_name(row: dict[str, Any]) -> int:
     """The number at the end of a file's name, as in ``COCO_val2014_000000391895.jpg``."""
     match = _NUMBER.search(storage.as_path(row["uri"]))
     if match is None:
-        raise InputError(f"{row['uri']}: the file name ends in no number; use --id COLUMN")
+        raise InputError(f"{row['uri']}: the file name does not end in a number; use --id COLUMN")
     return int(match[1])
 
 
@@ -84,7 +84,7 @@ def _id_by_column(job: ExportJob) -> Callable[[dict[str, Any]], Any]:
 
     def find(row: dict[str, Any]) -> Any:
         if name not in row:
-            raise InputError(f"--id {name}: there is no such column; there are {', '.join(row)}")
+            raise InputError(f"--id {name}: unknown column; choose from {', '.join(row)}")
         if row[name] is None:
             raise InputError(f"{row['uri']}: the column {name} is empty")
         return row[name]
@@ -93,7 +93,7 @@ def _id_by_column(job: ExportJob) -> Callable[[dict[str, Any]], Any]:
 
 
 def _rows(job: ExportJob) -> Iterator[dict[str, Any]]:
-    """The rows with the columns that were asked for, captions as they are exported."""
+    """The rows with the chosen columns, and captions with prefix and suffix."""
     columns = job.rows.chosen(_COLUMNS)
     for row in _with_progress(job):
         if "caption" in columns:
@@ -108,7 +108,7 @@ def _with_progress(job: ExportJob) -> Iterator[dict[str, Any]]:
 
 
 def _write(job: ExportJob, lines: Iterator[str]) -> None:
-    """Writes the file, unless one that the export did not write is in the way."""
+    """Writes the file, unless it would replace a file that the export did not write."""
     if not job.may_write(job.destination):
         job.summary.keep(job.destination, job.rows.total)
         return
@@ -132,5 +132,5 @@ def _cell(value: Any) -> Any:
 
 
 def _encode(value: object) -> str:
-    """Bytes as hexadecimal digits, times and decimals as text: what JSON has no form for."""
+    """Encodes values that JSON lacks: bytes as hexadecimal digits, times and decimals as text."""
     return value.hex() if isinstance(value, bytes) else str(value)

@@ -22,7 +22,7 @@ def write(job: ExportJob) -> None:
     """Writes ``00000.tar`` …: for each image the members KEY.jpg, KEY.txt and KEY.json.
 
     KEY is the number of the row among those exported. The JSON has the row's columns. A tar whose
-    rows are those that it was written from is left as it is.
+    rows have not changed is not written again.
 
     Raises:
         OutputError: a tar cannot be written.
@@ -60,7 +60,7 @@ def _rows(job: ExportJob) -> Iterator[Row]:
 
 
 def _digest(job: ExportJob, rows: list[tuple[int, Row]]) -> str:
-    """Changes with anything that a tar of these rows would hold, but for the images' bytes."""
+    """A digest of everything that a tar of these rows holds, except the images' bytes."""
     digest = hashlib.sha256()
     for number, row in rows:
         digest.update(json.dumps([number, *_members(job, row)]).encode())
@@ -75,7 +75,7 @@ def _members(job: ExportJob, row: Row) -> tuple[str, str]:
 
 
 def _write_tar(file: BinaryIO, job: ExportJob, rows: list[tuple[int, Row]]) -> int:
-    """Writes a tar; returns the number of images in it, fewer where some cannot be read."""
+    """Writes a tar; returns the number of images in it, without unreadable images."""
     written = 0
     images = prefetch.map_ahead(read_image, [row["uri"] for _, row in rows], THREADS)
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
