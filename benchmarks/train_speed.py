@@ -52,7 +52,7 @@ def train(split: Split, config: TrainConfig, workers: int = 0) -> float:
             model_config=PRESETS["small"].model,
             config=config,
             launch=launch,
-            begin_with=bundle.DEFAULT,
+            initial_model=bundle.DEFAULT,
         )
     return epochs[-1].images_per_second
 

@@ -284,7 +284,7 @@ def train(
         config=config,
         launch=launch,
         encoder_weights=encoder_weights,
-        begin_with=model,
+        initial_model=model,
         overwrite=overwrite,
     )
     best = journal.best_of(epochs)

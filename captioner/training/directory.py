@@ -38,6 +38,7 @@ _SETTINGS, _EPOCHS, _CHECKPOINT, _INITIAL = (
     "checkpoint.pt",
     "initial",
 )
+_SHOWN = {"initial_model": "--model", "captions": "DATA"}  # what is not called as its option
 _ADVICE = "use another directory, or --overwrite"
 
 # What a resumed run may change: it changes how training continues, not what was trained on.
@@ -207,17 +208,18 @@ def _differing(earlier: dict[str, Any], settings: dict[str, Any], done: int) -> 
     now = json.loads(json.dumps(settings))
     self_critical = done > earlier["train"]["epochs"]
     free = {"scst_epochs"} if self_critical else {*_FREE, *(n for n in now["train"] if "scst" in n)}
-    differing = [
-        name
+    differing = {
+        name if part == "train" else "preset"
         for part in ("model", "train")
         for name, value in now[part].items()
         if earlier[part].get(name, value) != value
         and name not in free
         and name != "vocabulary_size"  # that of the captions, which are compared
-    ]
-    others = now.keys() - {"model", "train"}
-    differing += sorted(name for name in others if earlier[name] != now[name])
-    return ["--" + name.replace("_", "-") for name in differing]
+    }
+    differing |= {name for name in now.keys() - {"model", "train"} if earlier[name] != now[name]}
+    if "initial_model" in differing:  # it brings the architecture
+        differing -= {"preset"}
+    return sorted(_SHOWN.get(name, "--" + name.replace("_", "-")) for name in differing)
 
 
 def _format_epochs(epochs: Sequence[Epoch]) -> str:

@@ -45,14 +45,14 @@ def train(
     config: TrainConfig,
     launch: LaunchConfig | None = None,
     encoder_weights: str | None = None,
-    begin_with: str | None = None,
+    initial_model: str | None = None,
     overwrite: bool = False,
 ) -> list[Epoch]:
     """Trains a model and writes the one with the highest validation CIDEr as a bundle.
 
     Beside the bundle stand the last epoch's in ``last/``, and the files of
     :mod:`captioner.training.journal`. Both bundles list the images that they have seen, those of
-    ``begin_with`` included. The same call resumes a run that was stopped. It may then have more
+    ``initial_model`` included. The same call resumes a run that was stopped. It may then have more
     epochs, another learning rate and schedule, and, before the first self-critical epoch, other
     settings of self-critical training.
 
@@ -60,12 +60,12 @@ def train(
         split: the images.
         output: the bundle's directory, local or in a bucket; with several machines one that all
             of them reach.
-        model_config: the model, unless ``begin_with`` is one; the size of its vocabulary follows
+        model_config: the model, unless ``initial_model`` is one; the size of its vocabulary follows
             from the captions.
         config: how to train.
         launch: where to train.
         encoder_weights: see :func:`captioner.model.build.build_model`.
-        begin_with: a bundle whose weights and vocabulary to start from.
+        initial_model: a bundle whose weights and vocabulary to start from.
         overwrite: start anew where ``output`` holds a model.
 
     Returns:
@@ -74,7 +74,7 @@ def train(
     Raises:
         InputError: the encoder's weights cannot be loaded, none of the images can be decoded, or
             the vocabulary does not fit the captions.
-        BundleError: ``begin_with`` is not a sound bundle.
+        BundleError: ``initial_model`` is not a sound bundle.
         OutputError: ``output`` holds another model, another process trains one there (unnoticed in
             a bucket), or it cannot be written.
         StoppedError: SIGTERM or Ctrl-C ended the run.
@@ -83,13 +83,13 @@ def train(
     _check_batches(split, config, max(1, launch.workers))
     with catch_signals() as signals:
         try:
-            earlier = _load_start(begin_with) if begin_with else None
-            job = Job(split, output, config, launch.device, _seen(split, begin_with))
+            earlier = _load_start(initial_model) if initial_model else None
+            job = Job(split, output, config, launch.device, _seen(split, initial_model))
             settings = {
                 "model": asdict(model_config if earlier is None else earlier.model.config),
                 "train": asdict(config),
                 "encoder_weights": encoder_weights and encoder_weights.rsplit("/", 1)[-1],
-                "begin_with": earlier and earlier.digests["model.safetensors"],
+                "initial_model": earlier and earlier.digests["model.safetensors"],
                 "captions": _digest(split),
             }
             run = _Run(job, settings, overwrite=overwrite)
@@ -170,13 +170,13 @@ def _check_batches(split: Split, config: TrainConfig, workers: int) -> None:
         )
 
 
-def _seen(split: Split, begin_with: str | None) -> SeenImages:
+def _seen(split: Split, initial_model: str | None) -> SeenImages:
     """The images that the model will have seen, before this run too."""
     own = SeenImages(
         frozenset(image.name for image in split.train),
         frozenset(image.name for image in split.validation),
     )
-    earlier = bundle.load_images(begin_with) if begin_with else None
+    earlier = bundle.load_images(initial_model) if initial_model else None
     return own if earlier is None else own | earlier
 
 

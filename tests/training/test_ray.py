@@ -166,7 +166,7 @@ def test_a_run_goes_on_with_another_number_of_workers(
             model_config=NO_DROPOUT,
             config=dataclasses.replace(CONFIG, epochs=3, scst_epochs=scst_epochs),
             launch=LaunchConfig(workers=workers, device="cpu"),
-            begin_with=str(tmp_path / "model"),
+            initial_model=str(tmp_path / "model"),
         )
         return [dataclasses.asdict(each) for each in epochs]
 

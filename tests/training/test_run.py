@@ -143,7 +143,7 @@ def test_a_model_remembers_its_images_and_those_of_the_model_that_it_began_with(
         (data / "val.txt").write_text("\n".join(names[middle:end]))
         split = _split(data)
         training.train(split, str(output), model_config=TINY, config=_config(epochs=1), **begun)
-        begun = {"begin_with": str(output)}
+        begun = {"initial_model": str(output)}
     for output, middle, end in ((first, 30, 40), (second, 36, 48)):
         expected = bundle.SeenImages(frozenset(names[:middle]), frozenset(names[30:end]))
         for directory in (output, output / "last"):
@@ -158,15 +158,15 @@ def test_training_goes_on_with_a_model(data: Path, tmp_path: Path):
     wider = dataclasses.replace(TINY, width=96)
     config = _config(epochs=0, scst_epochs=1, scst_learning_rate=0.0)
     split = _split(data)
-    arguments = {"model_config": wider, "config": config, "begin_with": first + "/last"}
+    arguments = {"model_config": wider, "config": config, "initial_model": first + "/last"}
     kept = training.train(split, second, **arguments)
     assert kept[0].validation_loss == begun[-1].validation_loss
     assert bundle.load(second).digests == bundle.load(first + "/last").digests
     fine_tuned = str(tmp_path / "third")
     arguments["config"] = _config(epochs=1, fine_tune_from=2, learning_rate=1e-3)
     assert training.train(split, fine_tuned, **arguments)[0].train_loss < begun[-1].train_loss
-    with pytest.raises(OutputError, match=r"other settings \(--begin-with\)"):
-        training.train(split, fine_tuned, **{**arguments, "begin_with": fine_tuned})
+    with pytest.raises(OutputError, match=r"other settings \(--model\)"):
+        training.train(split, fine_tuned, **{**arguments, "initial_model": fine_tuned})
     nothing = _config(epochs=0)
     with pytest.raises(InputError, match="nothing to train"):
         training.train(split, str(tmp_path / "fourth"), model_config=TINY, config=nothing)
@@ -986,7 +986,7 @@ def test_words_that_a_model_does_not_know_are_told_refused_or_added(
             str(tmp_path / name),
             model_config=TINY,
             config=_config(epochs=1, minimum_count=1, **changes),
-            begin_with=start,
+            initial_model=start,
         )
         return bundle.load(str(tmp_path / name))
 
