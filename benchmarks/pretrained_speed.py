@@ -30,6 +30,7 @@ import tiny_pretrained
 
 def build(name: str) -> tuple[Any, Any]:
     """A model in its real size, and its processor; the tokenizer is a small one."""
+    processor: Any
     _, [processor] = tiny_pretrained.FAMILIES[name]()
     processor.tokenizer.padding_side = "left"
     if name == "blip":
