@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.errors import OutputError
+from captioner.errors import OutputError, one_line
 from captioner.output.directory import PRIVATE
 
 __all__ = ["KINDS", "ConflictError", "Decision", "Journal", "Kind", "read_decisions"]
@@ -34,6 +34,7 @@ _SCHEMA = pa.schema(
     }
 )
 _COMPACTED_AFTER = 500  # files
+_ATTEMPTS = 5  # to read files that a server may be bringing together
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Journal:
     def __init__(self, output: str):
         self._output = output
         self._lock = threading.Lock()
+        self._run = _run(output)
         self._decisions, self._files = _read(output)
 
     def __getitem__(self, uri: str) -> Decision:
@@ -98,9 +100,11 @@ class Journal:
 
         Raises:
             ConflictError: there is a later one.
-            OutputError: it cannot be written.
+            OutputError: it cannot be written, or the output was overwritten.
         """
         with self._lock:
+            if self.is_overwritten():
+                raise OutputError(f"{self._output} was overwritten: start captioner review again")
             current = self[uri]
             if current.revision != seen:
                 raise ConflictError(current)
@@ -117,12 +121,18 @@ class Journal:
     def close(self) -> None:
         """Merges all decisions into ``review.parquet``.
 
+        Where the output was overwritten they belong to captions that are gone, and so are they.
+
         Raises:
             OutputError: it cannot be written.
         """
         with self._lock:
-            if self._files:
+            if self._files and not self.is_overwritten():
                 self._compact()
+
+    def is_overwritten(self) -> bool:
+        """Whether another job began the output since, or it was deleted."""
+        return _run(self._output) != self._run
 
     def _compact(self) -> None:
         # Another server may have written decisions; keep them.
@@ -137,6 +147,16 @@ class Journal:
         self._files = []
 
 
+def _run(output: str) -> bytes | None:
+    """What says which job began the output."""
+    try:
+        return storage.read(storage.join(output, f"{PRIVATE}/run.json"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OutputError(f"cannot read {output}: {one_line(error)}") from error
+
+
 def _folder(output: str) -> str:
     return storage.join(output, f"{PRIVATE}/review")
 
@@ -148,11 +168,16 @@ def _parquet(output: str) -> str:
 def _read(output: str) -> tuple[dict[str, Decision], list[str]]:
     """The latest decision on each image, and the files that are not in the Parquet file yet."""
     try:
-        names = storage.names(_folder(output))
-        found = _read_parquet(output)
-        files = [storage.join(_folder(output), name) for name in names if name.endswith(".json")]
-        for file in files:
-            found.append(Decision(**json.loads(storage.read(file))))
+        for attempt in range(_ATTEMPTS):
+            names = storage.names(_folder(output))
+            found = _read_parquet(output)
+            files = [storage.join(_folder(output), n) for n in names if n.endswith(".json")]
+            try:
+                found += [Decision(**json.loads(storage.read(file))) for file in files]
+                break
+            except FileNotFoundError:  # a server brought the files together meanwhile
+                if attempt == _ATTEMPTS - 1:
+                    raise
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise OutputError(f"cannot read the review decisions of {output}: {reason}") from error

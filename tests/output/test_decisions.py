@@ -97,3 +97,20 @@ def test_a_damaged_journal_is_one_line(tmp_path, data):
     with pytest.raises(OutputError, match="cannot read the review decisions") as caught:
         read_decisions(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_decisions_are_read_while_a_server_brings_them_together(tmp_path, monkeypatch):
+    place = str(tmp_path)
+    journal = Journal(place)
+    made = journal.decide("/a.jpg", "accepted", None, seen=0)
+    read_parquet = decisions._read_parquet
+
+    def read_then_compact(output: str) -> list[decisions.Decision]:
+        found = read_parquet(output)
+        monkeypatch.setattr(decisions, "_read_parquet", read_parquet)
+        journal.close()
+        return found
+
+    monkeypatch.setattr(decisions, "_read_parquet", read_then_compact)
+
+    assert read_decisions(place) == {"/a.jpg": made}

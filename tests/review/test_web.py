@@ -3,12 +3,18 @@
 import json
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import httpx2
 import pytest
 from click.testing import CliRunner
 from starlette.testclient import TestClient
@@ -93,6 +99,17 @@ def test_every_answer_has_the_headers_that_confine_the_page(page):
         assert "access-control-allow-origin" not in headers
 
 
+def test_an_unexpected_error_has_the_headers_too(page, monkeypatch):
+    monkeypatch.setattr(page.index, "read_row", lambda _: 1 / 0)
+    client = TestClient(page.client.app, page.client.base_url, raise_server_exceptions=False)
+
+    answer = client.get("/row/1")
+
+    assert answer.status_code == 500
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "division" not in answer.text
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1", f"127.0.0.1.evil.example:{PORT}", ""]
 )
@@ -123,6 +140,19 @@ def test_where_other_machines_are_let_in_the_token_is_asked_for(output):
         page.close()
 
 
+@pytest.mark.parametrize("token", ["a&b=c#d;e f", "schlüssel-✓"])
+def test_a_token_may_have_any_characters(output, token):
+    page = Page(str(output), token=token)
+    try:
+        quoted = urllib.parse.quote(token, safe="")
+        assert page.get(f"/?token={quoted}").status_code == 200
+        assert page.get("/row/1").status_code == 200
+        answer = page.get(f"/%2F/evil.example/?token={quoted}", follow_redirects=False)
+        assert not answer.headers["location"].startswith("//")
+    finally:
+        page.close()
+
+
 def test_names_and_captions_are_escaped(page):
     assert page.decide(1, "edited", "<img src=x onerror=alert(1)> & more").status_code == 200
     for path in ("/", "/row/0", "/row/1"):
@@ -142,6 +172,8 @@ def test_names_and_captions_are_escaped(page):
         "/map/1/99",
         "/map/0/0",
         "/row/4000000000",
+        f"/photo/small/{10**60}",
+        f"/row/{10**60}",
         "/static/..%2Fapp.py",
         "/static/app.py",
     ],
@@ -164,12 +196,36 @@ def test_nothing_but_the_rows_pictures_is_served(page, path):
         b'{"decision": "accepted", "caption": "text", "revision": "0"}',
         b'{"decision": "accepted", "caption": null, "revision": 0}',
         b'{"decision": "accepted", "caption": null, "revision": "-1"}',
+        b'{"decision": "edited", "caption": "half \\ud800", "revision": "0"}',
+        b'{"decision": "edited", "caption": "\\u0000", "revision": "0"}',
         json.dumps({"decision": "edited", "caption": "a" * 20_000, "revision": "0"}).encode(),
     ],
 )
 def test_a_decision_that_makes_no_sense_is_refused(page, output, body):
     headers = {"X-Captioner-Token": page.guard.write_token}
     assert page.client.post("/decision/1", content=body, headers=headers).status_code == 400
+    assert read_decisions(str(output)) == {}
+
+
+def test_a_body_that_does_not_tell_its_length_is_bounded(page):
+    headers = {"X-Captioner-Token": page.guard.write_token}
+    body = (bytes(50_000) for _ in range(20))
+
+    assert page.client.post("/decision/1", content=body, headers=headers).status_code == 413
+
+
+def test_an_output_that_is_overwritten_is_neither_shown_nor_decided_on(page, output, finished):
+    assert page.decide(2, "accepted", None).status_code == 200
+    run = output / "__captioner" / "run.json"
+    shutil.rmtree(output / "__captioner" / "review")  # as caption --overwrite does
+    run.write_text(run.read_text().replace('"created": "2', '"created": "3'))
+
+    answer = page.decide(3, "accepted", None)
+    assert answer.status_code == 500
+    assert "overwritten" in answer.text
+    assert "overwritten" in page.get("/row/3").text
+    assert "overwritten" in page.get("/").text
+    page.journal.close()
     assert read_decisions(str(output)) == {}
 
 
@@ -323,3 +379,43 @@ def test_the_command_refuses_what_is_no_output(tmp_path):
 
     assert result.exit_code == 2
     assert result.output.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(output):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["review", str(output), "--port", port])
+
+    assert result.exit_code == 2
+    assert result.output.startswith(f"captioner: cannot listen on 127.0.0.1:{port}: ")
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_with_one_file_of_decisions(output, number, host):
+    command = [sys.executable, "-m", "captioner.cli", "review", str(output), "--host", host]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        address = process.stdout.readline().split()[2]
+        with httpx2.Client(base_url=address, timeout=30) as client:  # its connection stays open
+            text = client.get("/").text
+            token = re.search(r'write-token" content="([^"]+)"', text)
+            assert token is not None
+            body = {"decision": "accepted", "caption": None, "revision": "0"}
+            headers = {"X-Captioner-Token": token[1]}
+            assert client.post("/decision/1", json=body, headers=headers).status_code == 200
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert process.returncode == 0, errors
+    assert errors == ""
+    assert len(read_decisions(str(output))) == 1
+    assert storage.names(f"{output}/__captioner/review") == []
+    assert (output / "__captioner" / "review.parquet").exists()

@@ -1,6 +1,7 @@
 """The review page's server: its routes, and what each answers."""
 
 import json
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib import resources
@@ -31,6 +32,7 @@ __all__ = ["make_app"]
 _STATIC = {"review.css": "text/css", "review.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _LONGEST_CAPTION = 10_000  # characters of an edited caption
 _LARGEST_BODY = 100_000  # bytes
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _CAPTION_COLUMNS = frozenset(COLUMNS.names)
 
 
@@ -45,6 +47,7 @@ def make_app(index: RowIndex, journal: Journal, guard: Guard) -> Starlette:
     ) -> Response:
         response = guard.refusal(request) or await answer(request)
         response.headers.update(HEADERS)
+        response.headers.setdefault("Cache-Control", "no-store")  # decisions change the pages
         return response
 
     return Starlette(
@@ -58,7 +61,11 @@ def make_app(index: RowIndex, journal: Journal, guard: Guard) -> Starlette:
             Route("/static/{name}", review.static),
         ],
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=protect)],
-        exception_handlers={CaptionerError: _explain, HTTPException: _explain_status},
+        exception_handlers={
+            CaptionerError: _explain,
+            HTTPException: _explain_status,
+            Exception: _explain_bug,
+        },
     )
 
 
@@ -69,6 +76,20 @@ async def _explain(_: Request, error: Exception) -> Response:
 async def _explain_status(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return PlainTextResponse(error.detail, error.status_code)
+
+
+async def _explain_bug(_: Request, __: Exception) -> Response:
+    """The server prints the traceback; its answer passes by what adds the headers to others."""
+    return PlainTextResponse("Unexpected error: the terminal shows it.", 500, HEADERS)
+
+
+async def _read_body(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _LARGEST_BODY:
+            raise HTTPException(413, "The caption is too long.")
+    return body
 
 
 class _Review:
@@ -92,6 +113,8 @@ class _Review:
         return await run_in_threadpool(self._grid, view)
 
     def _grid(self, view: View) -> Response:
+        if self._index.overwritten:
+            self._index.check()
         self._index.wait(view.page * PAGE)
         columns = self._index.columns
         ask = self._index.query
@@ -187,9 +210,7 @@ class _Review:
 
     async def decide(self, request: Request) -> Response:
         """Records a decision: JSON with ``decision``, ``caption`` and the ``revision`` seen."""
-        if int(request.headers.get("content-length") or 0) > _LARGEST_BODY:
-            raise HTTPException(413, "The caption is too long.")
-        values = _parse(await request.body())
+        values = _parse(await _read_body(request))
         uri = await run_in_threadpool(self._uri, request.path_params["number"])
         try:
             made = await run_in_threadpool(
@@ -225,6 +246,8 @@ class _Review:
         }
 
     def _uri(self, number: int) -> str:
+        if number >= self._index.rows:
+            raise HTTPException(404, "There is no such row.")
         found = self._index.query("SELECT uri FROM captions WHERE __row = ?", [number])
         if not found:
             raise HTTPException(404, "Row not found: reload the page.")
@@ -233,6 +256,7 @@ class _Review:
 
     def _read(self, number: int) -> tuple[dict[str, Any], np.ndarray | None]:
         """A row and its attention maps, one per word; None for a row without maps."""
+        self._index.check()
         found = self._index.read_row(number)
         if found is None:
             raise HTTPException(404, "Row not found: reload the page.")
@@ -268,6 +292,8 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise HTTPException(400, "Only an edited decision has a caption, and it needs one.")
     if caption is not None:
         caption = " ".join(caption.split())
+        if _UNWRITABLE.search(caption):
+            raise HTTPException(400, "A caption has no control characters or halves of characters.")
         if not caption or len(caption) > _LONGEST_CAPTION:
             raise HTTPException(400, f"A caption must have 1 to {_LONGEST_CAPTION} characters.")
     return {"decision": kind, "caption": caption, "revision": int(revision)}

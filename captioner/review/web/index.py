@@ -46,6 +46,7 @@ class RowIndex:
 
     def __init__(self, directory: OutputDirectory):
         self.directory = directory
+        self._run = directory.read_json("run.json")
         self.total = len(read_manifest(directory))
         self._folder = tempfile.TemporaryDirectory(prefix="captioner-review-")
         self._database = duckdb.connect(str(Path(self._folder.name) / "index.duckdb"))
@@ -61,6 +62,8 @@ class RowIndex:
         self._stopped = threading.Event()
         self._progress = threading.Condition()
         self._complete = False
+        #: whether another job began the output since
+        self.overwritten = False
         #: why the last check could not read the parts; the page shows it
         self.problem: str | None = None
         self._thread = threading.Thread(target=self._follow, name="index", daemon=True)
@@ -141,7 +144,14 @@ class RowIndex:
                 self._progress.notify_all()
             self._stopped.wait(_POLL_SECONDS)
 
+    def check(self) -> None:
+        """Raises OutputError where the rows are no longer those of the output."""
+        if self.overwritten or self.directory.read_json("run.json") != self._run:
+            self.overwritten = True
+            raise OutputError(f"{self.directory.uri} was overwritten: start captioner review again")
+
     def _index_new_parts(self) -> None:
+        self.check()
         parts = self.directory.parts()
         if self._indexed.keys() - set(parts):
             self._start_over()  # parts were merged or split

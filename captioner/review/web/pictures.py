@@ -16,6 +16,7 @@ __all__ = ["SIZES", "PictureCache", "map_png", "photo_jpeg"]
 #: Pixels of a photo's longest side, by the name of the size.
 SIZES = {"small": 320, "large": 1280}
 _CACHE_BYTES = 128_000_000  # bytes
+_AT_ONCE = 4  # pictures: a photo takes up to 1 GB while it is decoded
 
 
 class PictureCache:
@@ -26,6 +27,7 @@ class PictureCache:
         self._bytes = 0
         self._pictures: OrderedDict[Hashable, bytes] = OrderedDict()
         self._lock = threading.Lock()
+        self._making = threading.BoundedSemaphore(_AT_ONCE)
 
     def get(self, key: Hashable, make: Callable[[], bytes]) -> bytes:
         """Returns the picture of a key, made by ``make`` if it is not in the cache."""
@@ -33,7 +35,8 @@ class PictureCache:
             if key in self._pictures:
                 self._pictures.move_to_end(key)
                 return self._pictures[key]
-        picture = make()
+        with self._making:
+            picture = make()
         with self._lock:
             if key not in self._pictures:
                 self._pictures[key] = picture

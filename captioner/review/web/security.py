@@ -1,5 +1,6 @@
 """Restricts the review page to its reviewer: host check, token, security headers."""
 
+import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Guard:
                 return PlainTextResponse("The Host header does not name this machine.", 421)
         elif (given := request.query_params.get("token")) is not None:
             return self._log_in(request, given)
-        elif not _same(request.cookies.get(_COOKIE, ""), self.token):
+        elif not _same(request.cookies.get(_COOKIE, ""), self._cookie()):
             return PlainTextResponse("Open the address with the token that captioner printed.", 403)
         if request.method not in ("GET", "HEAD") and not _same(
             request.headers.get(_WRITE_HEADER, ""), self.write_token
@@ -63,7 +64,13 @@ class Guard:
         return None
 
     def _hosts(self) -> set[str]:
-        return {f"{name}:{self.port}" for name in _LOOPBACK}
+        hosts = {f"{name}:{self.port}" for name in _LOOPBACK}
+        return hosts | set(_LOOPBACK) if self.port == 80 else hosts  # browsers leave out port 80
+
+    def _cookie(self) -> str:
+        """The cookie's value: a digest, since a token may have characters that no cookie has."""
+        assert self.token is not None
+        return hashlib.sha256(self.token.encode()).hexdigest()
 
     def _log_in(self, request: Request, given: str) -> Response:
         """Moves the token from the address to a cookie, to keep it out of histories and logs."""
@@ -73,8 +80,9 @@ class Guard:
         rest = [
             (name, value) for name, value in request.query_params.multi_items() if name != "token"
         ]
-        response = RedirectResponse(f"{request.url.path}?{urlencode(rest)}", 303)
-        response.set_cookie(_COOKIE, self.token, httponly=True, samesite="strict")
+        path = "/" + request.url.path.lstrip("/")  # two slashes would begin another host's address
+        response = RedirectResponse(f"{path}?{urlencode(rest)}", 303)
+        response.set_cookie(_COOKIE, self._cookie(), httponly=True, samesite="strict")
         return response
 
 

@@ -1,6 +1,8 @@
 """Serves the review page until the reviewer stops it."""
 
+import contextlib
 import socket
+import urllib.parse
 import webbrowser
 from collections.abc import Callable
 
@@ -12,10 +14,12 @@ from captioner.output.directory import OutputDirectory
 from captioner.review.web.app import make_app
 from captioner.review.web.index import RowIndex
 from captioner.review.web.security import Guard, is_loopback
+from captioner.runtime.signals import catch_signals
 
 __all__ = ["serve"]
 
 _BACKLOG = 100  # connections that wait to be accepted
+_LAST_ANSWERS = 5  # seconds in which requests are answered after Ctrl-C
 
 
 def serve(
@@ -50,21 +54,28 @@ def serve(
     with _listen(host, port) as listener:
         port = listener.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
-        journal = Journal(output)
-        index = RowIndex(directory)
-        try:
+        address = f"http://{shown}:{port}/" + (
+            f"?token={urllib.parse.quote(token, safe='')}" if token else ""
+        )
+        # Uvicorn raises the signal that ended it once more; an exception lets the rest clean up.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+            stack.enter_context(catch_signals())
+            journal = stack.enter_context(contextlib.closing(Journal(output)))
+            index = stack.enter_context(contextlib.closing(RowIndex(directory)))
             app = make_app(index, journal, Guard(port, token))
             config = uvicorn.Config(
-                app, log_level="warning", access_log=False, server_header=False, lifespan="off"
+                app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_graceful_shutdown=_LAST_ANSWERS,
             )
             announce(address)
             if open_browser:
                 webbrowser.open(address)
             uvicorn.Server(config).run(sockets=[listener])
-        finally:
-            index.close()
-            journal.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
