@@ -49,6 +49,7 @@ _SUMMARIES = {  # in the order of --help: the commands that most people need com
     "evaluate": "Score captions against captions that people wrote.",
     "average-models": "Average the weights of fine-tuned models.",
     "import-model": "Convert a model with pickled weights.",
+    "cache": "Show or clear what captioner keeps on this machine.",
     "demo": "Caption the photos that come with scikit-image.",
 }
 _option = partial(click.option, cls=GroupedOption)
@@ -390,6 +391,32 @@ def import_model(model: str, directory: str) -> None:
         from captioner.model.huggingface.importing import import_model as convert
 
     click.echo(f"{printable(str(convert(model, directory)))} holds the model now")
+
+
+@main.command()
+@click.argument("action", type=click.Choice(["show", "clear"]), default="show")
+@_option(
+    "--kind",
+    type=click.Choice(["all", "features", "compiled", "models"]),
+    default="all",
+    show_default=True,
+    group="Options",
+    help="What to show or clear: images' features, compiled models, or models from buckets.",
+)
+def cache(action: str, kind: str) -> None:
+    """Show or clear what captioner keeps on this machine to avoid computing it again.
+
+    ACTION is show, the default, which prints the files and their size; or clear, which deletes
+    them. Clear the cache while no job runs. Before train writes new features, it deletes the least
+    recently used ones that it does not need until all fit into 50 GB.
+    """
+    from captioner import storage
+
+    names = storage.CACHES if kind == "all" else (kind,)
+    handle = storage.clear_cache if action == "clear" else storage.inspect_cache
+    for each in map(handle, names):
+        text = f"{each.path}: files {each.files}, {each.size / 1e6:,.1f} MB"
+        click.echo(printable(f"deleted {text}" if action == "clear" else text))
 
 
 @main.command()

@@ -363,3 +363,38 @@ def test_ctrl_c_while_packages_are_imported_ends_the_command_at_once():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (130, "")
     assert ran.stderr == "captioner: stopped by SIGINT\n"
+
+
+def test_the_cache_is_shown_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("features/a", "features/b", "models/one/weights"):
+        path = tmp_path / "captioner" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1_500_000))
+    folder = tmp_path / "captioner"
+    expected = [
+        f"{folder}/features: files 2, 3.0 MB",
+        f"{folder}/compiled: files 0, 0.0 MB",
+        f"{folder}/models: files 1, 1.5 MB",
+    ]
+    for arguments in (["cache"], ["cache", "show"]):
+        result = _run(*arguments)
+        assert (result.exit_code, result.output.splitlines()) == (0, expected), result.output
+    result = _run("cache", "clear", "--kind", "features")
+    assert (result.exit_code, result.output) == (0, f"deleted {expected[0]}\n")
+    assert [path.name for path in folder.iterdir()] == ["models"]
+    result = _run("cache", "clear")
+    assert result.exit_code == 0
+    assert list(folder.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_cleared_is_one_line(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "captioner").mkdir()
+    (tmp_path / "captioner" / "features").write_bytes(b"a file")
+    result = _run("cache", "clear")
+    assert result.exit_code == 2
+    assert (
+        result.output
+        == f"captioner: cannot delete {tmp_path}/captioner/features: Not a directory\n"
+    )

@@ -6,7 +6,15 @@ system: they come from the environment and never appear in a message. Errors of 
 become OSErrors after transient errors have been retried.
 """
 
-from captioner.storage.cache import cache_directory
+from captioner.storage.cache import (
+    CACHES,
+    Cache,
+    cache_directory,
+    clear_cache,
+    inspect_cache,
+    mark_used,
+    trim,
+)
 from captioner.storage.filesystems import arrow_filesystem, is_local
 from captioner.storage.finding import FolderError, Listed, PassedOver, find
 from captioner.storage.listing import is_directory, names, sizes
@@ -23,6 +31,8 @@ from captioner.storage.uris import (
 from captioner.storage.writing import delete, is_temporary, write, writing
 
 __all__ = [
+    "CACHES",
+    "Cache",
     "FolderError",
     "Listed",
     "PassedOver",
@@ -31,21 +41,25 @@ __all__ = [
     "arrow_filesystem",
     "as_path",
     "cache_directory",
+    "clear_cache",
     "delete",
     "find",
     "from_operating_system",
     "has_scheme",
+    "inspect_cache",
     "is_directory",
     "is_local",
     "is_temporary",
     "join",
     "locked",
+    "mark_used",
     "names",
     "open_binary",
     "read",
     "readable",
     "size",
     "sizes",
+    "trim",
     "version",
     "write",
     "writing",

@@ -1,12 +1,111 @@
-"""Where this machine keeps what can be computed again."""
+"""Where this machine keeps what it can compute or fetch again: features and models.
+
+A cache is a folder of files. Report the use of a file with :func:`mark_used`:
+:func:`trim` deletes the files first that were not used for the longest time.
+"""
 
 import functools
 import os
+import shutil
 import stat
 import tempfile
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["cache_directory"]
+from captioner.errors import OutputError
+
+__all__ = [
+    "CACHES",
+    "Cache",
+    "cache_directory",
+    "clear_cache",
+    "inspect_cache",
+    "mark_used",
+    "trim",
+]
+
+#: The names of captioner's caches.
+CACHES = ("features", "compiled", "models")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a cache holds.
+
+    Attributes:
+        name: one of :data:`CACHES`.
+        path: its directory, which may not exist.
+        files: how many files there are.
+        size: their sizes in bytes, summed.
+    """
+
+    name: str
+    path: Path
+    files: int
+    size: int
+
+
+def inspect_cache(name: str) -> Cache:
+    """Counts the files of a cache."""
+    path = cache_directory(name)
+    sizes = [status.st_size for _, status in _files(path)]
+    return Cache(name, path, len(sizes), sum(sizes))
+
+
+def clear_cache(name: str) -> Cache:
+    """Deletes a cache's directory, and returns what it held.
+
+    Raises:
+        OutputError: it cannot be deleted.
+    """
+    cache = inspect_cache(name)
+    try:
+        shutil.rmtree(cache.path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(f"cannot delete {cache.path}: {error.strerror or error}") from error
+    return cache
+
+
+def mark_used(path: Path) -> None:
+    """Records that a file of a cache is used now; its time of change stays."""
+    with suppress(OSError):  # another process may have deleted it; another user may own it
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def trim(directory: Path, most: int, keep: Collection[Path]) -> None:
+    """Deletes the least recently used files of a cache until it takes at most ``most`` bytes.
+
+    Args:
+        directory: the cache's.
+        most: bytes; a negative number deletes all files but those to keep.
+        keep: files that are not deleted; they count.
+    """
+    kept = set(keep)
+    files = sorted(_files(directory), key=lambda file: file[1].st_atime_ns)
+    size = sum(status.st_size for _, status in files)
+    for path, status in files:
+        if size <= most:
+            return
+        if path not in kept:
+            with suppress(OSError):
+                path.unlink()
+                size -= status.st_size
+
+
+def _files(directory: Path) -> list[tuple[Path, os.stat_result]]:
+    """The files below a directory; those that disappear meanwhile are left out."""
+    found = []
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            with suppress(FileNotFoundError):
+                found.append((path, path.lstat()))
+    return found
 
 
 def cache_directory(name: str) -> Path:

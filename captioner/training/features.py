@@ -1,10 +1,13 @@
 """What a frozen encoder makes of the images, computed once and kept on this machine's disk.
 
 The features stand in files of a few hundred images, each named for all that they depend on: the
-encoder's weights, the images and their versions, the view. A job that was killed goes on with the
-next file; images that were added cost no more than themselves. A file says of each image whether it
-could be read: one with an image that could not is computed again by the next run, since its name
-would not change when the disk or the bucket is well again.
+encoder's weights, the images and their versions, the view. A run that was killed resumes with the
+next file; images that were added cost no more than themselves. A file records for each image
+whether it could be read: a file with an image that could not is computed again by the next run,
+since its name does not change when the disk or the bucket works again.
+
+The cache is bounded: before new files are written, the least recently used files that this run
+does not need are deleted until all fit into 50 GB. A run that needs more by itself gets it.
 """
 
 import copy
@@ -33,6 +36,7 @@ from captioner.runtime.progress import Progress, progress_bar
 __all__ = ["Features", "compute_features"]
 
 _CHUNK = 512  # images a file
+_MOST_BYTES = 50 * 10**9  # of the cache; a run's own files may take more
 _ASKING = 32  # threads that ask for versions: mostly waiting, for a bucket
 _DECODED, _UNDECODABLE, _UNREADABLE = range(3)  # what a file says of an image
 
@@ -106,7 +110,7 @@ def compute_features(
             settings += f"{augmentation} "
         paths = [cache / _file_name(settings + fingerprint, each) for each in versions]
         by_view.append(list(zip(paths, chunks, strict=True)))
-    _check_room(cache, converted, [each for files in by_view for each in files])
+    _make_room(cache, converted, [each for files in by_view for each in files], trims=rank == 0)
     features = []
     for view, files in enumerate(by_view):
         compute = partial(
@@ -126,19 +130,33 @@ def compute_features(
     return features
 
 
-def _check_room(
-    cache: Path, encoder: ImageEncoder, files: Sequence[tuple[Path, Sequence[CaptionedImage]]]
+def _make_room(
+    cache: Path,
+    encoder: ImageEncoder,
+    files: Sequence[tuple[Path, Sequence[CaptionedImage]]],
+    *,
+    trims: bool,
 ) -> None:
+    """Trims the cache for the files that a run has yet to write, if it is this process's task.
+
+    Raises:
+        OutputError: the disk has no room for them.
+    """
+    for path, _ in files:
+        storage.mark_used(path)
     missing = sum(len(chunk) for path, chunk in files if not path.exists())
     if not missing:
         return
     with torch.inference_mode():
         needed = missing * 2 * encoder.encode_blank_image().numel()
+    if trims:
+        storage.trim(cache, _MOST_BYTES - needed, [path for path, _ in files])
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise OutputError(
             f"features take {needed / 1e9:.1f} GB, and {cache} has {free / 1e9:.1f} GB free: "
-            "take fewer --views, or set XDG_CACHE_HOME to a directory elsewhere"
+            "free some with captioner cache clear, take fewer --views, or set XDG_CACHE_HOME to a "
+            "directory on another disk"
         )
 
 

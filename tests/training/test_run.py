@@ -658,6 +658,32 @@ def test_a_cache_that_cannot_hold_features_is_one_line(
         compute_features(encoder, examples, image_size=64)
 
 
+def test_the_cache_of_features_is_bounded_but_for_a_runs_own_files(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The features of one image take 4096 bytes and a header."""
+    encoder, examples = tiny_model().encoder.eval(), _examples(data, 6)
+    folder = tmp_path / "cache" / "captioner" / "features"
+    files = []
+    for index, example in enumerate(examples[:3]):
+        compute_features(encoder, [example], image_size=64)
+        [file] = set(folder.iterdir()) - set(files)
+        files.append(file)
+        os.utime(file, (index, index))
+    compute_features(encoder, examples[:1], image_size=64)  # uses the oldest file
+    assert files[0].stat().st_mtime == 0
+    monkeypatch.setattr(features_module, "_MOST_BYTES", 2 * files[0].stat().st_size + 4096)
+    compute_features(encoder, examples[3:4], share=(1, 2), image_size=64)
+    assert set(files) < set(folder.iterdir())  # another process of the run trims
+    [fourth] = set(folder.iterdir()) - set(files)
+    compute_features(encoder, examples[4:5], image_size=64)
+    remaining = set(folder.iterdir())
+    assert (len(remaining), remaining >= {files[0], fourth}) == (3, True)
+    monkeypatch.setattr(features_module, "_MOST_BYTES", 0)
+    compute_features(encoder, examples[:1], image_size=64, views=2)
+    assert (len(set(folder.iterdir())), files[0].exists()) == (2, True)
+
+
 def test_a_damaged_file_of_features_is_computed_again(data: Path, tmp_path: Path):
     encoder, examples = tiny_model().encoder.eval(), _examples(data, 4)
     [features] = compute_features(encoder, examples, image_size=64)
