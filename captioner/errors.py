@@ -1,20 +1,20 @@
-"""What captioner raises.
+"""The exceptions that captioner raises.
 
 ::
 
     CaptionerError             exit code 1
     ├── InputError             2   an argument, a source or a dataset that cannot be used
     │   └── StorageError       2   ... because its whole store cannot be used (see below)
-    ├── BundleError            2   a model directory that is not a sound bundle
+    ├── BundleError            2   a model directory that is incomplete or damaged
     ├── OutputError            2   an output directory that cannot be used for this job
     │   └── FingerprintError   2   ... because another job's settings made it
-    ├── DeviceError            2   a device, such as a GPU, that is broken or lost
+    ├── DeviceError            2   a broken or lost device, for example a GPU
     ├── IncompleteError        1   the job ended with images unaccounted for
     ├── ErrorRateError         3   the job ended, but too many of its rows are not ok
     └── StoppedError     130, 143  the job was stopped by Ctrl-C or SIGTERM
 
 The command line prints the message as one line and exits with ``exit_code``. Everything else
-that is raised is a bug, or the machine's.
+that is raised is a bug or a fault of the machine.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class CaptionerError(Exception):
-    """Base of every error that captioner raises on purpose. Can be pickled, as all below it."""
+    """Base of every error that captioner raises on purpose. Its subclasses can be pickled."""
 
     exit_code = 1
 
@@ -61,7 +61,7 @@ class StorageError(InputError):
 
 
 class BundleError(CaptionerError):
-    """A model directory is missing something, or holds something it must not."""
+    """A model directory is incomplete, damaged, or holds something unexpected."""
 
     exit_code = 2
 
@@ -93,7 +93,7 @@ class ErrorRateError(CaptionerError):
 
 
 class StoppedError(CaptionerError):
-    """A signal stopped the job; what was done stays done."""
+    """A signal stopped the job; finished shards stay finished."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
@@ -101,12 +101,12 @@ class StoppedError(CaptionerError):
 
 
 def _unpickled(kind: type[CaptionerError], arguments: tuple[Any, ...]) -> CaptionerError:
-    """An error without its ``__init__``, whose parameters need not be the error's arguments."""
+    """Rebuilds an error without calling ``__init__``, whose parameters may differ from ``args``."""
     return kind.__new__(kind, *arguments)
 
 
 def printable(text: str) -> str:
-    """One line that a terminal shows as it is, whatever a file name holds."""
+    """Escapes line breaks and control characters, for example of a file name."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -116,5 +116,5 @@ def one_line(error: BaseException) -> str:
 
 
 def first_of(names: Sequence[str], most: int) -> str:
-    """The first of some names, between commas, and a mark where there are more."""
+    """Joins the first names with commas, followed by … if there are more."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

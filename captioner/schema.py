@@ -54,8 +54,8 @@ COLUMNS = pa.schema(
     ]
 )
 
-#: What is to be captioned: the ``row``-th row of part ``shard`` is image ``uri`` of ``size`` bytes
-#: (null where the listing did not tell).
+#: The images to caption: the ``row``-th row of part ``shard`` is image ``uri`` of ``size`` bytes
+#: (null if the listing has no size).
 MANIFEST = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
@@ -101,5 +101,5 @@ def part_schema(*, attention: str, levels: int) -> pa.Schema:
 
 
 def rows_to_table(rows: Sequence[CaptionRow], schema: pa.Schema = COLUMNS) -> pa.Table:
-    """Rows as a table of the declared types, also where a column is null throughout."""
+    """Converts rows to a table with the schema's types, even if a column is all null."""
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)

@@ -1,1 +1,1 @@
-"""Scoring captions against references."""
+"""Scores captions against references."""

@@ -1,8 +1,8 @@
 """CIDEr-D of single captions against fixed references, fast enough for a training reward.
 
-Vedantam et al. 2015, as pycocoevalcap computes it: n-grams of 1 to 4 words, weighted by how rare
-they are among the images; counts clipped at the reference's; a Gaussian penalty on a difference in
-length. The references are weighted once; pycocoevalcap weights them at every call.
+CIDEr-D (Vedantam et al. 2015) as pycocoevalcap computes it: n-grams of 1 to 4 words, weighted by
+how rare they are among the images; counts clipped to the reference's counts; a Gaussian penalty for
+a difference in length. This class weights the references once, pycocoevalcap at every call.
 """
 
 import math
@@ -20,12 +20,12 @@ Vector = dict[tuple[str, ...], float]
 class CiderD:
     """Scores captions of known images.
 
-    It takes words as :func:`captioner.model.tokenization.scoring_words` gives them, and then equals
-    pycocoevalcap's CIDEr with its PTB tokens.
+    With words from :func:`captioner.model.tokenization.scoring_words`, the scores equal those of
+    pycocoevalcap's CIDEr with PTB tokens.
     """
 
     def __init__(self, references: Sequence[Sequence[Sequence[str]]]):
-        """Weighs the references.
+        """Weights the references.
 
         Args:
             references: for each image its captions, each a sequence of words.
@@ -39,13 +39,13 @@ class CiderD:
             ngram: self._log_images - math.log(count) for ngram, count in frequency.items()
         }
         self._references = [
-            [self._weigh(count, len(words)) for count, words in zip(each, texts, strict=True)]
+            [self._weight(count, len(words)) for count, words in zip(each, texts, strict=True)]
             for each, texts in zip(counted, references, strict=True)
         ]
 
     def score(self, image: int, words: Sequence[str]) -> float:
-        """CIDEr-D of a caption of an image: between 0 and 10, seldom above 1."""
-        vectors, norms, length = self._weigh(_count(words), len(words))
+        """Returns the CIDEr-D of an image's caption: between 0 and 10, rarely above 1."""
+        vectors, norms, length = self._weight(_count(words), len(words))
         total = 0.0
         for reference_vectors, reference_norms, reference_length in self._references[image]:
             penalty = math.exp(-((length - reference_length) ** 2) / (2 * _SIGMA**2))
@@ -61,10 +61,10 @@ class CiderD:
                 total += penalty * product / (norms[n] * reference_norms[n])
         return 10 * total / (_LONGEST * len(self._references[image]))
 
-    def _weigh(
+    def _weight(
         self, count: Counter[tuple[str, ...]], words: int
     ) -> tuple[list[Vector], list[float], int]:
-        """Weighted n-grams and their norm for each n, and the number of pairs of words."""
+        """Weighted n-grams and their norm for each n, and the number of word pairs."""
         vectors: list[Vector] = [{} for _ in range(_LONGEST)]
         for ngram, times in count.items():
             weight = self._weights.get(ngram, self._log_images)

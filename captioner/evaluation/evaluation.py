@@ -1,4 +1,4 @@
-"""Scores for captions of a dataset's images, made here or by a caption job."""
+"""Scores captions of a dataset's images, generated in this process or by a caption job."""
 
 import io
 import json
@@ -66,7 +66,7 @@ class Captioned:
         images: the images.
         captions: a caption for each image.
         settings: how the captions were made.
-        left_out: for each reason the URIs that are not scored.
+        left_out: the URIs of images and captions that are not scored, by reason.
     """
 
     images: list[CaptionedImage]
@@ -95,7 +95,7 @@ def choose_images(
         allow_missing: accept a file if more than half of its names are not in the dataset.
 
     Raises:
-        InputError: the dataset has no such images, or the file cannot be read.
+        InputError: no image matches, or the file cannot be read.
     """
     if names is not None:
         images = data.listed(names, allow_missing=allow_missing)
@@ -154,16 +154,16 @@ def read_references(
 def describe_seen(
     images: Sequence[CaptionedImage], data: Dataset, model: str, *, split: str | None
 ) -> str | None:
-    """Says in a line how many of the images a model has seen in training.
+    """Describes, in one line, how many of the images a model has seen in training.
 
     Args:
         images: the images to evaluate on.
         data: the dataset that contains them.
         model: a bundle's directory.
-        split: the split that they are; None if they were named in a file.
+        split: the split of the images; None if a file named them.
 
     Returns:
-        The line; None if the model has seen none of them or has no record.
+        The line; None if the model has seen no image or has no record.
 
     Raises:
         InputError: the model was trained on images of the split ``val`` or ``test``.
@@ -173,14 +173,14 @@ def describe_seen(
     if seen is None:
         return None
     find, uris = dataset.finder(data.images), {image.uri for image in images}
-    sides = {"trained on": seen.trained, "validated on": seen.validated - seen.trained}
+    seen_names = {"trained on": seen.trained, "validated on": seen.validated - seen.trained}
     counts = {
-        side: len(uris & {image.uri for name in names for image in find(name)})
-        for side, names in sides.items()
+        use: len(uris & {image.uri for name in names for image in find(name)})
+        for use, names in seen_names.items()
     }
     if not any(counts.values()):
         return None
-    known = " and ".join(f"{side} {count}" for side, count in counts.items() if count)
+    known = " and ".join(f"{use} {count}" for use, count in counts.items() if count)
     text = f"{model} was {known} of these {len(images)} images, by their names"
     if counts["trained on"] and split in ("val", "test"):
         raise InputError(f"{text}: it was trained on another split; name the images with --list")
@@ -240,7 +240,7 @@ def _decoded_batches(
 
 
 def _load_pixels(uri: str, preparation: Preparation) -> np.ndarray | None:
-    """An image for a model; None where it cannot be read or decoded."""
+    """Reads and decodes an image; None if that fails."""
     try:
         data = storage.read(uri)
     except OSError:
@@ -251,7 +251,7 @@ def _load_pixels(uri: str, preparation: Preparation) -> np.ndarray | None:
 def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
     """Reads the captions that a caption job wrote for images.
 
-    They are joined by URI, or else by a file name that is unique on both sides.
+    Images and captions are joined by URI, or else by a file name that is unique in both sets.
 
     Raises:
         OutputError: ``output`` is not a caption job's output, or a part cannot be read.
@@ -315,7 +315,7 @@ class Evaluation:
         return [f"{name:<{name_width}}  {value:>{value_width}}" for name, value in rows]
 
     def to_json(self) -> str:
-        """The scores, not times 100, and every URI that was left out, as JSON."""
+        """Returns the unscaled scores, and every URI that was left out, as JSON."""
         values = {
             "scores": self.scores.corpus,
             "images": len(self.captioned.images),

@@ -91,7 +91,7 @@ def score(
     tokenizer: str = "auto",
     spice: bool = False,
 ) -> Scores:
-    """Scores captions against what people wrote about the same images.
+    """Scores captions against reference captions of the same images.
 
     CIDEr weighs words by the number of images that have them in their references. Scores of
     different sets of images therefore do not compare, and the CIDEr of a single image is 0.
@@ -202,14 +202,14 @@ def _spice(targets: dict[str, list[str]], hypotheses: dict[str, list[str]]) -> A
 
 
 def _reason(stderr: str) -> str:
-    """The line of a Python or Java traceback that says what happened."""
+    """The line of a Python or Java traceback that states the error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     java = [line for line in lines if line.startswith(("Exception in", "Caused by", "Error:"))]
     return (java or lines or ["the program gave no message"])[-1][:200]
 
 
 def tokenize(captions: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """Splits captions into lower-case words with spaces between them, without most punctuation.
+    """Splits captions into lower-case words, joined by spaces, without most punctuation.
 
     ``ptb`` is Stanford's PTBTokenizer, run and cleaned as pycocoevalcap does. ``simple`` is
     :func:`captioner.model.tokenization.scoring_words`, which needs no Java and gives the same words

@@ -1,7 +1,7 @@
 """Averages the weights of models.
 
-Models that were fine-tuned from the same model are often better averaged than alone, and their
-average costs no more than one of them (Wortsman et al. 2022, "Model soups"). An encoder that has
+Models that were fine-tuned from the same model are often better averaged than alone, and the
+average is as fast as one model (Wortsman et al. 2022, "Model soups"). An encoder that has
 memorised its images is better halfway back to its published weights (Wortsman et al. 2022, "Robust
 fine-tuning of zero-shot models").
 """
@@ -31,7 +31,7 @@ def average_models(
     """Writes the average of some bundles as a bundle with float16 weights.
 
     Args:
-        models: the bundles' directories; one that is named twice counts twice.
+        models: the bundles' directories; a directory that is named twice counts twice.
         output: the directory to write.
         encoder_weights: published weights of the encoder; the average's encoder is averaged with
             them.

@@ -1,8 +1,8 @@
-"""What the rest of captioner knows of a model: images and prompts in, captions out.
+"""The interface of a model: images and prompts in, captions out.
 
-A model is known in two states. A :class:`Model` is found but not loaded: it is small, can be
-pickled, and says what decides its captions and how images are prepared for it. Its
-:meth:`Model.load` gives a :class:`LoadedModel`, which holds the weights on a device.
+A model has two states. A :class:`Model` is found but not loaded: it is small, can be pickled, and
+knows its identity and how to prepare images. :meth:`Model.load` returns a :class:`LoadedModel`,
+which holds the weights on a device.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Caption:
         tokens: the caption's words.
         token_logprobs: each word's natural log-probability.
         score: mean natural log-probability of the generated tokens and of the caption's end.
-        attention_THW: a map ``(H, W)`` for each word, or one map; None where none is kept. Each
+        attention_THW: a map ``(H, W)`` for each word, or one map; None if no maps are kept. Each
             map sums to 1.
         finish: why the caption ended.
         captions: further captions of the image where several are sampled, this one first.
@@ -67,22 +67,22 @@ class LoadedModel(Protocol):
 
         Args:
             images: the images, prepared as the model asks for.
-            prompts: a prompt for each image; None where the model's settings have the prompt.
+            prompts: a prompt for each image; None uses the prompt of the decode settings.
         """
         ...
 
 
 class Model(Protocol):
-    """A model that is found and not loaded."""
+    """A model that is found but not loaded."""
 
     @property
     def preparation(self) -> Preparation:
-        """What decode workers make of an image for this model."""
+        """How decode workers prepare an image for this model."""
         ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this model's captions from another model's, for a job's fingerprint."""
+        """Everything about the model that can change a caption; part of a job's fingerprint."""
         ...
 
     def resolve(self, decode: DecodeConfig) -> DecodeConfig:

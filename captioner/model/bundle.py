@@ -37,7 +37,7 @@ __all__ = [
 #: The model that comes with captioner.
 DEFAULT = str(Path(__file__).parents[1] / "bundled" / "flickr8k")
 
-#: The file with which images a model has seen.
+#: The file that lists the images that a model has seen.
 IMAGES = "images.json"
 
 _FORMAT = "captioner-bundle-1"
@@ -47,7 +47,6 @@ _FLOATING = {"F16": 2, "BF16": 2, "F32": 4}  # bytes of a weight
 _LARGEST_CONFIG = 1 << 20
 _LARGEST_TOKENIZER = 1 << 24
 _LARGEST_HEADER = 1 << 24
-
 _LARGEST_IMAGES = 1 << 28
 
 
@@ -59,7 +58,7 @@ class Bundle:
         model: the network.
         vocabulary: its words.
         digests: the SHA-256 of each file; for config.json of the settings in it.
-        grid: side of the attention maps, in cells.
+        grid: the height and width of the attention maps, in cells.
     """
 
     model: CaptionModel
@@ -78,8 +77,8 @@ class SeenImages:
     """The images that a model has seen, by their names in the dataset.
 
     Attributes:
-        trained: the images that it was trained on.
-        validated: the images that its best epoch was chosen on.
+        trained: the training images.
+        validated: the images by whose scores the best epoch was chosen.
     """
 
     trained: frozenset[str]
@@ -154,7 +153,7 @@ def load(directory: str) -> Bundle:
             raise BundleError(
                 f"tokenizer.json has {len(vocabulary)} words, config.json {config.vocabulary_size}"
             )
-        expected, side = _outline(config)
+        expected, grid = _outline(config)
         contents[_WEIGHTS] = _read_weights(directory, expected)
         state = safetensors.torch.load(contents[_WEIGHTS])
         for name, tensor in state.items():
@@ -170,10 +169,10 @@ def load(directory: str) -> Bundle:
         reason = " ".join(str(error).split())  # timm's messages may have several lines
         raise BundleError(f"the model {directory} cannot be used: {reason[:300]}") from error
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    # The settings alone: the version that wrote config.json does not change a caption.
+    # Without captioner_version, which does not change a caption.
     settings = json.dumps(asdict(config), sort_keys=True).encode()
     digests["config.json"] = hashlib.sha256(settings).hexdigest()
-    return Bundle(model.eval(), vocabulary, digests, config.grid or side)
+    return Bundle(model.eval(), vocabulary, digests, config.grid or grid)
 
 
 def save_images(directory: str, images: SeenImages) -> None:
@@ -191,7 +190,7 @@ def load_images(directory: str) -> SeenImages | None:
     """Reads the names of the images that the model in a directory has seen.
 
     Returns:
-        The names, or None if the model has no such file.
+        The names, or None if the model has no list of images.
 
     Raises:
         InputError: the URI contains credentials, or its file system is not installed.
@@ -204,15 +203,15 @@ def load_images(directory: str) -> SeenImages | None:
         return None
     try:
         parsed = parse_json(data)
-        sides = parsed["trained"], parsed["validated"]
-        names_only = (isinstance(s, list) and all(isinstance(n, str) for n in s) for s in sides)
+        lists = parsed["trained"], parsed["validated"]
+        names_only = (isinstance(s, list) and all(isinstance(n, str) for n in s) for s in lists)
         if not all(names_only):
             raise TypeError
     except (InputError, KeyError, TypeError) as error:
         raise BundleError(
             f"{IMAGES} of the model {directory} is damaged: it should hold two lists of names"
         ) from error
-    return SeenImages(*map(frozenset, sides))
+    return SeenImages(*map(frozenset, lists))
 
 
 class _UnreadableError(BundleError):
@@ -253,12 +252,12 @@ def _parse_config(data: bytes) -> ModelConfig:
 
 
 def _outline(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
-    """The tensors that this model stores, without allocating them; and the side of its features."""
+    """The model's tensors, without allocating memory, and the grid size of its features."""
     try:
         with torch.device("meta"), torch.inference_mode():
             model = CaptionModel(config).eval()
-            side = config.image_size
-            features_BhwC = model.encoder(torch.zeros(1, side, side, 3))
+            size = config.image_size
+            features_BhwC = model.encoder(torch.zeros(1, size, size, 3))
     except Exception as error:  # timm's backbones raise errors of many types
         raise BundleError(f"config.json: {error or type(error).__name__}") from error
     _, height, width, channels = features_BhwC.shape

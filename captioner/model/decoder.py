@@ -53,8 +53,8 @@ class CaptionDecoder(nn.Module):
         Args:
             ids_RT: captions that begin with ``<start>``.
             features_BhwC: the images' features; ``R`` is a multiple of ``B``.
-            counted_RT: False for padding, which is at the end of a row only; None: there is no
-                padding.
+            counted_RT: False for padding, which is only at the end of a row; None if there is
+                no padding.
 
         Returns:
             ``logits_NV`` of the word after each counted word, row after row; and

@@ -16,6 +16,8 @@ __all__ = ["DepthwiseConv2d", "replace_depthwise_convolutions"]
 
 
 class _Depthwise(torch.autograd.Function):
+    """The convolution, with the gradient as two convolutions."""
+
     @staticmethod
     def forward(ctx: Any, x_BChw: Tensor, kernel_C1kk: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(x_BChw, kernel_C1kk)

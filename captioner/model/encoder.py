@@ -61,7 +61,7 @@ class ImageEncoder(nn.Module):
                 ``layer1`` to ``layer4``, and the notebook trains from 2 on.
 
         Raises:
-            InputError: the backbone has no such stage.
+            InputError: ``from_stage`` is above the backbone's last stage.
         """
         stages = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True))
         if from_stage is not None and from_stage > max(stages):

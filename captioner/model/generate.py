@@ -26,8 +26,8 @@ from captioner.model.vocabulary import EOS, PAD, START, UNKNOWN
 __all__ = ["Hypothesis", "generate", "sample"]
 
 # Copying the images' keys and values costs about as much as one step. Finished images therefore
-# stay in the batch until they are this share of it.
-_DONE_SHARE = 0.25
+# stay in the batch until they make up this share.
+_FINISHED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def sample(
         decoder: in eval mode.
         features_BhwC: the encoder's features, in the decoder's dtype and on its device.
         samples: captions per image.
-        longest: most words, including the end; None: the decoder's limit.
+        longest: the largest number of words, including the end; None uses the decoder's limit.
 
     Returns:
         Ids ``(B·samples, T)``, an image's rows together. Each row begins with ``<start>`` and is
@@ -202,7 +202,7 @@ class _Search:
         b, K = parents_BK.shape
         alive = int(alive_B.sum())
         groups = torch.arange(b, device=alive_B.device)
-        if alive <= b * (1 - _DONE_SHARE):
+        if alive <= b * (1 - _FINISHED_SHARE):
             groups = groups[alive_B]
             self.live, self.open_B = self.live[groups], self.open_B[groups]
             self.sums_BK = self.sums_BK[groups]
@@ -249,7 +249,7 @@ class _Search:
             words_SB[step] = words_SBK[step, images, beam_B]
             logprobs_SB[step] = logprobs_SBK[step, images, beam_B]
             parent_B = parents_SBK[step, images, beam_B]
-            # A word is chosen from its parent's row, so that row holds its attention.
+            # A word is chosen from its parent's row, which therefore holds its attention.
             rows_SB[step] = parent_B
             beam_B = np.where(step <= last_B, parent_B, beam_B)
         attention_SBP = None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["NativeModel", "is_pretrained", "load_model"]
 
 _LARGEST_CONFIG = 10_000_000  # bytes
-_NOT_NATIVE = (
+_PRETRAINED_ONLY = (
     "prompt",
     "system_prompt",
     "max_new_tokens",
@@ -43,7 +43,7 @@ def load_model(uri: str) -> Model:
         uri: a directory, local or in a bucket; or ``owner/name[@revision]`` on a model hub.
 
     Raises:
-        BundleError: there is no such model, or it cannot be used.
+        BundleError: the model does not exist, or cannot be used.
         InputError: a package for it is missing.
     """
     if is_pretrained(uri):
@@ -52,13 +52,13 @@ def load_model(uri: str) -> Model:
 
 
 def is_pretrained(uri: str) -> bool:
-    """Whether a model is in the form of transformers: its config.json has a ``model_type``."""
+    """Whether a model is in transformers' format: its config.json has a ``model_type``."""
     if is_hub_name(uri):
         return True
     try:
         place = storage.join(storage.absolute(uri), "config.json")
         config = json.loads(storage.read(place, _LARGEST_CONFIG))
-    except (OSError, ValueError, InputError):  # whoever loads it as a bundle says what is wrong
+    except (OSError, ValueError, InputError):  # loading it as a bundle reports the error
         return False
     return isinstance(config, dict) and "format" not in config and "model_type" in config
 
@@ -71,7 +71,7 @@ class NativeModel:
 
     @property
     def preparation(self) -> Preparation:
-        """A square."""
+        """A square of the model's image size."""
         return Preparation(size=self.bundle.config.image_size)
 
     @property
@@ -91,7 +91,7 @@ class NativeModel:
             InputError: a setting is for pretrained models.
         """
         for each in dataclasses.fields(decode):
-            if each.name in _NOT_NATIVE and getattr(decode, each.name) != each.default:
+            if each.name in _PRETRAINED_ONLY and getattr(decode, each.name) != each.default:
                 option = "--" + each.name.replace("_", "-")
                 raise InputError(
                     f"{option} is for pretrained models, and this model was trained by captioner: "
@@ -112,6 +112,8 @@ class NativeModel:
 
 
 class _LoadedNative:
+    """A native model on a device, with the interface of :class:`LoadedModel`."""
+
     def __init__(self, captioner: Captioner):
         self._captioner = captioner
 
@@ -126,7 +128,7 @@ class _LoadedNative:
     def caption(
         self, images: Sequence[np.ndarray], prompts: Sequence[str] | None = None
     ) -> list[Caption]:
-        """Captions squares of the model's size; it takes no prompts."""
+        """Captions square images of the model's size; ignores prompts."""
         return [
             Caption(
                 text=caption.text,

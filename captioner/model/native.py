@@ -1,4 +1,4 @@
-"""Captions batches of images with a trained model; knows neither Ray nor files."""
+"""Captions batches of images with a trained model, without Ray and without files."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ class Caption:
         score: the mean natural log-probability of the words and of the end.
         attention_TGG: a map for each word; or one map, the mean over the words and the end, as in
             the notebook's overlay; None if the decode settings ask for no maps.
-        ended: whether the model ended the caption before its longest length.
+        ended: whether the model ended the caption before the length limit.
     """
 
     text: str
@@ -48,8 +48,8 @@ class Caption:
     ended: bool = True
 
 
-def _keep_compiled() -> None:
-    """Keeps compiled code in the user's cache directory unless TORCHINDUCTOR_CACHE_DIR is set.
+def _cache_compiled_code() -> None:
+    """Caches compiled code in the user's cache directory unless TORCHINDUCTOR_CACHE_DIR is set.
 
     torch's default is in the directory for temporary files, where other users can write.
     """
@@ -63,8 +63,8 @@ def _keep_compiled() -> None:
 class Captioner:
     """Captions batches of images with one model on one device.
 
-    The bundle's model is moved to the device and its BatchNorm layers are folded, so the bundle
-    cannot be used for anything else afterwards.
+    The bundle's model is moved to the device and its BatchNorm layers are folded, which
+    makes the bundle unusable for anything else.
 
     Args:
         bundle: the model.
@@ -99,31 +99,31 @@ class Captioner:
         self.model.encoder.to(memory_format=torch.channels_last)
         self._compiles = compiled
         self._compiled: Callable[[Tensor], Tensor] = self.model.encoder
-        self._compiled_for: list[int] = []  # numbers of images
-        if compiled and self._in_parts:
-            self._compile(self._part)
+        self._compiled_for: list[int] = []  # batch sizes
+        if compiled and self._encodes_in_parts:
+            self._compile(self._part_size)
 
     @torch.no_grad()
     def __call__(self, images_BHW3: np.ndarray) -> list[Caption]:
         """Captions uint8 RGB images ``(B, size, size, 3)``, ``size`` being ``image_size``."""
         images = torch.from_numpy(images_BHW3)
         if self.device.type == "cuda":
-            images = images.pin_memory()  # so that the copy is asynchronous
+            images = images.pin_memory()  # makes the copy asynchronous
         images = images.to(self.device, non_blocking=True)
         features_BhwC = torch.cat([self._encode(part) for part in self._parts(images)])
         hypotheses = generate(self.model.decoder, features_BhwC, self.decode)
         return [self._caption(hypothesis) for hypothesis in hypotheses]
 
     @property
-    def _in_parts(self) -> bool:
+    def _encodes_in_parts(self) -> bool:
         """Whether a batch is encoded in parts, which on a CPU saves RAM and costs no time."""
         return self.device.type == "cpu"
 
     def _parts(self, images: Tensor) -> Sequence[Tensor]:
-        return torch.split(images, self._part) if self._in_parts else [images]
+        return torch.split(images, self._part_size) if self._encodes_in_parts else [images]
 
     @property
-    def _part(self) -> int:
+    def _part_size(self) -> int:
         return _IMAGES_PER_THREAD * torch.get_num_threads()
 
     def _encode(self, images_BHW3: Tensor) -> Tensor:
@@ -132,7 +132,11 @@ class Captioner:
             self._compile(count)
         # Compiled code takes a fixed number of images. A batch that was halved because the GPU ran
         # out of memory must not be padded to its former size.
-        sizes = [s for s in self._compiled_for if count <= s and (self._in_parts or s < 2 * count)]
+        sizes = [
+            s
+            for s in self._compiled_for
+            if count <= s and (self._encodes_in_parts or s < 2 * count)
+        ]
         if not sizes:
             return self.model.encoder(images_BHW3)  # type: ignore[no-any-return]
         filled = F.pad(images_BHW3, (0, 0, 0, 0, 0, 0, 0, min(sizes) - count))
@@ -145,10 +149,10 @@ class Captioner:
         try:
             import torch._inductor.config as inductor
 
-            _keep_compiled()
+            _cache_compiled_code()
             self._compiled = torch.compile(self.model.encoder, dynamic=False)
-            # Freezing makes the weights constants. It has no effect as an option of torch.compile,
-            # nor in inference mode.
+            # Freezing makes the weights constants. It has no effect as an option of torch.compile
+            # or in inference mode.
             with inductor.patch(freezing=True), torch.no_grad():
                 self._compiled(blank)
         except torch.OutOfMemoryError:

@@ -167,7 +167,7 @@ def join_words(words: Sequence[str]) -> str:
     after them. Quotes open and close by turns; ``'`` after a word that ends in s is a possessive.
     """
     caption = ""
-    attach = True  # the next word, to what stands before it
+    attach = True  # the next word to the caption so far
     open_quotes: set[str] = set()
     for place, word in enumerate(words):
         previous = words[place - 1] if place else ""

@@ -45,8 +45,8 @@ class Vocabulary:
         """Collects the words of captions, the most frequent first.
 
         Args:
-            captions: texts, or the words of each where a dataset gives them.
-            minimum_count: how often a word has to occur.
+            captions: texts, or the words of each if the dataset is tokenized.
+            minimum_count: how often a word must occur.
             kind: how texts are split into words.
         """
         return cls(_tokenizer([*SPECIAL, *_frequent(captions, minimum_count, kind)]), kind)
@@ -91,7 +91,7 @@ class Vocabulary:
     def to_json(self) -> str:
         """The words in Hugging Face's ``tokenizer.json`` format.
 
-        It splits at white space. For the kind ``ptb``, give it words with spaces between them.
+        The tokenizer splits at white space: for the kind ``ptb``, join the words with spaces first.
         """
         return self._tokenizer.to_str()
 
@@ -102,8 +102,8 @@ class Vocabulary:
         """Encodes a caption as ``<start>``, the ids of its words, ``<eos>``, without padding.
 
         Args:
-            caption: a text, or its words where a dataset gives them.
-            max_length: most ids; further words are cut off.
+            caption: a text, or its words if the dataset is tokenized.
+            max_length: the largest number of ids; further words are cut off.
         """
         words = _words(caption, self.kind)[: max_length - 2]
         return [START, *(self._ids.get(word, UNKNOWN) for word in words), EOS]
@@ -113,7 +113,7 @@ class Vocabulary:
         return [self._words[i] for i in ids]
 
     def join(self, words: Sequence[str]) -> str:
-        """Joins words to a caption: as people write for ``ptb``, else with spaces between them."""
+        """Joins words to a caption: with natural spacing for ``ptb``, else with single spaces."""
         return join_words(words) if self.kind == "ptb" else " ".join(words)
 
 

@@ -101,7 +101,7 @@ def _images(count: int) -> np.ndarray:
 def test_a_compiled_encoder_writes_the_same_captions(vocabulary, tmp_path, monkeypatch, in_parts):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr(Captioner, "_in_parts", in_parts)
+    monkeypatch.setattr(Captioner, "_encodes_in_parts", in_parts)
     options = {"device": "cpu", "precision": "fp32"}
     plain = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), **options)
     compiled = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), compiled=True, **options)
@@ -119,7 +119,7 @@ def test_a_compiled_encoder_writes_the_same_captions(vocabulary, tmp_path, monke
 
 def test_batches_that_were_halved_are_not_filled_up_again(vocabulary, monkeypatch):
     """A batch that was halved because RAM ran out must not be padded again."""
-    monkeypatch.setattr(Captioner, "_in_parts", False)
+    monkeypatch.setattr(Captioner, "_encodes_in_parts", False)
     encoded = []
 
     def compiled(images: torch.Tensor) -> torch.Tensor:
