@@ -9,12 +9,12 @@ from captioner.runtime.cluster import is_known_to_grow
 
 __all__ = ["ActorPool", "fit_actors"]
 
-# Whole CPUs would let the actors keep all tasks that decode and write from being scheduled.
+# Actors that reserve whole CPUs could leave none for the tasks that decode and write.
 _CPUS_OF_AN_ACTOR = 0.75
 _CPUS_OF_AN_ACTOR_ON_ONE_CPU = 0.4
-_CPUS_PER_ACTOR_WITHOUT_GPUS = 8  # logical CPUs of the cluster, one of whose actors uses them all
+_CPUS_PER_ACTOR_WITHOUT_GPUS = 8  # logical CPUs of the cluster for each actor
 _LEAST_CPUS_OF_A_DECODE_TASK = 0.1
-_ROUNDING = 1e-6  # fractions of a CPU or GPU that are there all the same
+_ROUNDING = 1e-6  # tolerance in CPUs or GPUs for rounding errors
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class ActorPool:
     """The actors that caption on Ray.
 
     Attributes:
-        least: actors at least.
-        most: actors at most.
-        cpus: logical CPUs that Ray reserves for each.
-        gpus: GPUs that Ray reserves for each.
-        threads: torch's threads in each; None leaves them as they are, on a GPU.
-        decoders: decode tasks that have room beside them; None where the cluster may grow.
-        room: actors that the cluster has room for at present.
-        cluster: the cluster, for a person.
+        least: the smallest number of actors.
+        most: the largest number of actors.
+        cpus: logical CPUs that Ray reserves for each actor.
+        gpus: GPUs that Ray reserves for each actor.
+        threads: torch's threads in each actor; None keeps torch's default, on a GPU.
+        decoders: decode tasks that fit beside the actors; None if the cluster may grow.
+        room: actors that fit on the cluster as it is.
+        cluster: a description of the cluster, for messages.
     """
 
     least: int
@@ -49,10 +49,10 @@ class ActorPool:
 
 
 def fit_actors(ray: Any, run: RunConfig) -> ActorPool:
-    """The actors for a run on the cluster as it is, or as it is going to grow.
+    """Chooses the actors for a run on the cluster as it is, or as it may grow.
 
     Raises:
-        InputError: the cluster has no room for them, and is not known to grow.
+        InputError: the actors do not fit on the cluster, and it is not known to grow.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
@@ -94,7 +94,7 @@ def _gpus_of_an_actor(run: RunConfig, cluster_gpus: float) -> float:
 
 
 def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
-    """How many actors a node holds; a fraction of a GPU is a fraction of a single one."""
+    """How many actors fit on a node; a fraction of a GPU comes from a single GPU."""
     places = int(node.get("CPU", 0) / cpus + _ROUNDING)
     if gpus:
         devices = node.get("GPU", 0)
@@ -106,11 +106,11 @@ def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
 def _check_room(pool: ActorPool, run: RunConfig, *, free_cpus: float, cluster_gpus: float) -> None:
     needed = f"{pool.least} actors of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs"
     if run.device == "cuda" and not cluster_gpus:
-        raise InputError(f"there is no GPU for --device cuda: the cluster has {pool.cluster}")
+        raise InputError(f"--device cuda needs a GPU: the cluster has {pool.cluster}")
     if pool.room < pool.least:
         raise InputError(
-            f"no room for {needed}, but for {pool.room}: the cluster has {pool.cluster}; "
-            "if it is going to grow, give --wait-for-nodes"
+            f"no room for {needed}, only for {pool.room}: the cluster has {pool.cluster}; "
+            "if more nodes will join, add --wait-for-nodes"
         )
     if free_cpus < run.cpus_per_decode:
         raise InputError(

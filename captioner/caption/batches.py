@@ -1,4 +1,4 @@
-"""Contains faults of the model: one bad image costs one row.
+"""Captions batches and contains the model's faults: a bad image costs only its own row.
 
 An image on which the model raises is found by halving its batch. An image that kills its process
 cannot be caught: :mod:`captioner.caption.crash_log` records it, and its shard is then captioned
@@ -28,17 +28,17 @@ from captioner.schema import CaptionRow
 
 __all__ = ["BatchCaptioner", "caption_alone"]
 
-_SMALLEST = 8  # images a batch at first, where the batch size is found by trial
-_TRIED = 3  # batches of each size
-_FASTER = 1.05  # least ratio of the speeds for which the batch size is doubled
-_GREY, _PROBE = 128, 256  # of the probe: its pixels' value, and its side
+_FIRST_BATCH_SIZE = 8  # images, for --batch-size auto
+_TRIALS = 3  # batches of each size
+_SPEEDUP = 1.05  # least speedup for which the batch size is doubled again
+_PROBE_GREY, _PROBE_PIXELS = 128, 256  # the value, and the height and width, of the probe
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 _logger = logging.getLogger(__name__)
 
 
 class BatchCaptioner:
-    """Captions any number of images, in batches that fit the device, and contains their faults.
+    """Captions any number of images in batches that fit the device; contains faults.
 
     Attributes:
         batch_size: images a batch; halved for good when memory runs out. Given as ``auto``, it is
@@ -58,7 +58,7 @@ class BatchCaptioner:
         self._captioner = captioner
         self._most = most
         self._decode = decode
-        self.batch_size = _SMALLEST if batch_size == "auto" else batch_size
+        self.batch_size = _FIRST_BATCH_SIZE if batch_size == "auto" else batch_size
         self._grows = batch_size == "auto"
         self._slower = 0.0  # images a second in batches of half the size
         self._speeds: list[float] = []  # of batches of this size
@@ -91,8 +91,8 @@ class BatchCaptioner:
             torch.AcceleratorError: the device is lost.
         """
         try:
-            width, height = preparation.target(_PROBE, _PROBE)
-            self._captioner([np.full((height, width, 3), _GREY, np.uint8)])
+            width, height = preparation.target(_PROBE_PIXELS, _PROBE_PIXELS)
+            self._captioner([np.full((height, width, 3), _PROBE_GREY, np.uint8)])
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -121,11 +121,11 @@ class BatchCaptioner:
     def _grow(self, speed: float) -> None:
         """Records a full batch's images a second; doubles the batch size while that pays."""
         self._speeds.append(speed)
-        if len(self._speeds) < _TRIED:
+        if len(self._speeds) < _TRIALS:
             return
         speed = max(self._speeds[1:])  # the first batch allocates memory and selects kernels
         self._speeds = []
-        if speed <= _FASTER * self._slower:
+        if speed <= _SPEEDUP * self._slower:
             self._grows = False
             self.batch_size //= 2
         elif 2 * self.batch_size > self._most:
@@ -180,7 +180,7 @@ class BatchCaptioner:
 
 
 def _is_out_of_memory(problem: Exception) -> bool:
-    """Whether the host's or a device's memory ran out; torch has several words for it."""
+    """Whether the memory of the host or a device ran out; torch reports it in several ways."""
     if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
         return True
     message = str(problem).lower()
@@ -190,13 +190,13 @@ def _is_out_of_memory(problem: Exception) -> bool:
 def caption_alone(
     job: CaptionJob, captioner: BatchCaptioner, shard: Shard, crash_log: CrashLog
 ) -> list[CaptionRow]:
-    """Captions a shard that a process died with image by image, which finds the image that kills.
+    """Captions a shard that a process died on image by image, to find the image at fault.
 
     Raises:
         DeviceError: the device seems to be broken.
     """
     crashes = crash_log.crashes(shard.number) or Crashes()
-    crash_log.begin(shard.number, crashes)  # no image is in hand while the device is probed
+    crash_log.begin(shard.number, crashes)  # names no image while the device is probed
     crash_log.begin_probe(captioner.device)
     captioner.probe(job.preparation)
     crash_log.end_probe(captioner.device)
@@ -204,7 +204,7 @@ def caption_alone(
     rows = []
     for uri, size in zip(shard.uris, shard.sizes, strict=True):
         if crashes.sets_aside(uri):
-            error = "it killed the process that captioned it, more than once"
+            error = "the process that captioned this image died more than once"
             rows.append(CaptionRow(uri=uri, bytes=size, status="failed", error=error))
             continue
         crash_log.begin(shard.number, crashes, alone=(uri, captioner.device))

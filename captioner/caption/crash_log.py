@@ -1,19 +1,20 @@
-"""Which shards are in a process's hands, and which images processes died with.
+"""Records which shards are in progress, and which images processes crashed on.
 
-A crash in a decoder's C code or the kernel's out-of-memory killer cannot be caught. A small file
-therefore says which shard a process has in hand, and is deleted when the shard is finished. A file
-that is found later tells that its process died, or was killed. The shard is then captioned image by
-image, each named in the file before it is touched.
+A crash in a decoder's C code or the kernel's out-of-memory killer cannot be caught. A process
+therefore writes a small file when it begins a shard, and deletes the file when the shard is
+finished. A file that remains shows that its process died. The shard is then captioned image by
+image, and the file names each image before it is read.
 
-A device that breaks kills its processes too, whatever the image. Before a process touches an image
-that another process may have died with, it therefore captions a plain grey image, the probe:
+A broken device kills its processes on any image. Before a process reads an image that another
+process may have crashed on, it therefore captions a plain grey image, the probe:
 
 - A death with the probe counts against no image. After :data:`_PROBES` such deaths in a row
   on one device the job stops.
-- A death with an image alone counts against the image only once the probe, or any image, has gone
-  through on the same device afterwards. Two such deaths set the image aside.
-- Deaths on :data:`_DEVICES` different devices set the image aside too: each had captioned the probe
-  just before, and a job whose every process gets another machine could otherwise never end.
+- A death with a single image counts against the image once the same device captions the probe, or
+  any image, afterwards. Two counted deaths set the image aside.
+- Uncounted deaths on :data:`_DEVICES` different devices set the image aside too: each device
+  captioned the probe just before. Otherwise a job that gets a new machine for every process would
+  never end.
 """
 
 import hashlib
@@ -29,26 +30,26 @@ from captioner.output.directory import PRIVATE
 __all__ = ["CrashLog", "Crashes"]
 
 _SHARD = re.compile(r"(\d{6,})\.json")
-_DEATHS = 2  # counted deaths, with the image alone, that set it aside
-_DEVICES = 3  # devices with deaths that are not counted, which set it aside as well
-_PROBES = 3  # deaths in a row with the probe, after which the device is taken to be broken
+_DEATHS = 2  # counted deaths that set an image aside
+_DEVICES = 3  # devices with uncounted deaths that set an image aside
+_PROBES = 3  # consecutive deaths with the probe that show a broken device
 
 
 @dataclass
 class Crashes:
-    """What is known about processes that died with a shard.
+    """What is known about processes that died on a shard.
 
     Attributes:
-        deaths: counted deaths with an image alone, by URI.
-        unproven: other deaths with an image alone, as URI and device: nothing has gone through on
-            the device since.
+        deaths: counted deaths on a single image, by URI.
+        unproven: uncounted deaths on a single image, as URI and device: the device has captioned
+            nothing since.
     """
 
     deaths: dict[str, int] = field(default_factory=dict)
     unproven: list[tuple[str, str]] = field(default_factory=list)
 
     def count_deaths_on(self, device: str) -> None:
-        """Counts the deaths on a device that has just captioned an image, and therefore works."""
+        """Counts the deaths on a device once it has captioned an image and thus works."""
         for uri, where in self.unproven:
             if where == device:
                 self.deaths[uri] = self.deaths.get(uri, 0) + 1
@@ -61,11 +62,11 @@ class Crashes:
 
 
 class CrashLog:
-    """The files that say which shards are in a process's hands: ``__captioner/attempts/N.json``.
+    """The files that record which shards are in progress: ``__captioner/attempts/N.json``.
 
-    A file holds a shard's :class:`Crashes` and ``alone``, the URI of the image that its process
-    has in hand alone and the process's device, or null. ``device-….json`` counts the processes in a
-    row that died with the probe on a device.
+    A file holds a shard's :class:`Crashes` and ``alone``: the URI of the single image in progress
+    and the process's device, or null. ``device-….json`` counts the consecutive processes that died
+    with the probe on a device.
     """
 
     def __init__(self, output: str):
@@ -74,16 +75,16 @@ class CrashLog:
     def begin(
         self, shard: int, crashes: Crashes | None = None, *, alone: tuple[str, str] | None = None
     ) -> None:
-        """Says that a shard, or one image of it on a device, is in this process's hands."""
+        """Records that this process begins a shard, or a single image of it on a device."""
         values = {"alone": alone, **asdict(crashes or Crashes())}
         storage.write(self._shard(shard), json.dumps(values).encode())
 
     def end(self, shard: int) -> None:
-        """Says that a shard is finished."""
+        """Records that a shard is finished."""
         storage.delete(self._shard(shard))
 
     def crashes(self, shard: int) -> Crashes | None:
-        """What is known about processes that died with a shard; None where none did.
+        """What is known about processes that died on a shard; None if no process did.
 
         Raises:
             OutputError: the file cannot be read.
@@ -100,11 +101,11 @@ class CrashLog:
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             # A power cut or a copy of the folder may leave the file empty or cut off. It still
-            # says that the shard was in hand; an image that kills its process is found again.
+            # shows that the shard was in progress; a crash on an image will show again.
             return Crashes()
 
     def shards(self) -> set[int]:
-        """The shards that were in a process's hands when it died, by number.
+        """The numbers of the shards that were in progress when their process died.
 
         Raises:
             OutputError: the files cannot be listed.
@@ -112,7 +113,7 @@ class CrashLog:
         return {int(match[1]) for name in self._names() if (match := _SHARD.fullmatch(name))}
 
     def begin_probe(self, device: str) -> None:
-        """Says that this process is about to caption the probe on a device.
+        """Records that this process is about to caption the probe on a device.
 
         Raises:
             DeviceError: too many processes in a row died with the probe on this device.
@@ -130,13 +131,13 @@ class CrashLog:
         storage.write(self._device(device), text.encode())
 
     def end_probe(self, device: str) -> None:
-        """Says that the probe has gone through on a device."""
+        """Records that a device captioned the probe."""
         storage.delete(self._device(device))
 
     def clear_after_orderly_end(self) -> None:
-        """Clears what no crash has left: the shards and probes of a job that ends in order.
+        """Clears the shards and probes in progress, for a job that ends without a crash.
 
-        Earlier deaths stay.
+        Recorded deaths stay.
         """
         for shard in self.shards():
             values = self._read(self._shard(shard))
@@ -166,7 +167,7 @@ class CrashLog:
             raise OutputError(f"cannot list {self._directory}: {error}") from error
 
     def _read(self, uri: str) -> dict[str, Any] | None:
-        """A file's JSON; None where there is no such file, an empty object where it is damaged."""
+        """Reads a file's JSON; None if the file does not exist, ``{}`` if it is damaged."""
         try:
             values = json.loads(storage.read(uri))
         except FileNotFoundError:

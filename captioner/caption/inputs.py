@@ -1,4 +1,4 @@
-"""What a caption job reads before it begins, and the fingerprint that follows from it."""
+"""The inputs that a caption job reads before it begins, and their fingerprint."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ __all__ = ["Inputs"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads before it begins.
+    """The inputs of a job, read before it begins.
 
     Attributes:
         model: the model; a pretrained model's weights are not read yet.
@@ -51,7 +51,7 @@ class Inputs:
         run: RunConfig | None,
         listing: ListingConfig | None,
     ) -> "Inputs":
-        """Finds the model and lists the source; None stands for the default settings.
+        """Finds the model and lists the source; None means the default settings.
 
         Raises:
             InputError: the source cannot be listed, or a setting cannot be used.
@@ -59,7 +59,7 @@ class Inputs:
         """
         listing = listing or ListingConfig()
         run = run or RunConfig()
-        choose_engine(run)  # which refuses some settings, before anything is read
+        choose_engine(run)  # rejects invalid settings before anything is read
         directory = OutputDirectory(storage.absolute(output))
         found = load_model(model)
         decode = found.resolve(decode or DecodeConfig())
@@ -75,7 +75,7 @@ class Inputs:
         )
 
     def fingerprint(self, placement: Placement) -> dict[str, Any]:
-        """All that can change a row, by name."""
+        """Everything that can change a row, by name."""
         return {
             **self.model.identity,
             "preprocessing version": images.PREPROCESSING_VERSION,
@@ -86,13 +86,13 @@ class Inputs:
         }
 
     def unlisted(self, manifest: pa.Table) -> set[str]:
-        """The images of earlier runs that are not listed any more; a limit hides no image."""
+        """The images that only earlier runs listed; empty if ``--limit`` shortens the listing."""
         if self.limited:
             return set()
         return set(manifest["uri"].to_pylist()) - {each.uri for each in self.listed}
 
     def job(self, plan: Plan) -> CaptionJob:
-        """What each process of the job needs to know."""
+        """The settings for each process of the job."""
         return CaptionJob(
             output=self.directory.uri,
             preparation=self.model.preparation,
@@ -102,7 +102,7 @@ class Inputs:
 
 
 def _check_schemes(listed: Sequence[Listed]) -> None:
-    """Finds out before the first shard whether URIs of all kinds can be opened.
+    """Checks before the first shard that the URIs of every scheme can be opened.
 
     Raises:
         StorageError: the package for some of the URIs is missing.

@@ -1,4 +1,4 @@
-"""The caption job: begin, execute the plan, close the books.
+"""The caption job: begin, execute the plan, record the outcome.
 
 A part is written atomically under its shard's name. A task that runs twice writes the same file
 twice, and what was finished before a crash stays finished.
@@ -58,7 +58,7 @@ def plan_captioning(
     listing: ListingConfig | None = None,
     overwrite: bool = False,
 ) -> Plan:
-    """What :func:`caption_images` would do with the same arguments; writes nothing.
+    """Plans what :func:`caption_images` would do with the same arguments; writes nothing.
 
     Raises:
         CaptionerError: what :func:`caption_images` would raise before its first image.
@@ -115,33 +115,33 @@ def caption_images(
             with directory.locked():
                 return _execute(inputs, signals, overwrite=overwrite)
         except (Exception, KeyboardInterrupt) as problem:
-            # After a signal any error may follow from it, such as an import that was cut off.
+            # After a signal, any error may be its consequence, for example an interrupted import.
             if signals.received is None and not isinstance(problem, KeyboardInterrupt):
                 raise
             raise _stopped(directory, signals.received or signal.SIGINT) from problem
 
 
 def _execute(inputs: Inputs, signals: Signals, *, overwrite: bool) -> Summary:
-    """Captions what is left, and closes the books however that ends, once Ray is shut down."""
-    done, books = Done(), None
+    """Captions the remaining images; records the outcome, also of a failure, after Ray ends."""
+    done, outcome = Done(), None
     try:
         with placed(inputs.run) as placement:
             plan, unlisted = _begin(inputs, placement, overwrite=overwrite)
-            books = _Books(inputs.directory, plan.images, len(unlisted))
+            outcome = _Outcome(inputs.directory, plan.images, len(unlisted))
             for result in _results(plan, inputs, signals):
                 done.add(result.rows, result.timing)
     except BaseException as problem:
-        if books is not None:
+        if outcome is not None:
             with suppress(Exception):  # it must not hide why the job ends
-                books.close_after(problem, done, signals)
+                outcome.close_after(problem, done, signals)
         raise
-    summary = books.close(done)
+    summary = outcome.close(done)
     _check_error_rate(summary, inputs, unlisted)
     return summary
 
 
 def _begin(inputs: Inputs, placement: Placement, *, overwrite: bool) -> tuple[Plan, set[str]]:
-    """Makes the output this job's; returns the plan, and the images that are not listed any more.
+    """Claims the output for this job; returns the plan and the unlisted images.
 
     Raises:
         OutputError: the output is another job's, or cannot be written.
@@ -184,11 +184,11 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
         yield from failures.release()
 
 
-class _Books:
-    """Closes the books of a run: what it did and what the output holds, as summary.json."""
+class _Outcome:
+    """Records the outcome of a run, what it did and what the output holds, in summary.json."""
 
     def __init__(self, directory: OutputDirectory, images: int, unlisted: int):
-        self._directory, self._images, self._gone = directory, images, unlisted
+        self._directory, self._images, self._unlisted = directory, images, unlisted
         self._crash_log = CrashLog(directory.uri)
         self._started, self._begin = _now(), time.monotonic()
 
@@ -214,7 +214,9 @@ class _Books:
         """After an error or a signal, which leaves no time to read the parts."""
         self._directory.delete_leftovers()
         orderly = isinstance(problem, (CaptionerError, KeyboardInterrupt))
-        if orderly and not isinstance(problem, DeviceError):  # which tells of the image in hand
+        if orderly and not isinstance(
+            problem, DeviceError
+        ):  # its crash log names the image at fault
             self._crash_log.clear_after_orderly_end()
         if signals.received is not None or isinstance(problem, KeyboardInterrupt):
             self._write(done, {}, missing=self._images - self._finished(), error="stopped")
@@ -236,7 +238,7 @@ class _Books:
             images=self._images,
             rows=rows,
             missing=missing,
-            unlisted=self._gone,
+            unlisted=self._unlisted,
             captioned=done.images,
             seconds=time.monotonic() - self._begin,
             started=self._started,
@@ -278,7 +280,7 @@ def _statuses(directory: OutputDirectory, uris: set[str]) -> Counter[str]:
 def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:
     name, again = signal.Signals(number).name, "run the same command again to resume"
     manifest = MANIFEST.empty_table()
-    with suppress(Exception):  # what goes wrong now must not hide the signal
+    with suppress(Exception):  # a further error must not hide the signal
         if directory is not None:
             manifest = read_manifest(directory)
             done = len(manifest) - sum(

@@ -1,4 +1,4 @@
-"""The engine in this process: threads read and decode the next images while the model captions."""
+"""The local engine: threads read and decode the next images while the model captions."""
 
 import itertools
 import operator
@@ -34,11 +34,11 @@ __all__ = ["run_local"]
 _BATCHES_AHEAD = 2  # of decoded images, at least
 _IMAGES_AHEAD = 4  # for each thread that decodes, at least
 _BYTES_AHEAD = 1 << 30  # of decoded images, at most
-_PATIENCE = 5  # seconds for the crash log's entries to be written when the job stops
+_CRASH_LOG_SECONDS = 5  # to wait for the crash log's entries when the job stops
 
 
 def run_local(job: CaptionJob, model: Model, shards: list[Shard]) -> Results:
-    """Captions shards, first those that processes died with.
+    """Captions shards, beginning with the shards that processes died on.
 
     Raises:
         DeviceError: the device is lost: only another process can use it again.
@@ -54,8 +54,8 @@ def run_local(job: CaptionJob, model: Model, shards: list[Shard]) -> Results:
     except torch.AcceleratorError as error:
         first = str(error).strip().split("\n")[0]
         raise DeviceError(
-            f"{captioner.device} is lost: {first}. Run the same command again: what is written "
-            "stays, and an image that causes this is found and set aside"
+            f"{captioner.device} is lost: {first}. Run the same command again: finished "
+            "shards stay, and an image that causes this is found and set aside"
         ) from error
 
 
@@ -74,9 +74,10 @@ class _Engine:
         self._begun: list[Future[None]] = []  # entries in the crash log
 
     def run(self, shards: list[Shard]) -> Results:
+        """Captions shards; yields their results as the parts are written."""
         suspects = self._crash_log.shards()
         for shard in shards:
-            if shard.number in suspects:  # before all others: nothing else is in hand meanwhile
+            if shard.number in suspects:  # first, while no other image is in progress
                 rows = caption_alone(self._job, self._captioner, shard, self._crash_log)
                 yield finish_shard(self._job, shard, rows, self._captioner.take_timing())
         readers = ThreadPoolExecutor(self._decoders, thread_name_prefix="decode")
@@ -85,10 +86,10 @@ class _Engine:
             others = [shard for shard in shards if shard.number not in suspects]
             yield from self._caption(others, readers, writer)
         finally:
-            # A read may hang for minutes: it is not waited for. A part is nearly written.
+            # Do not wait for reads, which may hang for minutes; wait for the part being written.
             readers.shutdown(wait=False, cancel_futures=True)
             writer.shutdown(cancel_futures=True)
-            wait([each for each in self._begun if not each.cancelled()], _PATIENCE)
+            wait([each for each in self._begun if not each.cancelled()], _CRASH_LOG_SECONDS)
 
     def _caption(
         self, shards: list[Shard], readers: ThreadPoolExecutor, writer: ThreadPoolExecutor
@@ -139,7 +140,7 @@ class _Engine:
             return load_image(self._job, uri, size)
 
         for shard in shards:
-            # In this thread it would keep the model waiting.
+            # In another thread, to keep the model busy.
             begun = readers.submit(self._crash_log.begin, shard.number)
             self._begun = [*(each for each in self._begun if not each.done()), begun]
             for uri, size in zip(shard.uris, shard.sizes, strict=True):

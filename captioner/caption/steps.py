@@ -1,4 +1,4 @@
-"""The steps of a caption job: read and decode an image, write a part. They know no engine.
+"""The steps of a caption job, common to both engines: read and decode an image, write a part.
 
 Both engines consist of these steps and of :mod:`captioner.caption.batches`, and cut a shard into
 the same batches; they therefore write the same rows.
@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Withheld:
-    """The rows of a shard that are not written yet: all of its images fail for one kind of reason.
+    """The rows of a shard, not written yet, whose images all fail for the same kind of reason.
 
     See :mod:`captioner.caption.early_failures`.
     """
@@ -57,7 +57,7 @@ class ShardResult:
     Attributes:
         rows: its rows, by status.
         timing: the time spent since the engine's last result.
-        withheld: the rows, where they are not written yet.
+        withheld: the rows, if they are not written yet.
     """
 
     rows: dict[str, int]
@@ -71,9 +71,9 @@ Results = Generator[ShardResult, None, None]
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionJob:
-    """What each process of a job needs to know; small, and the same on every machine.
+    """The settings for each process of a job; small, and the same on every machine.
 
-    ``preparation`` is the shape that the model wants its images in.
+    ``preparation`` is the shape of image that the model takes.
     """
 
     output: str
@@ -84,7 +84,7 @@ class CaptionJob:
 
 @dataclass
 class Loaded:
-    """An image on its way: its row so far, and its pixels until it is captioned.
+    """An image in progress: its row so far, and its pixels until it is captioned.
 
     ``seconds`` is the time of reading and decoding.
     """
@@ -98,7 +98,7 @@ def load_image(job: CaptionJob, uri: str, size: int | None) -> Loaded:
     """Reads and decodes one image; its row says what is wrong with it.
 
     Raises:
-        CaptionerError: no image of the job can be read, as without a package or credentials.
+        CaptionerError: no image of the job can be read, for example without credentials.
     """
     begin = time.perf_counter()
     loaded = _load(job, uri, size)
@@ -115,7 +115,7 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
         data = storage.read(uri, limit, retries=job.run.retries)
     except CaptionerError:
         raise
-    except Exception as problem:  # of a bucket's client, whatever it raises
+    except Exception as problem:  # a bucket's client raises errors of many types
         row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=one_line(problem))
         return Loaded(row, None)
     decoded = images.decode(
@@ -125,7 +125,9 @@ def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
         uri=uri,
         width=decoded.width,
         height=decoded.height,
-        bytes=len(data) if len(data) <= limit else storage.size(uri),  # of more, not all is read
+        bytes=len(data)
+        if len(data) <= limit
+        else storage.size(uri),  # a longer file is not read to its end
         status=decoded.status,
         error=decoded.error,
     )
@@ -153,12 +155,12 @@ def finish_shard(
     return ShardResult(counts, timing, withheld)
 
 
-# What differs between two messages of one kind: paths and URIs, what is quoted, numbers.
+# Parts of a message that vary between failures of one kind: paths, URIs, quotes, numbers.
 _VARYING = re.compile(r"""\S*[/\\]\S*|'[^']*'|"[^"]*"|\b[0-9a-fA-F-]{8,}\b|\d+""")
 
 
 def common_failure(rows: Sequence[CaptionRow]) -> str | None:
-    """The kind of failure that all rows have in common; None where they have none."""
+    """The kind of failure that all rows share; None if there is none."""
     kinds = {_kind_of_failure(row) for row in rows}
     return kinds.pop() if len(kinds) == 1 else None
 
@@ -171,26 +173,26 @@ def _kind_of_failure(row: CaptionRow) -> str | None:
 
 
 def write_part(job: CaptionJob, shard: Shard, captioned: Sequence[CaptionRow]) -> None:
-    """Writes a shard's rows as its part, or puts redone rows into the part that is there.
+    """Writes a shard's rows as its part, or replaces redone rows in the existing part.
 
     Raises:
         OutputError: the part cannot be written, or, where rows are redone, cannot be read or holds
             other images.
-        RuntimeError: these are not the shard's rows.
+        RuntimeError: the rows are not those of the shard's images.
     """
     if [row.uri for row in captioned] != shard.uris:
         raise RuntimeError(f"the rows of shard {shard.number} are not those of its images")
     schema = part_schema(attention=job.decode.attention, levels=job.decode.attention_levels)
     rows = rows_to_table(captioned).cast(schema)
     if shard.redone:
-        rows = _put(read_part(job.output, Part(shard.number, shard.number)), shard, rows)
+        rows = _replace_rows(read_part(job.output, Part(shard.number, shard.number)), shard, rows)
     sink = io.BytesIO()
     pq.write_table(rows.cast(schema), sink, compression="zstd")
     storage.write(storage.join(job.output, part_name(shard.number)), sink.getvalue())
 
 
-def _put(part: pa.Table, shard: Shard, rows: pa.Table) -> pa.Table:
-    """A part, with redone rows in the place of the rows that they replace."""
+def _replace_rows(part: pa.Table, shard: Shard, rows: pa.Table) -> pa.Table:
+    """Replaces the redone rows of a part."""
     order = np.arange(len(part))
     order[shard.redone] = len(part) + np.arange(len(rows))
     if part["uri"].take(shard.redone).to_pylist() != shard.uris:

@@ -37,15 +37,15 @@ class Summary:
     Attributes:
         output: the output directory.
         images: images ever listed for this output.
-        rows: all rows of the output, by status; empty where a signal ended the run, since the
-            parts are not read then.
+        rows: all rows of the output, by status; empty if a signal ended the run, because the
+            parts are then not read.
         missing: images without a row.
         unlisted: images that an earlier run listed and this run did not; their rows are kept.
         captioned: rows that this run wrote.
         seconds: from the first shard to the last, the start of the engine included.
         started: when the run started, ISO 8601, UTC.
         ended: when the run ended.
-        timing: what the run's time went to.
+        timing: how the run spent its time.
         error: why the run ended early.
     """
 
@@ -76,7 +76,7 @@ class Summary:
         return text
 
     def figures(self) -> dict[str, Any]:
-        """For summary.json."""
+        """The contents of summary.json."""
         speed = {"images_per_second": self.images_per_second}
         return asdict(self) | speed | {"timing": self.timing.figures()}
 

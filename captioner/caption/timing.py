@@ -1,4 +1,4 @@
-"""What the time of a caption job went to: reading and decoding, the model, or writing."""
+"""How a caption job spends its time: reading and decoding, the model, or writing."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,10 +11,10 @@ _METRICS = {
     "model_seconds": "Seconds of captioning, over all actors.",
     "write_seconds": "Seconds of writing parts.",
     "model_waited_for_decode_seconds": "Seconds that actors waited for decoded images.",
-    "model_waited_for_write_seconds": "Seconds that actors waited for their captions to be taken.",
+    "model_waited_for_write_seconds": "Seconds that actors waited because writing was behind.",
     "batches": "Batches that went through the model.",
     "batch_images": "Images in these batches.",
-    "batch_places": "Images that these batches had room for.",
+    "batch_places": "Images that fit in these batches.",
 }
 
 
@@ -26,11 +26,11 @@ class Timing:
         decode: reading and decoding images.
         model: captioning.
         write: writing parts.
-        waited_for_decode: the model had no decoded images to caption.
-        waited_for_write: the model's captions were not taken, because writing was behind.
+        waited_for_decode: the model waited for decoded images.
+        waited_for_write: the model waited because writing was behind.
         batches: batches that went through the model.
         images: images in these batches.
-        places: images that these batches had room for.
+        places: images that fit in these batches.
     """
 
     decode: float = 0.0
@@ -71,7 +71,7 @@ class Timing:
         }
 
     def figures(self) -> dict[str, Any]:
-        """The sums and what follows from them, for summary.json."""
+        """The sums and the ratios derived from them, for summary.json."""
         present = self.model + self.waited_for_decode + self.waited_for_write
         return {
             "bottleneck": self.bottleneck,
@@ -82,9 +82,9 @@ class Timing:
 
 
 class RayMetrics:
-    """A job's figures as Ray hands them to Prometheus, each with the tag ``output``.
+    """A job's metrics, which Ray exports to Prometheus with the tag ``output``.
 
-    The driver counts them: what a worker counts is lost with the worker.
+    The driver counts them, because a worker's counts are lost with the worker.
     """
 
     def __init__(self, output: str, remaining: int):

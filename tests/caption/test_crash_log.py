@@ -75,7 +75,7 @@ def test_an_image_with_which_two_processes_died_alone_is_set_aside(shard, log):
         assert log.crashes(7) == Crashes(deaths, [(deadly, "GPU 1")])
     rows = _alone(log, shard, _Model())
     assert [row.status for row in rows] == ["ok", "failed", "ok"]
-    assert rows[1].error == "it killed the process that captioned it, more than once"
+    assert rows[1].error == "the process that captioned this image died more than once"
     assert log.shards() == set()
     assert log.crashes(7) is None
 

@@ -160,7 +160,7 @@ def test_an_image_that_kills_its_process_is_set_aside(
     assert _check(output, photos) == {"ok": 19, "failed": 1}
     [failed] = pq.read_table(output, filters=[("status", "=", "failed")]).to_pylist()
     assert failed["uri"] == str(paths[8])
-    assert failed["error"] == "it killed the process that captioned it, more than once"
+    assert failed["error"] == "the process that captioned this image died more than once"
 
 
 @pytest.mark.parametrize("engine", [pytest.param("local", marks=pytest.mark.thorough), "ray"])

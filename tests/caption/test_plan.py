@@ -63,12 +63,12 @@ def test_actors_fit_the_cluster(nodes, settings, expected):
 @pytest.mark.parametrize(
     ("nodes", "settings", "problem"),
     [
-        ([{"CPU": 4}], {"actors": "9"}, "no room for 9 actors of 0.75 CPUs and 0 GPUs, but for 5"),
-        ([{"CPU": 4}], {"gpus_per_actor": 1.0}, "no room for 1 actors .* 1 GPUs, but for 0: the"),
+        ([{"CPU": 4}], {"actors": "9"}, "no room for 9 actors of 0.75 CPUs and 0 GPUs, only for 5"),
+        ([{"CPU": 4}], {"gpus_per_actor": 1.0}, "no room for 1 actors .* 1 GPUs, only for 0: the"),
         (
             [{"CPU": 9, "GPU": 1}, {"CPU": 9, "GPU": 1}],
             {"gpus_per_actor": 2.0},
-            "but for 0: .* 2 n",
+            "only for 0: .* 2 n",
         ),
         ([{"CPU": 3}], {"actors": "4"}, "leave 0 CPUs to decode images, which takes 0.5 "),
         (
@@ -76,7 +76,7 @@ def test_actors_fit_the_cluster(nodes, settings, expected):
             {"cpus_per_decode": 1.5},
             "leave 1.25 CPUs to decode images, which takes 1.5 ",
         ),
-        ([{"CPU": 8}], {"device": "cuda"}, "^there is no GPU for --device cuda: the cluster has 1"),
+        ([{"CPU": 8}], {"device": "cuda"}, "^--device cuda needs a GPU: the cluster has 1"),
         ([{"CPU": 8, "GPU": 4}], {"gpus_per_actor": 1.5}, "must be whole or at most 1, not 1.5"),
     ],
 )
