@@ -1,5 +1,6 @@
 """The review page's server: what it answers, what it refuses, outputs that grow and change."""
 
+import io
 import json
 import re
 import shutil
@@ -15,14 +16,19 @@ from typing import Any
 
 import fsspec
 import httpx2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from starlette.testclient import TestClient
 
 from captioner import storage
 from captioner.caption.job import caption_images
 from captioner.cli import main
 from captioner.config import RunConfig
+from captioner.output import attention
 from captioner.output.compaction import compact
 from captioner.output.decisions import Journal, read_decisions
 from captioner.output.directory import OutputDirectory
@@ -419,3 +425,41 @@ def test_a_signal_ends_the_server_with_one_file_of_decisions(output, number, hos
     assert len(read_decisions(str(output))) == 1
     assert storage.names(f"{output}/__captioner/review") == []
     assert (output / "__captioner" / "review.parquet").exists()
+
+
+@pytest.fixture
+def pretrained(output: Path) -> Path:
+    """The output with several captions a row and maps of two rows and three columns."""
+    maps_THW = np.zeros((2, 2, 3), np.float32)
+    maps_THW[0, 0, 2] = maps_THW[1, 1, 0] = 1
+    data, peaks = attention.encode(maps_THW)
+    for path in output.glob("part-*.parquet"):
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["status"] == "ok":
+                row |= {"tokens": ["a", "dog"], "token_logprobs": [-0.1, -0.2]}
+                row |= {"attention": data, "attention_peak": peaks}
+                row |= {"attention_height": 2, "attention_width": 3}
+                row |= {"captions": ["a dog", "<b>a cat</b>"], "finish": "length"}
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    return output
+
+
+def test_all_captions_and_maps_that_are_not_square(pretrained):
+    page = Page(str(pretrained))
+    try:
+        text = page.get("/row/1").text
+        assert re.findall("<li><bdi>(.*?)</bdi></li>", text) == [
+            "a dog",
+            "&lt;b&gt;a cat&lt;/b&gt;",
+        ]
+        with Image.open(io.BytesIO(page.get("/map/1/0").content)) as picture:
+            assert picture.size == (3, 2)
+            pixels = np.asarray(picture).astype(int).sum(2)
+        assert np.unravel_index(pixels.argmax(), pixels.shape) == (0, 2)
+        assert 'id="captions"' not in page.get("/row/0").text
+        assert len(_numbers(page.get("/?finish=length").text)) == 10
+        assert "finish=length" in page.get("/").text
+    finally:
+        page.close()

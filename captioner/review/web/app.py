@@ -34,6 +34,8 @@ _LONGEST_CAPTION = 10_000  # characters of an edited caption
 _LARGEST_BODY = 100_000  # bytes
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _CAPTION_COLUMNS = frozenset(COLUMNS.names)
+#: Columns that the page of a row does not list, as it shows them in other ways.
+_SHOWN_APART = ("attention", "attention_peak", "tokens", "token_logprobs", "captions")
 
 
 def make_app(index: RowIndex, journal: Journal, guard: Guard) -> Starlette:
@@ -156,7 +158,7 @@ class _Review:
             "row.html",
             view=view,
             number=number,
-            row=row,
+            row={"captions": None, **row},
             words=words,
             maps=0 if maps is None else len(maps),
             decision=decision,
@@ -165,8 +167,7 @@ class _Review:
             columns={
                 name: value
                 for name, value in row.items()
-                if name not in ("attention", "attention_peak", "tokens", "token_logprobs")
-                and value is not None
+                if name not in _SHOWN_APART and value is not None
             },
         )
 
