@@ -314,9 +314,7 @@ def test_what_is_not_there_is_an_error(bucket):
     storage.write(f"{bucket}/file", b"1")
     with pytest.raises(InputError, match=rf"^{bucket}/none does not exist$"):
         storage.find(f"{bucket}/none", IMAGES)
-    with pytest.raises(
-        InputError, match=rf"^{bucket}/file is one file, and no directory of images$"
-    ):
+    with pytest.raises(InputError, match=rf"^{bucket}/file is a file, not a directory of images$"):
         storage.find(f"{bucket}/file", IMAGES)
     with pytest.raises(NotADirectoryError):
         storage.names(f"{bucket}/file")

@@ -8,16 +8,14 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from captioner.errors import (
-    InputError,
-)
+from captioner.errors import InputError
 from captioner.runtime.signals import keep_handlers
 
 __all__ = ["connected", "is_known_to_grow"]
 
 
 def is_known_to_grow(ray: Any) -> bool:
-    """Whether an autoscaler has told Ray how large the cluster can grow; not all of them do.
+    """Whether an autoscaler has reported a maximum size to Ray; not every autoscaler does.
 
     Ray 2.60 has no public function for that.
     """
@@ -34,7 +32,7 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
         log_to_driver: show the workers' output, as Ray Train needs it.
 
     Raises:
-        InputError: there is no such cluster, or Ray cannot be started.
+        InputError: the cluster cannot be reached, or Ray cannot be started.
     """
     if not os.environ.get("RAY_ADDRESS"):
         # Read when Ray is imported. Without a token in the environment Ray writes one to the home
@@ -55,7 +53,7 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
     options: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.WARNING}
     if address == "local":
         options["include_dashboard"] = log_to_driver  # Ray Train asks it for the state of actors
-    logging.getLogger("ray._private.worker").addFilter(_is_not_of_handlers)
+    logging.getLogger("ray._private.worker").addFilter(_is_not_about_handlers)
     # Another thread starts Ray: there Ray leaves the handler of SIGTERM alone, and a signal
     # interrupts the wait for the thread, never Ray while it starts its processes. The processes end
     # with the thread that started them; it therefore lives until Ray is shut down.
@@ -74,6 +72,6 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
             ray.shutdown(wait_for_processes=True)
 
 
-def _is_not_of_handlers(record: logging.LogRecord) -> bool:
+def _is_not_about_handlers(record: logging.LogRecord) -> bool:
     """Whether a record is anything but Ray's warning that it left the handler of SIGTERM alone."""
     return "SIGTERM handler is not set" not in record.getMessage()

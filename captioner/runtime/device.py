@@ -17,7 +17,7 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; for ``auto`` a GPU if there is one.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: this machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -48,7 +48,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "bf16"]:
-    """The precision that ``auto`` stands for on a device; any other as it is."""
+    """Resolves the precision ``auto`` for a device; returns any other unchanged."""
     return "bf16" if choose_dtype(precision, device) == torch.bfloat16 else "fp32"
 
 

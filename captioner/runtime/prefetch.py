@@ -1,4 +1,4 @@
-"""Look-ahead: work that other threads begin a few items before it is needed."""
+"""Prefetching: threads work on the next items before they are needed."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +12,9 @@ Result = TypeVar("Result")
 
 
 def look_ahead(items: Iterable[Item], count: Callable[[], int]) -> Iterator[Item]:
-    """Hands items on, in order, each after ``count()`` more have been asked for.
+    """Yields items in order, each after the ``count()`` items behind it have been requested.
 
-    Where asking for an item begins work on it, such as a future, so many items are in work.
+    If requesting an item starts work on it, as with futures, ``count()`` items are in progress.
     """
     waiting: deque[Item] = deque()
     for item in items:
@@ -29,7 +29,7 @@ def map_ahead(
 ) -> Iterator[Result]:
     """``map``, in order, computed by threads up to two items a thread ahead of its consumer.
 
-    When the consumer stops early, what has not begun is dropped, and what has is not waited for.
+    If the consumer stops early, pending calls are cancelled and running calls are not awaited.
     """
     pool = ThreadPoolExecutor(threads)
     try:

@@ -114,7 +114,7 @@ def _clock(seconds: float) -> str:
 
 
 def _write(line: str) -> None:
-    """Writes to stderr; a stream that is closed or full is no reason for the work to fail."""
+    """Writes to stderr; ignores a stream that is closed or full."""
     if sys.stderr is None:  # closed before Python started
         return
     try:

@@ -81,7 +81,7 @@ def _end(number: int) -> None:
 
 @contextmanager
 def keep_handlers() -> Iterator[None]:
-    """Restores the handlers of SIGTERM and Ctrl-C at the end, whatever was done to them."""
+    """Restores the handlers of SIGTERM and Ctrl-C when the block ends."""
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _STOPPING}
     try:
         yield

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or without a reader, which is no reason to lose work."""
+"""Protects work from standard streams that are closed, full or without a reader."""
 
 import errno
 import io
@@ -59,9 +59,9 @@ def has_own_streams() -> bool:
 
 
 def error_of_stdout() -> str | None:
-    """Why output was lost, such as a full disk; None where none was.
+    """Why output was lost, for example a full disk; None if no output was lost.
 
-    A reader that has seen enough, as in ``| head``, is no error.
+    A reader that stops early, as in ``| head``, is not an error.
     """
     if not isinstance(sys.stdout, _Stream):
         return None

@@ -23,7 +23,7 @@ Exclude = Callable[[str], str | None]
 
 
 class Listed(NamedTuple):
-    """A file in a listing; ``size`` in bytes, None where the file system does not tell."""
+    """A file in a listing; ``size`` in bytes, None if the file system does not report it."""
 
     uri: str
     size: int | None
@@ -31,7 +31,7 @@ class Listed(NamedTuple):
 
 @dataclass
 class PassedOver:
-    """What was found below a directory and is not listed.
+    """Files and folders below a directory that are not listed.
 
     Attributes:
         endings: the number of files with each other ending; hidden files are not counted.
@@ -70,7 +70,7 @@ def find(
     exclude: Exclude = lambda path: None,
     passed_over: PassedOver | None = None,
 ) -> list[Listed]:
-    """All files below a directory whose names end so, sorted by URI.
+    """Finds all files below a directory whose names have one of the endings, sorted by URI.
 
     Links to folders are followed, each folder once: see :class:`_Walk`.
 
@@ -79,11 +79,11 @@ def find(
         endings: in lower case, with the dot.
         exclude: says of a path from the directory which pattern excludes it, or None. A folder is
             excluded with all that is in it.
-        passed_over: is told what is not listed.
+        passed_over: filled with what is not listed.
 
     Raises:
         FolderError: a folder below the directory cannot be listed.
-        InputError: there is no such directory, or it cannot be listed.
+        InputError: the directory does not exist, or cannot be listed.
     """
     passed_over = PassedOver() if passed_over is None else passed_over
 
@@ -111,14 +111,14 @@ def find(
 
 
 def _no_directory(directory: str, *, exists: bool) -> InputError:
-    problem = "is one file, and no directory of images" if exists else "does not exist"
+    problem = "is a file, not a directory of images" if exists else "does not exist"
     return InputError(f"{directory} {problem}")
 
 
 def _listed(path: str) -> Listed | None:
-    """A local file; one that is gone or a link to nothing too, since its loss is to be told.
+    """Lists a local file, or a broken link, which must not go unreported.
 
-    None where there is a pipe, a socket or a device.
+    Returns None for a pipe, a socket or a device.
     """
     try:
         status = os.stat(path)
@@ -145,7 +145,7 @@ class _Walk:
         self._links: list[str] = []
 
     def paths(self) -> Iterator[str]:
-        """The paths of all that is no folder."""
+        """Yields the paths of everything but folders."""
         yield from self._below(self._directory, is_linked=False)
         while self._links:
             links, self._links = sorted(self._links), []
@@ -198,7 +198,7 @@ class _Walk:
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """What is the same of a folder by whatever path; None where only walking it says why."""
+    """Identifies a folder independently of its path; None if it cannot be examined."""
     try:
         status = os.stat(path)
     except OSError:
@@ -207,7 +207,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _leads_back(link: str) -> bool:
-    """Whether a link leads to a folder that it is in itself."""
+    """Whether a link leads to a folder that contains it."""
     target = os.path.join(os.path.realpath(link), "")
     return os.path.join(os.path.realpath(os.path.dirname(link)), "").startswith(target)
 

@@ -13,16 +13,16 @@ __all__ = ["is_directory", "names", "sizes"]
 
 
 def is_directory(uri: str) -> bool:
-    """Whether there is such a directory.
+    """Whether a directory exists.
 
     Raises:
-        OSError: that cannot be told.
+        OSError: the file system cannot answer.
     """
     return attempt(uri, lambda fs, path: bool(fs.isdir(path)))
 
 
 def names(directory: str) -> list[str]:
-    """The names of what stands in a directory, sorted; empty where there is no such directory.
+    """Lists the names in a directory, sorted; empty if it does not exist.
 
     Raises:
         OSError: it is not a directory, or cannot be listed.
@@ -46,7 +46,7 @@ def names(directory: str) -> list[str]:
 
 
 def sizes(directory: str) -> dict[str, int]:
-    """The names of what is no folder in a directory, with its bytes; empty where there is no such.
+    """Lists the files in a directory with their sizes in bytes; empty if it does not exist.
 
     Raises:
         OSError: it cannot be listed.
@@ -55,6 +55,6 @@ def sizes(directory: str) -> dict[str, int]:
         entries = attempt(directory, lambda fs, path: fs.ls(path, detail=True))
     except FileNotFoundError:
         return {}
-    # A link to a file, as git-annex and DVC make of large ones, is of a third type.
+    # A link to a file, as git-annex and DVC create for large files, has a third type.
     files = [entry for entry in entries if entry["type"] != "directory"]
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in files}

@@ -24,7 +24,7 @@ def read(uri: str, limit: int | None = None, *, retries: int = RETRIES) -> bytes
 
     Args:
         uri: the file.
-        limit: at most ``limit + 1`` bytes are read, which tells the caller that there are more.
+        limit: at most ``limit + 1`` bytes are read, which shows the caller that the file is longer.
         retries: how often a transient error is retried.
 
     Raises:
@@ -153,7 +153,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def version(uri: str) -> str:
-    """What changes when a file does: its size, and its time or ETag; empty where it is gone."""
+    """A file's size and modification time or ETag, as text; empty if it does not exist."""
     try:
         info = attempt(uri, lambda fs, path: fs.info(path))
     except OSError:
@@ -162,9 +162,9 @@ def version(uri: str) -> str:
 
 
 def size(uri: str) -> int | None:
-    """A file's size in bytes; None where it is unknown."""
+    """A file's size in bytes; None if it is unknown."""
     try:
-        told: int | None = attempt(uri, lambda fs, path: fs.info(path).get("size"))
+        reported: int | None = attempt(uri, lambda fs, path: fs.info(path).get("size"))
     except OSError:
         return None
-    return told
+    return reported

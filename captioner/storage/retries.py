@@ -35,7 +35,7 @@ def attempt(uri: str, action: Callable[[Any, str], Result], *, retries: int = RE
     """``action(file system, path)``, retried after a growing wait while its error is transient.
 
     Raises:
-        InputError: there is no such file system.
+        InputError: the URI's scheme is unknown.
         StorageError: the whole store cannot be used. On the web each host is a store of its own,
             and its failures concern the file alone.
         OSError: the action's last error; errors of a bucket's client become OSErrors.
@@ -58,6 +58,6 @@ def attempt(uri: str, action: Callable[[Any, str], Result], *, retries: int = RE
                     ) from error
                 kind = next((kind for kind in _KINDS if isinstance(error, kind)), OSError)
                 raise kind(reason(error)) from error
-        # Jitter, so that workers which failed together do not come back together.
+        # Jitter keeps workers that failed together from retrying together.
         time.sleep(_FIRST_WAIT * 2**failures * random.uniform(0.5, 1))  # noqa: S311
         failures += 1

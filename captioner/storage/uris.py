@@ -120,7 +120,7 @@ def _without_dots(path: str) -> str:
 
 
 def as_path(uri: str) -> str:
-    """The path that a ``file:`` URI stands for; anything else as it is.
+    """Converts a ``file:`` URI to a path; returns anything else unchanged.
 
     Bytes of the path that are not UTF-8 become lone surrogates, as in :pep:`383`.
 
@@ -165,7 +165,7 @@ def readable(uri: str) -> str:
     """A local path that is valid UTF-8, or, where it is not, the file:// URI of the same file.
 
     Raises:
-        InputError: the text is neither Unicode nor the name of a file.
+        InputError: the text is not Unicode and cannot be a file name.
     """
     try:
         uri.encode()

@@ -21,7 +21,7 @@ __all__ = ["delete", "is_temporary", "write", "writing"]
 
 
 def write(uri: str, data: bytes, *, new: bool = False) -> None:
-    """Writes a file that is either there in full or not at all.
+    """Writes a file atomically.
 
     Locally: a temporary file in the same folder, named ``.NAME.tmp-…``, is flushed to the disk and
     renamed. In a bucket: one object, which appears when its upload is complete.
@@ -32,7 +32,7 @@ def write(uri: str, data: bytes, *, new: bool = False) -> None:
         new: in a bucket, which has no locks, do not replace an object.
 
     Raises:
-        FileExistsError: there is such an object, and ``new`` is set.
+        FileExistsError: the object exists, and ``new`` is set.
         OutputError: the file cannot be written.
     """
 
@@ -66,7 +66,7 @@ def _create(fs: Any, path: str, data: bytes) -> None:
 
 @contextmanager
 def writing(uri: str) -> Iterator[BinaryIO]:
-    """A file to write piece by piece; as with :func:`write`, it is there in full or not at all.
+    """Opens a file to write piece by piece, atomically as with :func:`write`.
 
     A bucket's object is kept in a temporary file of this machine until it is complete.
 
@@ -113,7 +113,7 @@ def _flush_directory(directory: str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems cannot flush a directory; the file is in its place all the same.
+        # Some file systems cannot flush a directory; the file is in its place anyway.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -126,7 +126,7 @@ def is_temporary(name: str) -> bool:
 
 
 def delete(uri: str) -> None:
-    """Deletes a file, or a directory with its content; nothing where there is neither.
+    """Deletes a file, or a directory with its content, if it exists.
 
     Raises:
         OutputError: it cannot be deleted.

@@ -51,7 +51,7 @@ def test_a_source_that_is_not_there_is_refused(place, name):
 
 def test_a_source_of_another_kind_is_refused(place):
     storage.write(f"{place}/photo.jpg", b"")
-    with pytest.raises(InputError, match=r"/photo\.jpg is one file, and no directory of images$"):
+    with pytest.raises(InputError, match=r"/photo\.jpg is a file, not a directory of images$"):
         list_source(f"{place}/photo.jpg", ListingConfig())
 
 

@@ -121,7 +121,7 @@ def test_a_directory_that_is_none_is_an_error(tmp_path):
         storage.find(f"{tmp_path}/none", IMAGES)
     (tmp_path / "a.jpg").touch()
     with pytest.raises(
-        InputError, match=rf"^{tmp_path}/a\.jpg is one file, and no directory of images$"
+        InputError, match=rf"^{tmp_path}/a\.jpg is a file, not a directory of images$"
     ):
         storage.find(f"{tmp_path}/a.jpg", IMAGES)
 

@@ -133,7 +133,7 @@ def test_what_is_not_in_a_bucket_is_an_error(memory):
         storage.read(f"{memory}/a")
     storage.write(memory, b"")
     with pytest.raises(
-        InputError, match=r"^memory://bucket/photos is one file, and no directory of images$"
+        InputError, match=r"^memory://bucket/photos is a file, not a directory of images$"
     ):
         storage.find(memory, IMAGES)
     with pytest.raises(OutputError, match=r"^cannot write memory://bucket/photos/a: "):
