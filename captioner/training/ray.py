@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,31 +23,28 @@ _logger = logging.getLogger(__name__)
 
 
 def train_on_ray(job: Job, launch: LaunchConfig) -> None:
-    """Runs the loop on Ray Train's workers, which go on from the last checkpoint when one dies."""
+    """Trains on Ray Train's workers, which resume from the last checkpoint when one of them dies.
+
+    Raises:
+        CaptionerError: the training failed, or more workers died than ``launch`` allows.
+        InputError: there are too few GPUs, or there is no cluster.
+    """
     from captioner.runtime.cluster import connected
 
     with connected(log_to_driver=True) as ray:
-        _fit(ray, job, launch)
+        use_gpu = _uses_gpus(ray, launch)
+        devices = "a GPU each" if use_gpu else f"on {launch.device.replace('auto', 'cpu')}"
+        _logger.info("%d workers on Ray, %s", launch.workers, devices)
+        if launch.device == "auto":
+            job = replace(job, device="cuda" if use_gpu else "cpu")
+        _fit(ray, job, launch, use_gpu=use_gpu)
 
 
-def _fit(ray: Any, job: Job, launch: LaunchConfig) -> None:
+def _fit(ray: Any, job: Job, launch: LaunchConfig, *, use_gpu: bool) -> None:
     from ray.exceptions import RayError
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        LoggingConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
-    )
+    from ray.train import ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = _uses_gpus(ray, launch)
-    devices = "a GPU each" if use_gpu else f"on {launch.device.replace('auto', 'cpu')}"
-    _logger.info("%d workers on Ray, %s", launch.workers, devices)
-    if launch.device == "auto":
-        job = replace(job, device="cuda" if use_gpu else "cpu")
-    filesystem, path = storage.arrow_filesystem(job.directory.private("ray"))
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"job": ray.put(job)},
@@ -56,14 +54,7 @@ def _fit(ray: Any, job: Job, launch: LaunchConfig) -> None:
             use_gpu=use_gpu,
             resources_per_worker={"CPU": launch.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
-        run_config=RunConfig(
-            name="run",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=launch.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
+        run_config=_run_config(job, launch),
     )
     try:
         trainer.fit()
@@ -71,6 +62,41 @@ def _fit(ray: Any, job: Job, launch: LaunchConfig) -> None:
         causes = [error, *getattr(error, "worker_failures", {}).values()]
         reason = " ".join(str(causes[-1]).split()) or type(error).__name__
         raise CaptionerError(f"training failed: {reason[-500:]}") from error
+
+
+def _run_config(job: Job, launch: LaunchConfig) -> Any:
+    """Ray Train's settings of the run: its files, what follows a failure, what it prints."""
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, UserCallback
+
+    class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
+        """Prints one line for each failure, in place of Ray's traceback."""
+
+        failures = 0
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            self.failures += 1
+            ranks = ", ".join(map(str, sorted(worker_exceptions)))
+            outcome = "training resumes from the last epoch"
+            if self.failures > launch.max_failures:
+                outcome = "training ends"
+            print(
+                f"captioner: worker {ranks} failed, failure {self.failures} of at most "
+                f"{launch.max_failures}: {outcome}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    filesystem, path = storage.arrow_filesystem(job.directory.private("ray"))
+    return RunConfig(
+        name="run",
+        storage_path=path,
+        storage_filesystem=filesystem,
+        failure_config=FailureConfig(max_failures=launch.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+        # Ray logs a traceback for each step of replacing a worker; errors are raised as well.
+        logging_config=LoggingConfig(log_level="CRITICAL"),
+        callbacks=[TellFailures()],
+    )
 
 
 def _uses_gpus(ray: Any, launch: LaunchConfig) -> bool:
@@ -116,7 +142,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
             ray.train.report({"epoch": number})
             return
         figures = {name: value for name, value in asdict(epoch).items() if name != "samples"}
-        # Ray's checkpoint says where ours is, which a run without Ray goes on from as well.
+        # Ray's checkpoint says where ours is, from which a run without Ray resumes too.
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "checkpoint.json").write_text(
                 json.dumps({"uri": job.directory.checkpoint})

@@ -279,6 +279,41 @@ def _pids(command: str, below: str) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_worker_and_a_stopped_training_are_a_line_each(workers: int, tmp_path: Path):
+    data = write_data(tmp_path / "data", 30)
+    _save_model_without_dropout(data, tmp_path / "model")
+    output, cache = tmp_path / "out", str(tmp_path / "cache")
+    command = [sys.executable, "-m", "captioner.cli", "train", str(data), str(output)]
+    command += ["--train-list", str(data / "train.txt"), "--val-list", str(data / "val.txt")]
+    command += ["--model", str(tmp_path / "model"), "--warmup-steps", "2", "--epochs", "1000"]
+    command += ["--views", "1", "--batch-size", "8", "--device", "cpu", "--workers", str(workers)]
+    environment = {**os.environ, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    errors = tmp_path / "stderr"
+
+    def done() -> int:
+        path = output / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    with errors.open("w") as stderr:
+        train = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+        try:
+            _wait_until(lambda: done() >= 1 or train.poll() is not None, seconds=200)
+            if workers:
+                os.kill(_pids("ray::RayTrainWorker", cache)[0], signal.SIGKILL)
+                _wait_until(lambda: "failure 1 of at most 3" in errors.read_text(), seconds=100)
+            train.send_signal(signal.SIGTERM)
+            assert train.wait(timeout=25) == 128 + signal.SIGTERM, errors.read_text()
+        finally:
+            train.kill()
+    printed = errors.read_text()
+    assert printed.splitlines()[-1].startswith("captioner: stopped by SIGTERM: "), printed
+    assert "Traceback" not in printed
+    assert printed.count("training resumes from the last epoch") == (1 if workers else 0)
+
+
+@pytest.mark.slow
 def test_a_submitted_job_whose_processes_are_killed_ends_as_one_that_was_left_alone(
     head: dict[str, str], tmp_path: Path
 ):
