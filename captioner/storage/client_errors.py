@@ -139,16 +139,20 @@ def http_status(error: Exception) -> int | None:
         response = getattr(each, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
         # botocore's, aiohttp's, Azure's and gcsfs's, in this order
-        found = [metadata.get("HTTPStatusCode")]
-        found += [getattr(each, name, None) for name in ("status", "status_code", "code")]
-        for status in found:
-            if isinstance(status, int):
+        if isinstance(status := metadata.get("HTTPStatusCode"), int):
+            return status
+        for name in ("status", "status_code", "code"):
+            if isinstance(status := getattr(each, name, None), int):
                 return status
     return None
 
 
 def reason(error: Exception) -> str:
     """The message of an error on one line, without what may be a secret."""
+    if "aiohttp.ClientResponseError" in _names(error):  # its own message repeats the URL
+        return f"HTTP status {getattr(error, 'status', '')} {getattr(error, 'message', '')}".strip()
+    if isinstance(error, FileNotFoundError) and re.match(r"https?://", str(error)):
+        return "HTTP status 404 Not Found"  # fsspec's message is the URL alone
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
     text = text.split(" RequestId:")[0]  # Azure's own; then all of it again as XML
     return _SECRETS.sub("…", text) or type(error).__name__
