@@ -45,7 +45,13 @@ def _fit(ray: Any, job: Job, launch: LaunchConfig, *, use_gpu: bool) -> None:
     from ray.train import ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    trainer = TorchTrainer(
+    class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+        """Leaves Ctrl-C to captioner: Ray's handler ends the process with code 1 and no message."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            pass
+
+    trainer = Trainer(
         _ray_worker,
         train_loop_config={"job": ray.put(job)},
         torch_config=TorchConfig(timeout_s=7200),  # a worker may wait for another's features

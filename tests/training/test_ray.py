@@ -280,7 +280,10 @@ def _pids(command: str, below: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_worker_and_a_stopped_training_are_a_line_each(workers: int, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_killed_worker_and_a_stopped_training_are_a_line_each(
+    workers: int, number: signal.Signals, tmp_path: Path
+):
     data = write_data(tmp_path / "data", 30)
     _save_model_without_dropout(data, tmp_path / "model")
     output, cache = tmp_path / "out", str(tmp_path / "cache")
@@ -303,12 +306,12 @@ def test_a_killed_worker_and_a_stopped_training_are_a_line_each(workers: int, tm
             if workers:
                 os.kill(_pids("ray::RayTrainWorker", cache)[0], signal.SIGKILL)
                 _wait_until(lambda: "failure 1 of at most 3" in errors.read_text(), seconds=100)
-            train.send_signal(signal.SIGTERM)
-            assert train.wait(timeout=25) == 128 + signal.SIGTERM, errors.read_text()
+            train.send_signal(number)
+            assert train.wait(timeout=25) == 128 + number, errors.read_text()
         finally:
             train.kill()
     printed = errors.read_text()
-    assert printed.splitlines()[-1].startswith("captioner: stopped by SIGTERM: "), printed
+    assert printed.splitlines()[-1].startswith(f"captioner: stopped by {number.name}: "), printed
     assert "Traceback" not in printed
     assert printed.count("training resumes from the last epoch") == (1 if workers else 0)
 
