@@ -745,7 +745,7 @@ def test_a_model_is_trained_from_bucket_to_bucket(bucket, tmp_path, monkeypatch)
     lists = ["--train-list", f"{bucket}/data/train.txt", "--val-list", f"{bucket}/data/val.txt"]
     result = CliRunner().invoke(main, ["train", f"{bucket}/data", f"{bucket}/model", *lists])
     assert result.exit_code == 2
-    assert "was begun with other settings" in result.output
+    assert "holds a run with other settings" in result.output
 
 
 # Mistakes.
