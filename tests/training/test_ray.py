@@ -280,7 +280,8 @@ def _pids(command: str, below: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workers", "number"), [(0, signal.SIGTERM), (0, signal.SIGINT), (2, signal.SIGINT)]
+    ("workers", "number"),
+    [(0, signal.SIGTERM), (0, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)],
 )
 def test_a_killed_worker_and_a_stopped_training_are_a_line_each(
     workers: int, number: signal.Signals, tmp_path: Path
