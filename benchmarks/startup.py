@@ -21,7 +21,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from captioner import cli
+from captioner.commands.importing import importing
 
 CAPTIONER = str(Path(sys.executable).with_name("captioner"))
 PHOTOS = 10
@@ -58,7 +58,7 @@ def stepwise(begin: float, photos: str, output: str) -> None:
 
         return run
 
-    with cli._importing():
+    with importing():
         timed("import torch", __import__)("torch")
         timed("import timm", __import__)("timm")
         timed("import the rest", __import__)("captioner.caption.job")

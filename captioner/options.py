@@ -8,6 +8,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Callable, Container, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -15,7 +16,17 @@ import click
 from captioner.config import Preset, SettingError
 from captioner.errors import InputError
 
-__all__ = ["GroupedCommand", "GroupedOption", "Size", "configure", "group_options", "options_of"]
+__all__ = [
+    "BUNDLED_DEFAULT",
+    "GroupedCommand",
+    "GroupedOption",
+    "Size",
+    "allow_missing_option",
+    "configure",
+    "group_options",
+    "option",
+    "options_of",
+]
 
 Config = TypeVar("Config")
 
@@ -28,6 +39,17 @@ class GroupedOption(click.Option):
     def __init__(self, *arguments: Any, group: str = _LAST_GROUP, **keywords: Any):
         super().__init__(*arguments, **keywords)
         self.group = group
+
+
+option = partial(click.option, cls=GroupedOption)
+allow_missing_option = option(
+    "--allow-missing",
+    is_flag=True,
+    group="Data",
+    help="Accept data, or a list of names, with more than half of its images missing.  "
+    "[default: off]",
+)
+BUNDLED_DEFAULT = "  [default: the bundled model]"
 
 
 class GroupedCommand(click.Command):
@@ -76,10 +98,9 @@ def options_of(
             name, kind = option_name(each), str if is_repeatable else _type_of(hint)
             if kind is bool:
                 name = f"{name}/--no-{name[2:]}"
-            option = click.option(
+            add_option = option(
                 name,
                 each.name,
-                cls=GroupedOption,
                 group=each.metadata["group"] or config.GROUP,  # type: ignore[attr-defined]
                 type=kind,
                 metavar="GLOB" if is_repeatable else getattr(kind, "metavar", None),
@@ -87,7 +108,7 @@ def options_of(
                 default=None,
                 help=f"{each.metadata['help']}  [default: {_default_of(each, presets)}]",
             )
-            command = option(command)
+            command = add_option(command)
         return command
 
     return decorate

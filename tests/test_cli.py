@@ -107,6 +107,13 @@ def test_help_imports_neither_torch_nor_ray():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_python_m_captioner_is_the_command():
+    command = [sys.executable, "-m", "captioner", "report", "nowhere"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("captioner: ")
+
+
 def test_after_its_imports_a_command_collects_garbage(tmp_path: Path, model_directory: Path):
     assert _run("caption", tmp_path / "no", tmp_path / "o", "--model", model_directory).exit_code
     assert gc.isenabled()

@@ -1,0 +1,165 @@
+"""``captioner evaluate``."""
+
+from typing import Any
+
+import click
+
+from captioner.commands.importing import importing
+from captioner.config import DecodeConfig, RunConfig
+from captioner.errors import InputError, printable
+from captioner.options import GroupedCommand, allow_missing_option, configure, option, options_of
+
+__all__ = ["evaluate"]
+
+
+@click.command(cls=GroupedCommand, short_help="Score captions against captions that people wrote.")
+@click.argument("source")
+@option(
+    "--model",
+    metavar="MODEL",
+    group="What to score",
+    help="Caption the images of the dataset SOURCE with this model.  [this or --references]",
+)
+@option(
+    "--references",
+    metavar="DATA",
+    group="What to score",
+    help="Score the captions in SOURCE, a caption job's output, against this dataset or the "
+    "accepted captions of this reviewed output.  [this or --model]",
+)
+@option(
+    "--split",
+    type=click.Choice(["train", "val", "test", "all"]),
+    group="What to score",
+    help="Split to score, made as captioner train does without lists.  [default: test; all with "
+    "--references and for COCO's format]",
+)
+@option(
+    "--list",
+    "names",
+    metavar="FILE",
+    group="What to score",
+    help="Names of the images to score, one per line.  [default: the split]",
+)
+@option(
+    "--images",
+    metavar="DIR",
+    group="Data",
+    help="Folder of the dataset's images.  [default: Images/, or the JSON file's folder]",
+)
+@allow_missing_option
+@option(
+    "--tokenizer",
+    type=click.Choice(["auto", "ptb", "simple"]),
+    default="auto",
+    show_default=True,
+    group="Scores",
+    help="Tokenizer; ptb needs Java, as METEOR does; auto takes ptb if Java runs, else simple.",
+)
+@option(
+    "--spice",
+    is_flag=True,
+    group="Scores",
+    help="Add SPICE, which is slow and downloads its models once.  [default: off]",
+)
+@option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    group="Scores",
+    help="JSON file to write; - prints JSON instead of the table.  [default: none]",
+)
+@option(
+    "--per-image",
+    metavar="FILE",
+    group="Scores",
+    help="Parquet file to write with each image's scores, lowest CIDEr first.  [default: none]",
+)
+@options_of(
+    DecodeConfig,
+    only=(
+        "beam",
+        "length_penalty",
+        "max_words",
+        "allow_unknown",
+        "prompt",
+        "system_prompt",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "repetition_penalty",
+        "seed",
+    ),
+)
+@options_of(RunConfig, only=("device", "precision", "batch_size", "decoders"))
+def evaluate(
+    source: str,
+    model: str | None,
+    references: str | None,
+    images: str | None,
+    split: str | None,
+    names: str | None,
+    allow_missing: bool,
+    tokenizer: str,
+    spice: bool,
+    json_file: str | None,
+    per_image: str | None,
+    **options: Any,
+) -> None:
+    """Score captions against what people wrote: BLEU, METEOR, ROUGE-L, CIDEr.
+
+    With --model, SOURCE is a dataset in any form that captioner train takes, and its images are
+    captioned first. With --references, SOURCE is the output of a caption job, whose images are
+    matched with the dataset's, or the reviewed output's, by URI, or else by file name.
+    """
+    if (model is None) == (references is None):
+        raise InputError("give one of --model and --references")
+    if split and names:
+        raise InputError("give one of --split and --list")
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if references is not None and given:
+        raise InputError(f"{given[0]} goes with --model: the captions in {source} are made already")
+    decode = configure(DecodeConfig(attention="none"), options)
+    run = configure(RunConfig(), options)
+    with importing():
+        from captioner import storage
+        from captioner.data import dataset
+        from captioner.evaluation import evaluation, metrics
+
+    chosen = metrics.choose_tokenizer(tokenizer)
+    read = dataset.read_dataset if references is None else evaluation.read_references
+    captioned_images = read(
+        references or source,
+        images,
+        needed=_needed_splits(split, of_model=model is not None),
+        allow_missing=allow_missing or names is not None,  # a list says itself what is needed
+    )
+    if names is None and split is None:
+        split = captioned_images.default_split if model else "all"
+    chosen_images = evaluation.choose_images(
+        captioned_images, split=split, names=names, allow_missing=allow_missing
+    )
+    if model is not None:
+        if seen := evaluation.describe_seen(chosen_images, captioned_images, model, split=split):
+            click.echo(printable(seen), err=True)
+        captioned = evaluation.caption_dataset(chosen_images, model, decode=decode, run=run)
+    else:
+        captioned = evaluation.join_output(storage.absolute(source), chosen_images)
+    result = evaluation.evaluate(captioned, tokenizer=chosen, spice=spice)
+    for line in captioned.describe_left_out() + result.scores.describe_left_out():
+        click.echo(printable(line), err=True)
+    if json_file == "-":
+        click.echo(result.to_json())
+    else:
+        for line in result.lines():
+            click.echo(printable(line))
+    if json_file and json_file != "-":
+        storage.write(storage.absolute(json_file), (result.to_json() + "\n").encode())
+    if per_image:
+        storage.write(storage.absolute(per_image), result.to_parquet())
+
+
+def _needed_splits(split: str | None, *, of_model: bool) -> tuple[str, ...] | None:
+    """The splits of which images are scored, where the dataset has splits; None: all of them."""
+    split = split or ("test" if of_model else "all")
+    return None if split == "all" else (split,)

@@ -1,0 +1,136 @@
+"""``captioner train``."""
+
+from functools import partial
+from typing import Any
+
+import click
+
+from captioner.commands.importing import importing
+from captioner.config import PRESETS, LaunchConfig, TrainConfig
+from captioner.errors import InputError, printable
+from captioner.options import GroupedCommand, allow_missing_option, configure, option, options_of
+
+__all__ = ["train"]
+
+_PRESETS = {name: PRESETS[name] for name in ("small", "notebook")}  # the default first
+
+
+@click.command(cls=GroupedCommand, short_help="Train or fine-tune a model.")
+@click.argument("data")
+@click.argument("output")
+@option(
+    "--preset",
+    type=click.Choice(list(_PRESETS)),
+    default="small",
+    show_default=True,
+    group="Model",
+    help="Model architecture, unless --model is given, and defaults of the options below.",
+)
+@option(
+    "--model",
+    metavar="MODEL",
+    group="Model",
+    help="Continue with this model, local or in a bucket.  [default: a new model]",
+)
+@option(
+    "--encoder-weights",
+    metavar="FILE",
+    group="Model",
+    help="Pretrained encoder weights.  [default: downloaded by timm]",
+)
+@option(
+    "--overwrite",
+    is_flag=True,
+    group="Model",
+    help="Replace the model in OUTPUT.  [default: off, which resumes]",
+)
+@option(
+    "--images",
+    metavar="DIR",
+    group="Data",
+    help="Folder of the images, searched recursively.  [default: Images/, or the JSON file's "
+    "folder]",
+)
+@option(
+    "--val-data",
+    metavar="FILE",
+    group="Data",
+    help="Validate on this dataset, in any form of DATA, and train on all of DATA.  "
+    "[default: part of DATA]",
+)
+@option(
+    "--train-list",
+    metavar="FILE",
+    group="Data",
+    help="Names of the images to train on, one per line.  [default: from the split]",
+)
+@option(
+    "--val-list",
+    metavar="FILE",
+    group="Data",
+    help="Names of the images to validate on, one per line.  [default: from the split]",
+)
+@allow_missing_option
+@options_of(TrainConfig, presets=_PRESETS)
+@options_of(LaunchConfig)
+def train(
+    data: str,
+    output: str,
+    preset: str,
+    images: str | None,
+    val_data: str | None,
+    train_list: str | None,
+    val_list: str | None,
+    allow_missing: bool,
+    encoder_weights: str | None,
+    model: str | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Train a model on DATA and write it to the directory OUTPUT.
+
+    DATA is local or in a bucket, and one of:
+
+    - a folder with Images/ and captions.txt, a CSV with the columns image and caption;
+
+    - a JSON file in COCO's format, such as captions_train2017.json, with --val-data;
+
+    - a JSON file in Karpathy's format, such as dataset_coco.json, which contains the split.
+
+    The validation images come from --val-data, from --train-list and --val-list, or from Karpathy's
+    split. Without any of these, the last 100 images are kept for testing and the 200 images before
+    them are used for validation. Run the same command again to resume.
+    """
+    if val_data and (train_list or val_list):
+        raise InputError("give --train-list and --val-list, or --val-data, not both")
+    if model and encoder_weights:
+        raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
+    config = configure(PRESETS[preset].train, options)
+    launch = configure(LaunchConfig(), options)
+    with importing():
+        from captioner import storage
+        from captioner.data import dataset
+        from captioner.training import journal
+        from captioner.training import run as training
+
+    output = storage.absolute(output)
+    read = partial(dataset.read_dataset, images_directory=images, needed=("train", "val"))
+    # Lists say themselves which images are needed.
+    captioned = read(data, allow_missing=allow_missing or train_list is not None)
+    if val_data:
+        captioned = captioned.validated_by(read(val_data, allow_missing=allow_missing))
+    split = captioned.split(train_list, val_list, allow_missing=allow_missing)
+    click.echo(captioned.describe(split), err=True)
+    epochs = training.train(
+        split,
+        output,
+        model_config=PRESETS[preset].model,
+        config=config,
+        launch=launch,
+        encoder_weights=encoder_weights,
+        initial_model=model,
+        overwrite=overwrite,
+    )
+    best = journal.best_of(epochs)
+    text = f"{output}: CIDEr {best.validation_cider:.1f} on the validation images"
+    click.echo(printable(f"{text} after epoch {best.epoch}"))
