@@ -1,0 +1,107 @@
+"""Settings of decoding: what decides a caption besides the model."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from captioner.config.model import ModelConfig
+from captioner.config.settings import Settings, setting
+
+__all__ = ["DecodeConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(Settings):
+    """What decides a caption besides the model: part of a job's fingerprint."""
+
+    GROUP = "Captions"
+
+    beam: int | None = setting(
+        None,
+        "Beam width, in captions; 1 is greedy search.",
+        minimum=1,
+        maximum=100,
+        unset="the model's own; 3 for the bundled model",
+    )
+    length_penalty: float = setting(
+        1.0,
+        "Beams are ranked by log-probability divided by length to this power.",
+        minimum=0,
+        maximum=10,
+    )
+    max_words: int | None = setting(
+        None,
+        "Longest caption, in words, its end included.",
+        minimum=1,
+        maximum=1024,
+        unset="the longest that the model knows",
+    )
+    allow_unknown: bool = setting(
+        False, "Allow <unk>, <pad> and <start> in captions, as the notebook does."
+    )
+    prompt: str | None = setting(
+        None,
+        "Prompt for a pretrained model: a beginning of the caption, a task or a question, as its "
+        "family takes it.",
+        unset="the family's own",
+        group="Pretrained models",
+    )
+    system_prompt: str | None = setting(
+        None, "System prompt for a chat model.", unset="none", group="Pretrained models"
+    )
+    max_new_tokens: int | None = setting(
+        None,
+        "Longest caption of a pretrained model, in its tokens.",
+        minimum=1,
+        maximum=100_000,
+        unset="64, or 256 for chat models and Florence-2",
+        group="Pretrained models",
+    )
+    temperature: float = setting(
+        0.0,
+        "Sample captions at this temperature; 0 takes the likeliest words.",
+        minimum=0,
+        maximum=100,
+        group="Pretrained models",
+    )
+    top_p: float = setting(
+        1.0,
+        "Sample among the likeliest tokens that have this share of the probability together.",
+        minimum=0,
+        maximum=1,
+        group="Pretrained models",
+    )
+    repetition_penalty: float | None = setting(
+        None,
+        "Divide the scores of tokens that the caption has already by this factor.",
+        minimum=0.01,
+        maximum=100,
+        unset="the model's own",
+        group="Pretrained models",
+    )
+    seed: int = setting(
+        0,
+        "Seed of sampling; a caption depends on it and on the image alone.",
+        minimum=0,
+        maximum=2**32 - 1,
+        group="Pretrained models",
+    )
+    captions: int = setting(
+        1,
+        "Captions to sample for each image; the first is the caption.",
+        minimum=1,
+        maximum=1000,
+        group="Pretrained models",
+    )
+    attention: Literal["auto", "tokens", "mean", "none"] = setting(
+        "auto",
+        "Attention maps to keep: one per word (tokens), their mean, or none; auto is none for "
+        "chat models, PaliGemma and BLIP-2, else tokens.",
+    )
+    attention_levels: Literal[15, 31, 63, 127, 255] = setting(
+        127, "Steps between 0 and the largest value of an attention map; fewer compress better."
+    )
+
+    def with_model_defaults(self, model: ModelConfig) -> "DecodeConfig":
+        """These settings, with the model's beam width if none is given."""
+        return self if self.beam else dataclasses.replace(self, beam=model.beam)

@@ -1,0 +1,56 @@
+"""Settings of an export."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from captioner.config.settings import Settings, setting
+
+__all__ = ["ExportConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Settings):
+    """What an export holds, and how it looks."""
+
+    GROUP = "Content"
+
+    where: str | None = setting(
+        None,
+        'SQL condition that exported rows meet, for example "score > -0.5".',
+        unset="every row",
+    )
+    reviewed: Literal["ignore", "accepted", "edited", "all"] = setting(
+        "ignore",
+        "Review decisions that exported captions need: accepted (edited captions included), "
+        "edited, or all but rejected; ignore exports the captions as the model wrote them.",
+    )
+    columns: str | None = setting(
+        None, "Columns to export, separated by commas.", unset="those that the format needs"
+    )
+    prefix: str = setting("", "Text before every caption.")
+    suffix: str = setting("", "Text after every caption.")
+    existing: Literal["keep", "overwrite", "append", "prepend"] = setting(
+        "keep",
+        "What to do with a file that the export did not write: keep it and exit with 2, "
+        "overwrite it, or, for a sidecar, append or prepend the caption to its text.",
+        group="Files",
+    )
+    extension: str = setting("txt", "File name extension of sidecars.", group="Files")
+    root: str | None = setting(
+        None,
+        "Folder that the paths of sidecars are relative to.",
+        unset="the deepest folder that holds all images",
+        group="Files",
+    )
+    id: str | None = setting(
+        None,
+        "Column with the image ids for the coco format.",
+        unset="the number at the end of each file name",
+    )
+    shard_images: int = setting(
+        10_000,
+        "Images per tar file of a webdataset.",
+        minimum=1,
+        maximum=1_000_000,
+        group="Files",
+    )
