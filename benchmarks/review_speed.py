@@ -21,8 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
+from captioner.data.source import list_files
 from captioner.output.parts import Part
 from captioner.schema import MANIFEST, part_schema
+from captioner.storage import Listed
 
 WORDS = [
     "a",
@@ -129,9 +131,11 @@ def write_output(output: str, rows: int, part_rows: int, shard_rows: int = 256) 
     schema = part_schema(attention="tokens", levels=127)
     uris = [f"/photos/{number // 1000:05d}/{number:09d}.jpg" for number in range(rows)]
     number = np.arange(rows)
-    columns = [uris, np.full(rows, 50_000), number // shard_rows, number % shard_rows]
     storage.write(f"{output}/__captioner/run.json", b'{"settings": {}, "fingerprint": ""}')
-    manifest = pa.table(dict(zip(MANIFEST.names, columns, strict=True))).cast(MANIFEST)
+    manifest = list_files(Listed(uri, 50_000) for uri in uris)
+    for name, values in (("shard", number // shard_rows), ("row", number % shard_rows)):
+        manifest = manifest.append_column(name, pa.array(values))
+    manifest = manifest.cast(MANIFEST)
     write_table(f"{output}/__captioner/manifest-0000.parquet", manifest)
     for begin in range(0, rows, part_rows):
         end = min(begin + part_rows, rows)

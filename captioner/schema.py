@@ -16,11 +16,14 @@ import pyarrow as pa
 __all__ = [
     "ATTENTION_VERSION",
     "COLUMNS",
+    "KEPT",
+    "LISTING",
     "MANIFEST",
     "SCHEMA_VERSION",
     "STATUSES",
     "CaptionRow",
     "Status",
+    "kept_fields",
     "part_schema",
     "rows_to_table",
 ]
@@ -54,12 +57,30 @@ COLUMNS = pa.schema(
     ]
 )
 
-#: The images to caption: the ``row``-th row of part ``shard`` is image ``uri`` of ``size`` bytes
-#: (null if the listing has no size).
-MANIFEST = pa.schema(
+#: The images of a source, each once, in a stable order. Where an image is a file, ``container`` is
+#: null, and so is all that says where the image is in its container. A listing may have one more
+#: column, :data:`KEPT`.
+LISTING = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
-        pa.field("size", pa.int64()),
+        pa.field("size", pa.int64()),  # in bytes; null if the source does not tell it
+        pa.field("container", pa.string()),  # the URI of the tar or Parquet file
+        pa.field("version", pa.string()),  # of the container when it was listed
+        pa.field("column", pa.string()),  # of images, in a Parquet file
+        pa.field("row_group", pa.int32()),  # of a Parquet file
+        pa.field("position", pa.int64()),  # in a tar: offset in bytes; else row of the row group
+        pa.field("problem", pa.string()),  # why the image cannot be read, where that is known
+    ]
+)
+
+#: The column of a listing and of a manifest that holds the source's columns that come along: a
+#: struct, whose fields become columns of the parts.
+KEPT = "kept"
+
+#: The images to caption: a listing, where the ``row``-th row of part ``shard`` is the image's.
+MANIFEST = pa.schema(
+    [
+        *LISTING,
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("row", pa.int32(), nullable=False),
     ]
@@ -88,9 +109,17 @@ class CaptionRow:
     captions: list[str] | None = None
 
 
-def part_schema(*, attention: str, levels: int) -> pa.Schema:
-    """The schema of a part, with the metadata that a reader of its attention maps needs."""
-    return COLUMNS.with_metadata(
+def kept_fields(images: pa.Schema) -> list[pa.Field]:
+    """The columns that come along from the source, from a listing's or a manifest's schema."""
+    return list(images.field(KEPT).type) if KEPT in images.names else []
+
+
+def part_schema(*, attention: str, levels: int, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    """The schema of a part, with the metadata that a reader of its attention maps needs.
+
+    ``kept`` are the columns that come along from the source.
+    """
+    return pa.schema([*COLUMNS, *kept]).with_metadata(
         {
             "captioner.schema": str(SCHEMA_VERSION),
             "captioner.attention": attention,

@@ -60,6 +60,12 @@ def test_the_manifest_says_what_is_where():
     assert [(field.name, str(field.type)) for field in MANIFEST] == [
         ("uri", "string"),
         ("size", "int64"),
+        ("container", "string"),
+        ("version", "string"),
+        ("column", "string"),
+        ("row_group", "int32"),
+        ("position", "int64"),
+        ("problem", "string"),
         ("shard", "int32"),
         ("row", "int32"),
     ]

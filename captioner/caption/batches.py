@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from captioner.caption.crash_log import Crashes, CrashLog
-from captioner.caption.steps import CaptionJob, Loaded, load_image
+from captioner.caption.steps import CaptionJob, Loaded, load_images
 from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig
 from captioner.data.preparation import Preparation
@@ -202,13 +202,15 @@ def caption_alone(
     crash_log.end_probe(captioner.device)
     crashes.count_deaths_on(captioner.device)
     rows = []
-    for uri, size in zip(shard.uris, shard.sizes, strict=True):
+    for number, uri in enumerate(shard.uris):
+        listed = shard.images.slice(number, 1)
         if crashes.sets_aside(uri):
             error = "the process that captioned this image died more than once"
+            size = listed["size"][0].as_py()
             rows.append(CaptionRow(uri=uri, bytes=size, status="failed", error=error))
             continue
         crash_log.begin(shard.number, crashes, alone=(uri, captioner.device))
-        image = load_image(job, uri, size)
+        [image] = load_images(job, listed)
         captioner([image])
         rows.append(image.row)
     crash_log.end(shard.number)

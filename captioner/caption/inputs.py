@@ -1,10 +1,10 @@
 """The inputs that a caption job reads before it begins, and their fingerprint."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from captioner import storage
 from captioner.caption.plan import Placement, Plan, choose_engine
@@ -15,8 +15,7 @@ from captioner.data.listing import list_source
 from captioner.model.base import Model
 from captioner.model.loading import load_model
 from captioner.output.directory import OutputDirectory
-from captioner.schema import SCHEMA_VERSION
-from captioner.storage import Listed
+from captioner.schema import SCHEMA_VERSION, kept_fields
 
 __all__ = ["Inputs"]
 
@@ -27,7 +26,7 @@ class Inputs:
 
     Attributes:
         model: the model; a pretrained model's weights are not read yet.
-        listed: the images of the source.
+        listed: the images of the source: :data:`captioner.schema.LISTING`.
         directory: the output.
         decode: what decides the captions, with the model's defaults.
         run: how the job runs.
@@ -35,7 +34,7 @@ class Inputs:
     """
 
     model: Model
-    listed: list[Listed]
+    listed: pa.Table
     directory: OutputDirectory
     decode: DecodeConfig
     run: RunConfig
@@ -80,6 +79,9 @@ class Inputs:
             **self.model.identity,
             "preprocessing version": images.PREPROCESSING_VERSION,
             "schema version": SCHEMA_VERSION,
+            "kept columns": ", ".join(
+                f"{field.name} ({field.type})" for field in kept_fields(self.listed.schema)
+            ),
             **asdict(self.decode),
             **self.run.row_settings(),
             "precision": placement.precision,
@@ -89,7 +91,7 @@ class Inputs:
         """The images that only earlier runs listed; empty if ``--limit`` shortens the listing."""
         if self.limited:
             return set()
-        return set(manifest["uri"].to_pylist()) - {each.uri for each in self.listed}
+        return set(manifest["uri"].to_pylist()).difference(self.listed["uri"].to_pylist())
 
     def job(self, plan: Plan) -> CaptionJob:
         """The settings for each process of the job."""
@@ -101,12 +103,13 @@ class Inputs:
         )
 
 
-def _check_schemes(listed: Sequence[Listed]) -> None:
+def _check_schemes(listed: pa.Table) -> None:
     """Checks before the first shard that the URIs of every scheme can be opened.
 
     Raises:
         StorageError: the package for some of the URIs is missing.
     """
-    first = {each.uri.split("://")[0]: each.uri for each in reversed(listed) if "://" in each.uri}
+    files = pc.unique(pc.coalesce(listed["container"], listed["uri"])).to_pylist()
+    first = {uri.split("://")[0]: uri for uri in reversed(files) if "://" in uri}
     for uri in first.values():
         storage.is_local(uri)

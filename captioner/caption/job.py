@@ -70,7 +70,7 @@ def plan_captioning(
         resumes = begun and not overwrite
         manifest = read_manifest(directory) if resumes else MANIFEST.empty_table()
         added = new_shards(manifest, inputs.listed, inputs.run.shard_size)
-        manifest = pa.concat_tables([manifest, added])
+        manifest = pa.concat_tables([each for each in (manifest, added) if len(each)] or [added])
         shards = list(remaining_shards(directory, manifest, begun=resumes))
         if inputs.run.retry_failed and resumes:
             shards += shards_to_retry(directory, manifest)
@@ -227,7 +227,7 @@ class _Outcome:
 
     def _finished(self) -> int:
         manifest = read_manifest(self._directory)
-        left = sum(len(shard.uris) for shard in remaining_shards(self._directory, manifest))
+        left = sum(map(len, remaining_shards(self._directory, manifest)))
         return len(manifest) - left
 
     def _write(
@@ -283,9 +283,7 @@ def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:
     with suppress(Exception):  # a further error must not hide the signal
         if directory is not None:
             manifest = read_manifest(directory)
-            done = len(manifest) - sum(
-                len(each.uris) for each in remaining_shards(directory, manifest)
-            )
+            done = len(manifest) - sum(map(len, remaining_shards(directory, manifest)))
     if not len(manifest):
         return StoppedError(f"stopped by {name} before the first image; {again}", number)
     return StoppedError(

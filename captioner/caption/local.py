@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+import pyarrow as pa
 import torch
 
 from captioner.caption.batches import BatchCaptioner, caption_alone
@@ -20,9 +21,10 @@ from captioner.caption.steps import (
     Results,
     ShardResult,
     finish_shard,
-    load_image,
+    load_images,
 )
 from captioner.caption.timing import Timing
+from captioner.data.reading import groups
 from captioner.errors import DeviceError
 from captioner.model.base import Model
 from captioner.output.manifest import Shard
@@ -34,6 +36,9 @@ __all__ = ["run_local"]
 _BATCHES_AHEAD = 2  # of decoded images, at least
 _IMAGES_AHEAD = 4  # for each thread that decodes, at least
 _BYTES_AHEAD = 1 << 30  # of decoded images, at most
+#: An image in progress: its shard's number, and its group with its place in it.
+_Loading = tuple[int, Future[list[Loaded]], int]
+
 _CRASH_LOG_SECONDS = 5  # to wait for the crash log's entries when the job stops
 
 
@@ -48,7 +53,7 @@ def run_local(job: CaptionJob, model: Model, shards: list[Shard]) -> Results:
         if job.run.profile is None:
             yield from _Engine(job, captioner, nullcontext).run(shards)
             return
-        only_one = len(shards) == 1 and len(shards[0].uris) <= captioner.batch_size
+        only_one = len(shards) == 1 and len(shards[0]) <= captioner.batch_size
         with Profiler(job.run.profile, skip=0 if only_one else 1) as profiler:
             yield from _Engine(job, captioner, profiler.batch).run(shards)
     except torch.AcceleratorError as error:
@@ -123,28 +128,28 @@ class _Engine:
         for number, images in itertools.groupby(loading, key=operator.itemgetter(0)):
             yield numbered[number], self._batches_of(images)
 
-    def _batches_of(self, images: Iterator[tuple[int, Future[Loaded]]]) -> Iterator[list[Loaded]]:
+    def _batches_of(self, images: Iterator[_Loading]) -> Iterator[list[Loaded]]:
         while some := list(itertools.islice(images, self._captioner.batch_size)):
             begin = time.perf_counter()
-            batch = [loaded.result() for _, loaded in some]
+            batch = [group.result()[place] for _, group, place in some]
             self._captioner.timing.waited_for_decode += time.perf_counter() - begin
             yield batch
 
-    def _load(
-        self, shards: Iterable[Shard], readers: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, Future[Loaded]]]:
-        """Each image with its shard's number; asking for one begins to read it."""
+    def _load(self, shards: Iterable[Shard], readers: ThreadPoolExecutor) -> Iterator[_Loading]:
+        """Each image in progress; asking for one begins to read its group."""
 
-        def load(begun: Future[None], uri: str, size: int | None) -> Loaded:
+        def load(begun: Future[None], images: pa.Table) -> list[Loaded]:
             begun.result()
-            return load_image(self._job, uri, size)
+            return load_images(self._job, images)
 
         for shard in shards:
             # In another thread, to keep the model busy.
             begun = readers.submit(self._crash_log.begin, shard.number)
             self._begun = [*(each for each in self._begun if not each.done()), begun]
-            for uri, size in zip(shard.uris, shard.sizes, strict=True):
-                yield shard.number, readers.submit(load, begun, uri, size)
+            for group in groups(shard.images):
+                images = shard.images.slice(group.start, len(group))
+                loading = readers.submit(load, begun, images)
+                yield from ((shard.number, loading, place) for place in range(len(group)))
 
     def _write(self, shard: Shard, rows: list[CaptionRow]) -> ShardResult:
         self._crash_log.end(shard.number)

@@ -113,7 +113,7 @@ def make_plan(images: int, shards: Sequence[Shard], run: RunConfig, placement: P
 
 
 def _count(shards: Sequence[Shard]) -> int:
-    return sum(len(shard.uris) for shard in shards)
+    return sum(map(len, shards))
 
 
 def choose_engine(run: RunConfig) -> Literal["local", "ray"]:

@@ -4,6 +4,7 @@ Workers that only read, decode or write import this module and neither torch nor
 seconds and hundreds of megabytes a process.
 """
 
+import itertools
 import logging
 import os
 import pickle
@@ -24,9 +25,10 @@ from captioner.caption.steps import (
     Results,
     ShardResult,
     finish_shard,
-    load_image,
+    load_images,
 )
 from captioner.caption.timing import RayMetrics, Timing
+from captioner.data.reading import groups
 from captioner.errors import CaptionerError, InputError
 from captioner.output.manifest import Shard
 from captioner.schema import COLUMNS, CaptionRow
@@ -45,8 +47,7 @@ _SHARDS_AHEAD = 4
 _SHARD = pa.schema(
     {
         "number": pa.int32(),
-        "uris": pa.list_(pa.string()),
-        "sizes": pa.list_(pa.int64()),
+        "images": pa.large_binary(),
         "redone": pa.list_(pa.int64()),
         "rows": pa.list_(pa.struct(list(COLUMNS))),
         "pixels": pa.list_(pa.large_binary()),
@@ -68,13 +69,13 @@ def run_on_ray(
     """
     from ray.data import ActorPoolStrategy, DataContext
 
-    metrics = RayMetrics(job.output, sum(len(shard.uris) for shard in shards))
+    metrics = RayMetrics(job.output, sum(map(len, shards)))
     context = _context(job, shards, pool)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     one_shard = {"batch_size": 1, "batch_format": "pyarrow"}
     constructor = {"job": job, "model": ray.put(model), "threads": pool.threads}
     for_job: dict[str, Any] = {"fn_kwargs": {"job": job}, **one_shard}
-    items = [asdict(shard) for shard in shards]
+    items = [_as_values(shard) for shard in shards]
     with DataContext.current(context):  # the process's other uses of Ray keep their own settings
         chain = (
             ray.data.from_items(items, override_num_blocks=len(items))
@@ -105,7 +106,7 @@ def _context(job: CaptionJob, shards: Sequence[Shard], pool: "ActorPool") -> Any
     if pool.decoders is not None:
         # Ray would decode ahead until a sixth of the machine's memory is full. A shard for each
         # decode task and two for each actor are enough; Ray keeps some of it for other stages.
-        pixels = job.preparation.most_bytes * max(len(shard.uris) for shard in shards)  # of one
+        pixels = job.preparation.most_bytes * max(map(len, shards))  # of one
         ahead = 2 * (pool.decoders + 2 * pool.most) * pixels
         ahead = min(ahead, max(_BYTES_AHEAD, _SHARDS_AHEAD * pixels))
         context.execution_options.resource_limits = ExecutionResources(object_store_memory=ahead)
@@ -150,12 +151,26 @@ def _pack(shard: Shard, images_of: Sequence[Loaded] | None, timing: Timing) -> p
         ]
     packed = {"rows": rows, "pixels": pixels, "shapes": shapes}
     row = packed | {"ready": time.time(), "timing": asdict(timing)}
-    return pa.Table.from_pylist([asdict(shard) | row], schema=_SHARD)
+    return pa.Table.from_pylist([_as_values(shard) | row], schema=_SHARD)
+
+
+def _as_values(shard: Shard) -> dict[str, Any]:
+    """A shard as values of a row; its images in Arrow's stream format, with their types."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, shard.images.schema) as writer:
+        writer.write_table(shard.images)
+    images = sink.getvalue().to_pybytes()
+    return {"number": shard.number, "images": images, "redone": shard.redone}
+
+
+def _as_shard(table: pa.Table) -> Shard:
+    [values] = table.select(["number", "images", "redone"]).to_pylist()
+    images = pa.ipc.open_stream(values["images"]).read_all()
+    return Shard(values["number"], images, values["redone"])
 
 
 def _unpack(table: pa.Table) -> tuple[Shard, list[Loaded] | None]:
-    [values] = table.select(["number", "uris", "sizes", "redone"]).to_pylist()
-    shard = Shard(**values)
+    shard = _as_shard(table)
     [rows], [pixels] = table["rows"].to_pylist(), table["pixels"]
     if rows is None:
         return shard, None
@@ -172,13 +187,14 @@ def _unpack(table: pa.Table) -> tuple[Shard, list[Loaded] | None]:
 @_errors_as_rows
 def load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
     """A shard in; its images loaded out, unless a process died with it."""
-    [shard] = (Shard(**row) for row in table.to_pylist())
+    shard = _as_shard(table)
     crash_log = CrashLog(job.output)
     if crash_log.crashes(shard.number) is not None:
         return _pack(shard, None, Timing())
     crash_log.begin(shard.number)
     with ThreadPoolExecutor(job.run.decoders or _READERS) as pool:
-        loaded = list(pool.map(partial(load_image, job), shard.uris, shard.sizes))
+        images = [shard.images.slice(group.start, len(group)) for group in groups(shard.images)]
+        loaded = [*itertools.chain.from_iterable(pool.map(partial(load_images, job), images))]
     crash_log.end(shard.number)
     return _pack(shard, loaded, Timing(decode=sum(each.seconds for each in loaded)))
 

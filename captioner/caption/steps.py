@@ -8,8 +8,9 @@ import io
 import re
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,11 @@ from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data import images
 from captioner.data.preparation import Preparation
-from captioner.errors import CaptionerError, OutputError, one_line
+from captioner.data.reading import read_images
+from captioner.errors import OutputError, one_line
 from captioner.output.manifest import Shard
 from captioner.output.parts import Part, part_name, read_part
-from captioner.schema import STATUSES, CaptionRow, part_schema, rows_to_table
+from captioner.schema import KEPT, STATUSES, CaptionRow, kept_fields, part_schema, rows_to_table
 
 __all__ = [
     "CaptionJob",
@@ -33,7 +35,7 @@ __all__ = [
     "Withheld",
     "common_failure",
     "finish_shard",
-    "load_image",
+    "load_images",
     "write_part",
 ]
 
@@ -86,7 +88,8 @@ class CaptionJob:
 class Loaded:
     """An image in progress: its row so far, and its pixels until it is captioned.
 
-    ``seconds`` is the time of reading and decoding.
+    ``seconds`` is the time of reading and decoding; images that are read together share the
+    reading's.
     """
 
     row: CaptionRow
@@ -94,40 +97,62 @@ class Loaded:
     seconds: float = 0.0
 
 
-def load_image(job: CaptionJob, uri: str, size: int | None) -> Loaded:
-    """Reads and decodes one image; its row says what is wrong with it.
+def load_images(job: CaptionJob, listed: pa.Table) -> list[Loaded]:
+    """Reads and decodes a group of images; an image's row says what is wrong with it.
+
+    Args:
+        job: the settings.
+        listed: rows of a listing; see :func:`captioner.data.reading.groups`.
 
     Raises:
         CaptionerError: no image of the job can be read, for example without credentials.
     """
-    begin = time.perf_counter()
-    loaded = _load(job, uri, size)
-    loaded.seconds = time.perf_counter() - begin
-    return loaded
+    rows = listed.select(["uri", "size", "container", "problem"]).to_pylist()
+    known = [_known_fault(job, row) for row in rows]
+    wanted = listed.filter(pa.array([fault is None for fault in known], pa.bool_()))
+    data = read_images(wanted, job.run.max_bytes, job.run.retries)
+    return list(_loaded(job, rows, known, data))
 
 
-def _load(job: CaptionJob, uri: str, size: int | None) -> Loaded:
-    limit = job.run.max_bytes
+def _known_fault(job: CaptionJob, listed: dict[str, Any]) -> CaptionRow | None:
+    """The row of an image that need not be read."""
+    uri, size, limit = listed["uri"], listed["size"], job.run.max_bytes
+    if listed["problem"] is not None:
+        return CaptionRow(uri=uri, bytes=size, status="unreadable", error=listed["problem"])
     if size is not None and size > limit:
         error = f"more than {limit} bytes"
-        return Loaded(CaptionRow(uri=uri, bytes=size, status="rejected", error=error), None)
-    try:
-        data = storage.read(uri, limit, retries=job.run.retries)
-    except CaptionerError:
-        raise
-    except Exception as problem:  # a bucket's client raises errors of many types
-        row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=one_line(problem))
+        return CaptionRow(uri=uri, bytes=size, status="rejected", error=error)
+    return None
+
+
+def _loaded(
+    job: CaptionJob,
+    rows: Sequence[dict[str, Any]],
+    known: Sequence[CaptionRow | None],
+    data: Iterator[bytes | Exception],
+) -> Iterator[Loaded]:
+    for listed, fault in zip(rows, known, strict=True):
+        begin = time.perf_counter()
+        loaded = _decode(job, listed, next(data)) if fault is None else Loaded(fault, None)
+        loaded.seconds = time.perf_counter() - begin
+        yield loaded
+
+
+def _decode(job: CaptionJob, listed: dict[str, Any], data: bytes | Exception) -> Loaded:
+    uri, size, limit = listed["uri"], listed["size"], job.run.max_bytes
+    if isinstance(data, Exception):
+        row = CaptionRow(uri=uri, bytes=size, status="unreadable", error=one_line(data))
         return Loaded(row, None)
-    decoded = images.decode(
-        data, job.preparation, max_pixels=job.run.max_pixels, max_bytes=job.run.max_bytes
-    )
+    decoded = images.decode(data, job.preparation, max_pixels=job.run.max_pixels, max_bytes=limit)
+    if len(data) <= limit:
+        size = len(data)
+    elif listed["container"] is None:  # a longer file is not read to its end
+        size = storage.size(uri)
     row = CaptionRow(
         uri=uri,
         width=decoded.width,
         height=decoded.height,
-        bytes=len(data)
-        if len(data) <= limit
-        else storage.size(uri),  # a longer file is not read to its end
+        bytes=size,
         status=decoded.status,
         error=decoded.error,
     )
@@ -182,8 +207,14 @@ def write_part(job: CaptionJob, shard: Shard, captioned: Sequence[CaptionRow]) -
     """
     if [row.uri for row in captioned] != shard.uris:
         raise RuntimeError(f"the rows of shard {shard.number} are not those of its images")
-    schema = part_schema(attention=job.decode.attention, levels=job.decode.attention_levels)
-    rows = rows_to_table(captioned).cast(schema)
+    kept = kept_fields(shard.images.schema)
+    schema = part_schema(
+        attention=job.decode.attention, levels=job.decode.attention_levels, kept=kept
+    )
+    rows = rows_to_table(captioned)
+    for field, values in zip(kept, shard.images[KEPT].flatten() if kept else [], strict=True):
+        rows = rows.append_column(field, values)
+    rows = rows.cast(schema)
     if shard.redone:
         rows = _replace_rows(read_part(job.output, Part(shard.number, shard.number)), shard, rows)
     sink = io.BytesIO()

@@ -28,6 +28,12 @@ class ListingConfig(Settings):
         "Column of image URIs in a list.",
         unset="uri, or the only column with a usual name such as url, image, file_name or path",
     )
+    keep: str | None = setting(
+        None,
+        "Columns of the source to copy into the output, separated by commas; all for every column, "
+        "old=new to rename one.",
+        unset="no columns",
+    )
     limit: int | None = setting(
         None,
         "List only the first N images, including those already captioned.",

@@ -4,10 +4,13 @@ import logging
 import shlex
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from captioner import storage
 from captioner.config import ListingConfig
 from captioner.data.filters import PROGRAMS_FILES, Exclusion
 from captioner.data.lists import is_list, read_list
+from captioner.data.source import list_files
 from captioner.errors import InputError, first_of, one_line
 from captioner.storage import FolderError, Listed, PassedOver
 
@@ -18,8 +21,8 @@ _logger = logging.getLogger(__name__)
 _SHOWN = 5  # names in a message
 
 
-def list_source(source: str, listing: ListingConfig) -> list[Listed]:
-    """The images of a source, each once.
+def list_source(source: str, listing: ListingConfig) -> pa.Table:
+    """The images of a source, each once: :data:`captioner.schema.LISTING`.
 
     Args:
         source: a folder, listed recursively and sorted; or a list, whose order is kept: see
@@ -40,11 +43,16 @@ def list_source(source: str, listing: ListingConfig) -> list[Listed]:
         raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
     if listing.column is not None and not is_table:
         raise InputError(f"--column is for a list, and {source} is not one by its ending")
-    images = read_list(source, listing.column) if is_table else _list_folder(source, listing)
-    return images[: listing.limit]
+    if listing.keep is not None and not is_table:
+        raise InputError(f"--keep is for columns, and {source} has none: leave it out")
+    if is_table:
+        images = read_list(source, listing.column, listing.keep)
+    else:
+        images = list_files(_find(source, listing))
+    return images.slice(0, listing.limit)
 
 
-def _list_folder(source: str, listing: ListingConfig) -> list[Listed]:
+def _find(source: str, listing: ListingConfig) -> list[Listed]:
     exclusion, passed_over = Exclusion(PROGRAMS_FILES + listing.exclude), PassedOver()
     try:
         images = storage.find(

@@ -6,13 +6,16 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
 from captioner.config import parse_json
+from captioner.data.columns import Keep, infer_column, with_kept
 from captioner.data.delimited import CsvTable, decode_text
+from captioner.data.source import list_files
 from captioner.errors import InputError, first_of, one_line
 from captioner.storage import Listed
 
@@ -36,8 +39,24 @@ def is_list(source: str) -> bool:
     return _kind(source) in _READERS
 
 
-def read_list(source: str, column: str | None = None) -> list[Listed]:
-    """The images of a list, each once, in the list's order.
+@dataclass(frozen=True)
+class _Wanted:
+    """What is wanted of a list: its column of URIs, if it is named, and the columns to keep."""
+
+    column: str | None
+    keep: Keep
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a list: their URIs, None or empty where there is none, and the kept columns."""
+
+    uris: Sequence[str | None]
+    kept: pa.Table
+
+
+def read_list(source: str, column: str | None = None, keep: str | None = None) -> pa.Table:
+    """The images of a list, each once, in the list's order: :data:`captioner.schema.LISTING`.
 
     Args:
         source: a ``.txt`` file with a URI a line; or a ``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson``
@@ -45,24 +64,31 @@ def read_list(source: str, column: str | None = None) -> list[Listed]:
             (``.csv.gz``). Relative paths start from the list's own folder.
         column: the column of URIs; by default ``uri``, else the only column, else the only one
             whose name is usual for URIs, as ``url``, ``image``, ``file_name`` and ``path`` are.
+        keep: columns that come along: see :class:`captioner.data.columns.Keep`. Of a URI that is
+            listed several times, the first row counts.
 
     Raises:
         InputError: the list cannot be read, is damaged, has no such column, or names no image or
             images outside of its bucket.
     """
-    kind = _kind(source)
-    if kind == "txt" and column is not None:
-        raise InputError(f"--column is for a table, and {source} has no columns: leave it out")
-    uris = _READERS[kind](source, _read(source), column)
-    if empty := sum(not uri for uri in uris):
+    kind, wanted = _kind(source), _Wanted(column, Keep(keep))
+    for option, is_given in (("--column", column is not None), ("--keep", bool(wanted.keep))):
+        if kind == "txt" and is_given:
+            raise InputError(f"{option} is for a table, and {source} has no columns: leave it out")
+    rows = _READERS[kind](source, _read(source), wanted)
+    first: dict[str, int] = {}  # the row of each URI
+    for number, uri in enumerate(rows.uris):
+        if uri:
+            first.setdefault(_from(source, uri), number)
+    given = sum(bool(uri) for uri in rows.uris)
+    if empty := len(rows.uris) - given:
         _logger.warning("left out: %d rows of %s without a URI", empty, source)
-    absolute = [_from(source, uri) for uri in uris if uri]
-    listed = [Listed(uri, None) for uri in dict.fromkeys(absolute)]
-    if not listed:
+    if not first:
         raise InputError(f"{source} lists no images")
-    if repeated := len(absolute) - len(listed):
+    if repeated := given - len(first):
         _logger.warning("left out: %d URIs of %s that it lists already", repeated, source)
-    return listed
+    listing = list_files(Listed(uri, None) for uri in first)
+    return with_kept(listing, rows.kept.take(pa.array(first.values(), pa.int64())))
 
 
 def _kind(source: str) -> str:
@@ -83,36 +109,54 @@ def _read(source: str) -> bytes:
         raise InputError(f"cannot read {source}: {one_line(error)}") from error
 
 
-def _read_lines(source: str, data: bytes, column: str | None) -> list[str]:
+def _read_lines(source: str, data: bytes, wanted: _Wanted) -> _Rows:
     # splitlines() and strip() would take characters of a name, as U+2028, for white space.
     lines = (line.strip(" \t\r") for line in decode_text(source, data).split("\n"))
-    return [line for line in lines if line]
+    return _rows([line for line in lines if line], {})
 
 
-def _read_csv(source: str, data: bytes, column: str | None) -> list[str]:
-    """A column as text: an image called 0001 is not number 1."""
-    return _text_column(CsvTable(source, data), source, column)
+def _rows(uris: Sequence[str | None], kept: dict[str, pa.Array]) -> _Rows:
+    return _Rows(uris, pa.table(kept) if kept else _no_columns(len(uris)))
 
 
-def _read_tsv(source: str, data: bytes, column: str | None) -> list[str]:
+def _no_columns(rows: int) -> pa.Table:
+    """A table with rows, but without columns."""
+    return pa.table({"": pa.nulls(rows)}).select([])
+
+
+def _read_csv(source: str, data: bytes, wanted: _Wanted) -> _Rows:
+    """Columns of text: an image called 0001 is not number 1."""
+    return _text_columns(CsvTable(source, data), source, wanted)
+
+
+def _read_tsv(source: str, data: bytes, wanted: _Wanted) -> _Rows:
     """As CSV, unless that is damaged: many programs write tabs without quoting anything."""
     try:
-        return _text_column(CsvTable(source, data, separator="\t"), source, column)
+        return _text_columns(CsvTable(source, data, separator="\t"), source, wanted)
     except InputError as error:
         plain = CsvTable(source, data, separator="\t", is_quoted=False)
         try:
-            return _text_column(plain, source, column)
+            return _text_columns(plain, source, wanted)
         except InputError:
             raise error from None
 
 
-def _text_column(table: CsvTable, source: str, column: str | None) -> list[str]:
-    name = _uri_column(table.columns, source, column, is_text=True)
+def _text_columns(table: CsvTable, source: str, wanted: _Wanted) -> _Rows:
+    name = _uri_column(table.columns, source, wanted.column, is_text=True)
+    chosen = wanted.keep.choose(table.columns, source, name)
     place = table.columns.index(name)
-    return [row.fields[place] for row in table.rows(name)]
+    places = [table.columns.index(old) for old in chosen]
+    uris: list[str] = []
+    kept: list[list[str]] = [[] for _ in places]
+    for row in table.rows(name):
+        uris.append(row.fields[place])
+        for values, each in zip(kept, places, strict=True):
+            values.append(row.fields[each])
+    columns = zip(chosen.values(), kept, strict=True)
+    return _rows(uris, {new: pa.array(values, pa.string()) for new, values in columns})
 
 
-def _read_json_lines(source: str, data: bytes, column: str | None) -> list[str | None]:
+def _read_json_lines(source: str, data: bytes, wanted: _Wanted) -> _Rows:
     rows: list[tuple[int, dict[str, object]]] = []
     for number, line in enumerate(decode_text(source, data).split("\n"), start=1):
         if not line.strip():
@@ -125,9 +169,9 @@ def _read_json_lines(source: str, data: bytes, column: str | None) -> list[str |
             raise InputError(f"{source}, line {number}: not an object, as {{…}} is")
         rows.append((number, row))
     if not rows:
-        return []
+        return _rows([], {})
     names = list(dict.fromkeys(name for _, row in rows for name in row))
-    name = _uri_column(names, source, column)
+    name = _uri_column(names, source, wanted.column)
     uris = []
     for number, row in rows:
         uri = row.get(name)
@@ -135,24 +179,34 @@ def _read_json_lines(source: str, data: bytes, column: str | None) -> list[str |
             shown = json.dumps(uri)[:100]
             raise InputError(f"{source}, line {number}: {name} is {shown}, not text")
         uris.append(uri)
-    return uris
+    numbers = [number for number, _ in rows]
+    kept = {
+        new: infer_column([row.get(old) for _, row in rows], numbers, f"{source}, {old}")
+        for old, new in wanted.keep.choose(names, source, name).items()
+    }
+    return _rows(uris, kept)
 
 
-def _read_parquet(source: str, data: bytes, column: str | None) -> list[str | None]:
-    """A column, and nothing of the others, which may be many or large."""
+def _read_parquet(source: str, data: bytes, wanted: _Wanted) -> _Rows:
+    """The columns that are wanted, and nothing of the others, which may be many or large."""
     try:
         # Arrow's own threads may outlive Python's last moment, which aborts the process.
         file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
-        name = _uri_column(file.schema_arrow.names, source, column, is_text=True)
-        values = file.read([name], use_threads=False)[name]
+        names = file.schema_arrow.names
+        name = _uri_column(names, source, wanted.column, is_text=True)
+        chosen = wanted.keep.choose(names, source, name)
+        table = file.read([name, *chosen], use_threads=False)
+        values = table[name]
         if pa.types.is_primitive(values.type):
             raise InputError(f"{source}: the column {name} holds {values.type}, not text")
-        return values.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+        return _rows(
+            values.cast(pa.string()).to_pylist(), {new: table[old] for old, new in chosen.items()}
+        )
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise InputError(f"cannot read {source}: {one_line(error)}") from error
 
 
-_READERS: dict[str, Callable[[str, bytes, str | None], Sequence[str | None]]] = {
+_READERS: dict[str, Callable[[str, bytes, _Wanted], _Rows]] = {
     "txt": _read_lines,
     "csv": _read_csv,
     "tsv": _read_tsv,

@@ -63,13 +63,13 @@ def remaining_shards(
     done = {shard for part in directory.parts() for shard in part.shards} if begun else set()
     for number, table in by_shard(manifest):
         if number not in done:
-            yield Shard(number, table["uri"].to_pylist(), table["size"].to_pylist())
+            yield Shard(number, table.drop_columns(["shard", "row"]))
 
 
 def shards_to_retry(directory: OutputDirectory, manifest: pa.Table) -> Iterator[Shard]:
     """The images of finished shards whose rows are not ``ok``.
 
-    Their sizes are unknown: the files may have been replaced since they were listed.
+    The sizes of files are unknown: they may have been replaced since they were listed.
 
     Raises:
         OutputError: as :func:`audit`.
@@ -77,8 +77,12 @@ def shards_to_retry(directory: OutputDirectory, manifest: pa.Table) -> Iterator[
     for listed, rows in _statuses(directory, manifest):
         bad = np.flatnonzero(pc.not_equal(rows["status"], "ok").to_numpy())
         for number, images in by_shard(listed.take(bad)):
-            uris = images["uri"].to_pylist()
-            yield Shard(number, uris, [None] * len(uris), images["row"].to_pylist())
+            rows_of_part = images["row"].to_pylist()
+            images = images.drop_columns(["shard", "row"])
+            in_container = pc.is_valid(images["container"])
+            sizes = pc.if_else(in_container, images["size"], pa.scalar(None, pa.int64()))
+            images = images.set_column(images.column_names.index("size"), "size", sizes)
+            yield Shard(number, images, rows_of_part)
 
 
 def _statuses(

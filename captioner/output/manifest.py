@@ -8,6 +8,7 @@ import io
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,7 @@ from captioner import storage
 from captioner.errors import OutputError, StorageError, one_line
 from captioner.output.directory import PRIVATE, OutputDirectory, by_number
 from captioner.output.parts import Part, PartFile
-from captioner.schema import MANIFEST
-from captioner.storage import Listed
+from captioner.schema import KEPT, MANIFEST
 
 __all__ = [
     "Shard",
@@ -33,16 +33,30 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Shard:
-    """Some consecutive images of the manifest: one part file. ``sizes`` are in bytes, or None.
+    """Some consecutive images of the manifest, all of one container or none: one part file.
 
     Where ``redone`` is not empty, these are only some of a part's images, to be captioned again:
     the numbers of their rows in the part.
+
+    Attributes:
+        number: counts from 0.
+        images: rows of a listing: :data:`captioner.schema.LISTING`.
+        redone: see above.
     """
 
     number: int
-    uris: list[str]
-    sizes: list[int | None]
+    images: pa.Table
     redone: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+    @cached_property
+    def uris(self) -> list[str]:
+        """The URIs of the images."""
+        uris: list[str] = self.images["uri"].to_pylist()
+        return uris
 
 
 def read_manifest(directory: OutputDirectory) -> pa.Table:
@@ -54,10 +68,8 @@ def read_manifest(directory: OutputDirectory) -> pa.Table:
     return _read(directory, _files(directory))
 
 
-def extend_manifest(
-    directory: OutputDirectory, listing: Sequence[Listed], shard_size: int
-) -> pa.Table:
-    """Adds new images to the manifest as new shards; returns the whole manifest.
+def extend_manifest(directory: OutputDirectory, listing: pa.Table, shard_size: int) -> pa.Table:
+    """Adds new images of a listing to the manifest as new shards; returns the whole manifest.
 
     Raises:
         OutputError: the manifest cannot be read or written.
@@ -76,7 +88,7 @@ def extend_manifest(
             FileExistsError
         ):  # in a bucket, another job wrote this name first: read what it listed
             continue
-        return pa.concat_tables([manifest, added])
+        return _joined([manifest, added])
 
 
 def _files(directory: OutputDirectory) -> list[str]:
@@ -87,7 +99,7 @@ def _files(directory: OutputDirectory) -> list[str]:
 def _read(directory: OutputDirectory, names: Sequence[str]) -> pa.Table:
     try:
         tables = [
-            PartFile(io.BytesIO(storage.read(directory.private(name)))).read().cast(MANIFEST)
+            _typed(PartFile(io.BytesIO(storage.read(directory.private(name)))).read())
             for name in names
         ]
     except (OSError, pa.ArrowException, ValueError) as error:
@@ -96,25 +108,59 @@ def _read(directory: OutputDirectory, names: Sequence[str]) -> pa.Table:
         raise OutputError(
             f"the manifest of {directory.uri} cannot be read: {one_line(error)}"
         ) from error
-    return pa.concat_tables([MANIFEST.empty_table(), *tables])
+    return _joined(tables)
 
 
-def new_shards(manifest: pa.Table, listing: Sequence[Listed], shard_size: int) -> pa.Table:
-    """The listed images that are not in the manifest, without duplicates, as new shards."""
-    known = set(manifest["uri"].to_pylist())
-    first_of_each = {listed.uri: listed for listed in reversed(listing)}
-    new = [first_of_each[uri] for uri in dict.fromkeys(each.uri for each in listing)]
-    new = [listed for listed in new if listed.uri not in known]
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """Some manifests as one; an empty one has no columns of the source."""
+    return pa.concat_tables([table for table in tables if len(table)] or [MANIFEST.empty_table()])
+
+
+def _typed(table: pa.Table) -> pa.Table:
+    """A manifest with its types, and with the columns that come along as they are.
+
+    Raises:
+        ValueError: the table is not a manifest.
+    """
+    kept = [table.schema.field(KEPT)] if KEPT in table.column_names else []
+    return table.cast(pa.schema([*MANIFEST, *kept]))
+
+
+def new_shards(manifest: pa.Table, listing: pa.Table, shard_size: int) -> pa.Table:
+    """The listed images that are not in the manifest, without duplicates, as new shards.
+
+    A shard has at most ``shard_size`` images, and only images of one row group or one other
+    container.
+    """
+    seen = set(manifest["uri"].to_pylist())
+    new = [n for n, uri in enumerate(listing["uri"].to_pylist()) if not _is_in(seen, uri)]
+    listing = listing.take(pa.array(new, pa.int64()))
     first = (pc.max(manifest["shard"]).as_py() + 1) if len(manifest) else 0
-    index = np.arange(len(new))
-    return pa.table(
-        {
-            "uri": pa.array([listed.uri for listed in new], pa.string()),
-            "size": pa.array([listed.size for listed in new], pa.int64()),
-            "shard": first + index // shard_size,
-            "row": index % shard_size,
-        }
-    ).cast(MANIFEST)
+    shards, rows = _cut(listing, shard_size)
+    kept = [KEPT] if KEPT in listing.column_names else []
+    columns = {name: listing[name] for name in listing.column_names if name != KEPT}
+    columns |= {"shard": pa.array(first + shards), "row": pa.array(rows)}
+    return _typed(pa.table(columns | {name: listing[name] for name in kept}))
+
+
+def _is_in(seen: set[str], uri: str) -> bool:
+    """Whether a URI is in a set; adds it."""
+    if uri in seen:
+        return True
+    seen.add(uri)
+    return False
+
+
+def _cut(listing: pa.Table, shard_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The shard, counted from 0, and the row in it of each image of a listing."""
+    index = np.arange(len(listing))
+    changes = np.zeros(len(listing), bool)
+    for name, other in (("container", ""), ("row_group", -1)):
+        values = pc.fill_null(listing[name], other).to_numpy()
+        changes[1:] |= values[1:] != values[:-1]
+    begin = np.maximum.accumulate(np.where(changes, index, 0))
+    rows = (index - begin) % shard_size
+    return np.cumsum(rows == 0) - 1, rows
 
 
 def parts_with_images(

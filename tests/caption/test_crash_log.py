@@ -12,11 +12,13 @@ from captioner.caption.job import caption_images
 from captioner.caption.steps import CaptionJob
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data.preparation import Preparation
+from captioner.data.source import list_files
 from captioner.errors import DeviceError
 from captioner.model.base import Caption
 from captioner.model.native import Captioner
 from captioner.output.manifest import Shard
 from captioner.schema import CaptionRow
+from captioner.storage import Listed
 from conftest import write_photos
 
 JOB = CaptionJob(
@@ -51,7 +53,7 @@ class _Model:
 @pytest.fixture
 def shard(tmp_path: Path) -> Shard:
     paths = write_photos(tmp_path / "photos", 3)
-    return Shard(7, [str(path) for path in paths], [path.stat().st_size for path in paths])
+    return Shard(7, list_files(Listed(str(path), path.stat().st_size) for path in paths))
 
 
 @pytest.fixture

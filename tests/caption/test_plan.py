@@ -14,8 +14,10 @@ from captioner.caption.actors import fit_actors
 from captioner.caption.plan import InProcess, make_plan, precision_on_ray
 from captioner.cli import main
 from captioner.config import LaunchConfig, RunConfig
+from captioner.data.source import list_files
 from captioner.errors import InputError
 from captioner.output.manifest import Shard
+from captioner.storage import Listed
 from captioner.training.ray import _uses_gpus
 from conftest import write_photos
 
@@ -199,8 +201,8 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path: Path, model_di
     ],
 )
 def test_the_encoder_is_compiled_where_that_pays(settings, images, expected):
-    shards = [Shard(n, [""] * 100, [None] * 100) for n in range(images // 100)]
-    shards.append(Shard(len(shards), [""] * (images % 100), [None] * (images % 100)))
+    counts = [100] * (images // 100) + [images % 100]
+    shards = [Shard(n, list_files([Listed("", None)] * count)) for n, count in enumerate(counts)]
     on_cpu, on_gpu = (InProcess(torch.device(kind), "fp32") for kind in ("cpu", "cuda"))
     assert make_plan(images, shards, RunConfig(**settings), on_cpu).run.compile == expected
     plan = make_plan(images, shards, RunConfig(**settings), on_gpu)

@@ -17,24 +17,26 @@ from captioner import storage
 from captioner.cli import main
 from captioner.config import ListingConfig
 from captioner.data.listing import list_source
+from captioner.data.source import list_files
 from captioner.errors import InputError
 from captioner.storage import Listed
 from conftest import break_bucket
 
 
 def _uris(source: object, **listing: object) -> list[str]:
-    return [listed.uri for listed in list_source(str(source), ListingConfig(**listing))]
+    uris: list[str] = list_source(str(source), ListingConfig(**listing))["uri"].to_pylist()
+    return uris
 
 
 def test_a_directory_is_listed_recursively_in_order(place):
     for name in ("b.jpg", "a/c.PNG", "a.txt", "d.raw"):
         storage.write(f"{place}/{name}", b"123")
-    listed = list_source(place, ListingConfig())
+    listed = list_source(place, ListingConfig()).to_pylist()
     root = place.rsplit("/", 1)[1]
-    assert [each.uri.split(f"/{root}/")[1] for each in listed] == ["a/c.PNG", "b.jpg"]
-    assert [each.size for each in listed] == [3, 3]
+    assert [each["uri"].split(f"/{root}/")[1] for each in listed] == ["a/c.PNG", "b.jpg"]
+    assert [each["size"] for each in listed] == [3, 3]
     assert [uri.split(f"/{root}/")[1] for uri in _uris(place, extensions="raw")] == ["d.raw"]
-    assert _uris(place, limit=1) == [listed[0].uri]
+    assert _uris(place, limit=1) == [listed[0]["uri"]]
 
 
 def test_a_directory_without_images_is_refused(place):
@@ -128,7 +130,7 @@ def test_a_list_is_taken_in_its_order_and_each_image_once(place, kind):
     base = f"{place}/lists"
     expected = [f"{base}/z.jpg", "/abs/a.jpg", "s3://bucket/k%20.png", f"{base}/sub/b.gif"]
     listed = list_source(f"{place}/lists/my.{kind}", ListingConfig())
-    assert listed == [Listed(uri, None) for uri in expected]
+    assert listed.equals(list_files(Listed(uri, None) for uri in expected))
     assert _uris(f"{place}/lists/my.{kind}", limit=2) == expected[:2]
 
 
@@ -368,9 +370,9 @@ def test_a_list_in_a_folder_whose_name_is_no_text(tmp_path):
     os.mkdir(folder)
     with open(folder + b"/list.txt", "w") as file:
         file.write("a b.jpg\n")
-    [listed] = list_source(os.fsdecode(folder + b"/list.txt"), ListingConfig())
-    assert listed.uri == f"file://{tmp_path}/%FF/a%20b.jpg"
-    assert storage.is_local(listed.uri)
+    [listed] = list_source(os.fsdecode(folder + b"/list.txt"), ListingConfig()).to_pylist()
+    assert listed["uri"] == f"file://{tmp_path}/%FF/a%20b.jpg"
+    assert storage.is_local(listed["uri"])
 
 
 @pytest.mark.parametrize("name", ["photos", "photos.txt"])

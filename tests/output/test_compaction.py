@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from captioner import storage
 from captioner.cli import main
+from captioner.data.source import list_files
 from captioner.errors import OutputError
 from captioner.output.audit import Audit, audit, remaining_shards, shards_to_retry
 from captioner.output.compaction import compact, isolate_shards
@@ -61,7 +62,9 @@ def finish(uri: str, images: int = IMAGES) -> OutputDirectory:
     output = OutputDirectory(uri)
     if not storage.names(uri):
         output.begin({})
-    manifest = extend_manifest(output, [Listed(f"/{n:03d}.jpg", n) for n in range(images)], 4)
+    manifest = extend_manifest(
+        output, list_files(Listed(f"/{n:03d}.jpg", n) for n in range(images)), 4
+    )
     for shard in remaining_shards(output, manifest):
         _write_part(uri, shard.number, shard.uris)
     return output

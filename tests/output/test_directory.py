@@ -13,6 +13,7 @@ import pytest
 
 from captioner import __version__, storage
 from captioner.caption.crash_log import CrashLog
+from captioner.data.source import list_files
 from captioner.errors import FingerprintError, OutputError
 from captioner.output.audit import Audit, audit, remaining_shards, shards_to_retry
 from captioner.output.directory import OutputDirectory
@@ -33,8 +34,12 @@ def output(place: str) -> OutputDirectory:
     return directory
 
 
-def _listed(*numbers: int) -> list[Listed]:
-    return [Listed(f"/photos/{number}.jpg", number * 100) for number in numbers]
+def _listed(*numbers: int) -> pa.Table:
+    return list_files(Listed(f"/photos/{number}.jpg", number * 100) for number in numbers)
+
+
+def _shard(number: int, uris: list[str], sizes: list[int | None], redone: tuple[int, ...] = ()):
+    return Shard(number, list_files(map(Listed, uris, sizes)), list(redone))
 
 
 def _write_part(output: OutputDirectory, number: int, statuses: list[str]) -> None:
@@ -190,7 +195,7 @@ def test_an_interrupted_deletion_can_be_gone_on_with(output):
     storage.delete(f"{output.uri}/__captioner/manifest-0002.parquet")
     output.begin(SETTINGS)
     manifest = extend_manifest(output, _listed(1, 2, 3), shard_size=2)
-    assert manifest["uri"].to_pylist() == [listed.uri for listed in _listed(1, 2, 3)]
+    assert manifest["uri"].to_pylist() == _listed(1, 2, 3)["uri"].to_pylist()
     assert read_manifest(output).equals(manifest)
 
 
@@ -240,10 +245,12 @@ def test_the_summary_is_read_back(output):
 
 def test_a_listing_becomes_shards(output):
     manifest = extend_manifest(
-        output, [*_listed(5, 3, 1, 4), Listed("s3://b/k", None)], shard_size=2
+        output,
+        pa.concat_tables([_listed(5, 3, 1, 4), list_files([Listed("s3://b/k", None)])]),
+        shard_size=2,
     )
     assert manifest.schema.equals(MANIFEST)
-    assert manifest.to_pydict() == {
+    assert manifest.select(["uri", "size", "shard", "row"]).to_pydict() == {
         "uri": [*(f"/photos/{number}.jpg" for number in (5, 3, 1, 4)), "s3://b/k"],
         "size": [500, 300, 100, 400, None],
         "shard": [0, 0, 1, 1, 2],
@@ -251,14 +258,15 @@ def test_a_listing_becomes_shards(output):
     }
     assert read_manifest(output).equals(manifest)
     assert list(remaining_shards(output, manifest)) == [
-        Shard(0, ["/photos/5.jpg", "/photos/3.jpg"], [500, 300]),
-        Shard(1, ["/photos/1.jpg", "/photos/4.jpg"], [100, 400]),
-        Shard(2, ["s3://b/k"], [None]),
+        _shard(0, ["/photos/5.jpg", "/photos/3.jpg"], [500, 300]),
+        _shard(1, ["/photos/1.jpg", "/photos/4.jpg"], [100, 400]),
+        _shard(2, ["s3://b/k"], [None]),
     ]
 
 
 def test_sizes_that_nobody_told_are_null(output):
-    extend_manifest(output, [Listed("a.jpg", None), Listed("b.jpg", None)], shard_size=256)
+    listing = list_files([Listed("a.jpg", None), Listed("b.jpg", None)])
+    extend_manifest(output, listing, shard_size=256)
     assert read_manifest(output).schema.equals(MANIFEST)
     assert read_manifest(output)["size"].to_pylist() == [None, None]
 
@@ -267,7 +275,7 @@ def test_nothing_new_changes_nothing(output):
     manifest = extend_manifest(output, _listed(1, 2), shard_size=1)
     before = _contents(output.uri)
     assert extend_manifest(output, _listed(2, 1), shard_size=7).equals(manifest)
-    assert extend_manifest(output, [], shard_size=1).equals(manifest)
+    assert extend_manifest(output, _listed(), shard_size=1).equals(manifest)
     assert _contents(output.uri) == before
 
 
@@ -448,7 +456,7 @@ def test_what_is_not_ok_is_found_in_its_place(output):
     manifest = extend_manifest(output, _listed(*range(6)), shard_size=3)
     _write_part(output, 0, ["failed", "ok", "unreadable"])
     assert list(shards_to_retry(output, manifest)) == [
-        Shard(0, ["/photos/0.jpg", "/photos/2.jpg"], [None, None], [0, 2])
+        _shard(0, ["/photos/0.jpg", "/photos/2.jpg"], [None, None], (0, 2))
     ]
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from captioner import storage
 from captioner.output.audit import audit
 from captioner.output.directory import OutputDirectory
+from captioner.data.source import list_files
 from captioner.output.manifest import extend_manifest
 from captioner.output.parts import Part, part_name, rewrite
 from captioner.schema import CaptionRow, rows_to_table
@@ -20,7 +21,7 @@ from captioner.storage import Listed
 assert False, "assertions are on"
 directory = OutputDirectory(sys.argv[1])
 directory.begin({})
-extend_manifest(directory, [Listed(f"/{number}.jpg", 1) for number in range(4)], 2)
+extend_manifest(directory, list_files(Listed(f"/{number}.jpg", 1) for number in range(4)), 2)
 
 def row(number):
     return CaptionRow(uri=f"/{number}.jpg", status="ok")

@@ -1,0 +1,107 @@
+"""The columns of a source that come along into the rows: which, under which names and types."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.errors import InputError, first_of
+from captioner.schema import COLUMNS, KEPT
+
+__all__ = ["Keep", "infer_column", "with_kept"]
+
+_SHOWN = 20  # names of columns in a message
+
+
+class Keep:
+    """The columns that ``--keep`` names.
+
+    ``all`` is every column but that of the URIs or images; ``old=new`` renames a column. Names are
+    separated by commas.
+    """
+
+    def __init__(self, names: str | None):
+        self._names = [name.strip() for name in (names or "").split(",") if name.strip()]
+
+    def __bool__(self) -> bool:
+        """Whether any column is to come along."""
+        return bool(self._names)
+
+    def choose(self, columns: Sequence[str], source: str, images: str) -> dict[str, str]:
+        """The columns of a table to keep, each with its new name, in the order of the option.
+
+        Args:
+            columns: what the table has.
+            source: what it is called, for messages.
+            images: its column of URIs or images, which ``all`` leaves out.
+
+        Raises:
+            InputError: the table lacks a column or has it twice, or columns would share a name with
+                each other or with captioner's own.
+        """
+        chosen: dict[str, str] = {}
+        for name in self._names:
+            old, equals, new = (name, "", "") if name in columns else name.partition("=")
+            if old == "all" and "all" not in columns:
+                chosen = {each: each for each in columns if each != images} | chosen
+            elif columns.count(old) != 1:
+                how_often = "no column" if old not in columns else "several columns called"
+                shown = first_of(columns, _SHOWN)
+                raise InputError(f"--keep {name}: {source} has {how_often} {old}, but {shown}")
+            else:
+                chosen[old] = new if equals else old
+        self._check(chosen, source)
+        return chosen
+
+    def _check(self, chosen: dict[str, str], source: str) -> None:
+        names = list(chosen.values())
+        for old, new in chosen.items():
+            if new in COLUMNS.names:
+                raise InputError(
+                    f"--keep: the column {new} of {source} has the name of a column of the output: "
+                    f"rename it, for example {self._renamed(old)}"
+                )
+            if not new or names.count(new) > 1:
+                problem = "an empty name" if not new else f"the name {new} twice"
+                raise InputError(f"--keep would give {problem}: rename, for example {old}=NAME")
+
+    def _renamed(self, old: str) -> str:
+        others = ",".join(name for name in self._names if name != old)
+        return f"--keep {others + ',' if others else ''}{old}=source_{old}"
+
+
+def with_kept(listing: pa.Table, kept: pa.Table) -> pa.Table:
+    """A listing with the columns that come along, row by row; as it is where there are none."""
+    if not kept.column_names:
+        return listing
+    columns = [kept[name].combine_chunks() for name in kept.column_names]
+    columns = [
+        pa.concat_arrays(each.chunks) if isinstance(each, pa.ChunkedArray) else each
+        for each in columns
+    ]
+    struct = pa.StructArray.from_arrays(columns, fields=list(kept.schema))
+    return listing.append_column(KEPT, struct)
+
+
+def infer_column(values: Sequence[Any], lines: Sequence[int], name: str) -> pa.Array:
+    """Values of JSON as a column of one type.
+
+    Args:
+        values: what the rows have; None where they have nothing.
+        lines: the line of each row, for messages.
+        name: the list and the column, for messages.
+
+    Raises:
+        InputError: the values have no common type.
+    """
+    try:
+        column = pa.array(values)
+        return column.cast(pa.string()) if pa.types.is_null(column.type) else column
+    except (pa.ArrowException, OverflowError) as error:
+        first = next(value for value in values if value is not None)
+        alike = (type(first), type(None))
+        place = next((n for n, each in enumerate(values) if not isinstance(each, alike)), 0)
+        raise InputError(
+            f"{name}: {values[place]!r:.100} on line {lines[place]} is of another type than "
+            f"{first!r:.100}: leave the column out of --keep, or make its values alike"
+        ) from error
