@@ -79,9 +79,7 @@ class Inputs:
             **self.model.identity,
             "preprocessing version": images.PREPROCESSING_VERSION,
             "schema version": SCHEMA_VERSION,
-            "kept columns": ", ".join(
-                f"{field.name} ({field.type})" for field in kept_fields(self.listed.schema)
-            ),
+            "keep": [f"{each.name}: {each.type}" for each in kept_fields(self.listed.schema)],
             **asdict(self.decode),
             **self.run.row_settings(),
             "precision": placement.precision,

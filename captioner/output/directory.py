@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from captioner import __version__, storage
-from captioner.config import DecodeConfig, RunConfig, parse_json
+from captioner.config import DecodeConfig, ListingConfig, RunConfig, parse_json
 from captioner.errors import FingerprintError, InputError, OutputError, one_line
 from captioner.output.parts import Part, delete_parts, find_parts
 from captioner.schema import SCHEMA_VERSION
@@ -19,7 +19,9 @@ __all__ = ["PRIVATE", "OutputDirectory", "by_number"]
 #: The folder of an output directory that holds the job's own files.
 PRIVATE = "__captioner"
 #: Settings that are options of the command line.
-_OPTIONS = {each.name for config in (DecodeConfig, RunConfig) for each in fields(config)}
+_OPTIONS = {
+    each.name for config in (DecodeConfig, ListingConfig, RunConfig) for each in fields(config)
+}
 
 
 class OutputDirectory:
@@ -236,5 +238,7 @@ def _fingerprint(settings: dict[str, Any]) -> str:
 def _difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, str) and isinstance(now, str) and len(before) == len(now) == 64:
         return f"another {name}"  # SHA-256 digests mean nothing to a reader
+    if isinstance(before, list) or isinstance(now, list):
+        before, now = (", ".join(map(str, each or [])) or "nothing" for each in (before, now))
     option = f"--{name.replace('_', '-')}" if name in _OPTIONS else name
     return f"{option} was {before}, is {now}"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import datasets
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -19,8 +21,10 @@ from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.errors import ErrorRateError, FingerprintError, InputError, OutputError
 from captioner.model import bundle
 from captioner.output import attention
+from captioner.output.compaction import compact
 from captioner.output.directory import OutputDirectory
 from captioner.runtime.device import resolve_precision
+from captioner.schema import COLUMNS
 from conftest import tiny_model, write_photos
 
 RUN = RunConfig(
@@ -101,6 +105,39 @@ def test_both_engines_write_the_same_rows(photos, model_directory, tmp_path, req
                 np.testing.assert_allclose(value, theirs[name], atol=1e-5)
             elif name != "attention":
                 assert value == theirs[name], name
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_columns_of_the_source_come_along(engine, photos, model_directory, tmp_path, request):
+    paths = sorted(photos.iterdir(), reverse=True)
+    source = tmp_path / "list.parquet"
+    table = pa.table(
+        {
+            "url": [f"photos/{path.name}" for path in paths],
+            "id": pa.array(range(len(paths)), pa.int16()),
+            "caption": [path.name for path in paths],
+        }
+    )
+    listing = ListingConfig(keep="id,caption=name")
+    arguments = str(source), str(tmp_path / "out"), str(model_directory)
+    run = _engine(engine, request)
+    pq.write_table(table.slice(0, 7), source)
+    caption_images(*arguments, run=run, listing=listing)
+    pq.write_table(table, source)
+    (photos / "empty.jpg").write_bytes(paths[4].read_bytes())
+    again = dataclasses.replace(run, retry_failed=True)
+    caption_images(*arguments, run=again, listing=listing)
+    compact(str(tmp_path / "out"), 1 << 30)
+    [part] = (tmp_path / "out").glob("part-*")
+    captioned = pq.read_table(part)
+    assert captioned.column_names == [*COLUMNS.names, "id", "name"]
+    assert captioned["id"].type == pa.int16()
+    assert captioned["id"].to_pylist() == [*range(len(paths))]
+    assert captioned["name"].to_pylist() == [path.name for path in paths]
+    assert captioned["uri"].to_pylist() == [str(path) for path in paths]
+    assert captioned["status"].to_pylist().count("ok") == 11
+    with pytest.raises(FingerprintError, match="--keep was id: int16, name: string, is id: int16"):
+        caption_images(*arguments, run=run, listing=ListingConfig(keep="id"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

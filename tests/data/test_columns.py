@@ -1,0 +1,115 @@
+"""Columns of a list that come along into the output."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner.config import ListingConfig
+from captioner.data.columns import Keep
+from captioner.data.listing import list_source
+from captioner.errors import InputError
+from captioner.schema import KEPT
+from conftest import write_photos
+
+COLUMNS = ["url", "id", "licence", "caption"]
+
+
+def _kept(source: object, keep: str, **listing: object) -> pa.Table:
+    table = list_source(str(source), ListingConfig(keep=keep, **listing))
+    struct = table[KEPT].combine_chunks()
+    return pa.table({field.name: struct.field(field.name) for field in struct.type})
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("id", {"id": "id"}),
+        (" licence , id ", {"licence": "licence", "id": "id"}),
+        ("id=number,caption=alt", {"id": "number", "caption": "alt"}),
+        ("all,caption=alt", {"id": "id", "licence": "licence", "caption": "alt"}),
+    ],
+)
+def test_columns_are_chosen_and_renamed(option, expected):
+    assert Keep(option).choose(COLUMNS, "list.csv", "url") == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("width", r"^--keep width: list.csv has no column width, but url, id, licence, caption$"),
+        ("caption", r"column caption of list.csv has the name of a column of the output: rename"),
+        ("all", r"for example --keep all,caption=source_caption$"),
+        ("id=score", r"the column score of list.csv has the name of a column of the output"),
+        ("id=licence,licence", r"would give the name licence twice: rename, for example"),
+        ("id=", r"would give an empty name"),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_refused(option, message):
+    with pytest.raises(InputError, match=message):
+        Keep(option).choose(COLUMNS, "list.csv", "url")
+
+
+def test_a_column_called_all_or_with_an_equals_sign_is_a_name():
+    assert Keep("all").choose(["url", "all", "id"], "", "url") == {"all": "all"}
+    assert Keep("a=b").choose(["url", "a=b", "a"], "", "url") == {"a=b": "a=b"}
+
+
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_columns_of_text_stay_text(ending, separator, tmp_path):
+    rows = [["url", "id", "size"], ["a.jpg", "007", "1"], ["b.jpg", "008", ""]]
+    path = tmp_path / f"list.{ending}"
+    path.write_text("\n".join(separator.join(row) for row in rows))
+    assert _kept(path, "id,size").to_pydict() == {"id": ["007", "008"], "size": ["1", ""]}
+
+
+def test_columns_of_json_lines_have_the_types_of_their_values(tmp_path):
+    rows = [{"url": "a.jpg", "n": 1, "tags": ["x"]}, {"url": "b.jpg", "n": 2.5, "of": {"k": "v"}}]
+    path = tmp_path / "list.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    kept = _kept(path, "all")
+    assert [str(each) for each in kept.schema.types] == [
+        "double",
+        "list<item: string>",
+        "struct<k: string>",
+    ]
+    assert kept.to_pylist() == [
+        {"n": 1.0, "tags": ["x"], "of": None},
+        {"n": 2.5, "tags": None, "of": {"k": "v"}},
+    ]
+
+
+def test_columns_of_json_lines_without_a_common_type_are_refused(tmp_path):
+    rows = [{"url": "a.jpg", "n": 1}, {"url": "b.jpg", "n": "two"}]
+    path = tmp_path / "list.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=r"n: 'two' on line 2 is of another type than 1: leave"):
+        _kept(path, "n")
+
+
+def test_columns_of_parquet_keep_their_types(tmp_path):
+    table = pa.table(
+        {
+            "url": ["a.jpg", "b.jpg", "a.jpg", None],
+            "id": pa.array([1, 2, 3, 4], pa.uint16()),
+            "when": pa.array([0, 1, 2, 3], pa.timestamp("ms", "UTC")),
+            "kind": pa.array(["x", "y", "x", "y"]).dictionary_encode(),
+        }
+    )
+    pq.write_table(table, tmp_path / "list.parquet")
+    kept = _kept(tmp_path / "list.parquet", "id,when,kind")
+    assert kept["id"].type == pa.uint16()
+    assert kept["when"].type == pa.timestamp("ms", "UTC")
+    assert kept["id"].to_pylist() == [1, 2]  # the first row of a URI counts
+    assert kept["kind"].to_pylist() == ["x", "y"]
+
+
+def test_columns_are_refused_where_there_are_none(tmp_path: Path):
+    write_photos(tmp_path, 1)
+    with pytest.raises(InputError, match=r"^--keep is for columns, and .* has none: leave it out"):
+        list_source(str(tmp_path), ListingConfig(keep="id"))
+    (tmp_path / "list.txt").write_text("0.jpg")
+    with pytest.raises(InputError, match=r"^--keep is for a table, and .* has no columns"):
+        list_source(f"{tmp_path}/list.txt", ListingConfig(keep="id"))
