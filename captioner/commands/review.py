@@ -126,8 +126,9 @@ def show(output: str, uri: str, target: str) -> None:
         from captioner import storage
         from captioner.review import rows
 
-    row = rows.find_row(storage.absolute(output), uri)
-    storage.write(storage.absolute(target), rows.draw(row))
+    output = storage.absolute(output)
+    row = rows.find_row(output, uri)
+    storage.write(storage.absolute(target), rows.draw(output, row))
     click.echo(printable(row.caption))
 
 

@@ -1,5 +1,6 @@
 """Reads the images of a listing: files one by one, neighbours in a container together."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
@@ -7,12 +8,20 @@ import pyarrow as pa
 from captioner import storage
 from captioner.errors import CaptionerError
 
-__all__ = ["groups", "read_images"]
+__all__ = ["groups", "is_in_container", "read_images"]
 
 _GROUP_IMAGES, _GROUP_BYTES = 32, 16 << 20  # of a container, read together at most
 
+#: The end of the URI of an image in a Parquet file: ``.parquet#COLUMN=ROW``.
+_CELL = re.compile(r"\.parquet#[^/]*=\d+$")
+
 #: What reads images of one container: as :func:`read_images`.
 Reader = Callable[[pa.Table, int, int], Iterator[bytes | Exception]]
+
+
+def is_in_container(uri: str) -> bool:
+    """Whether a URI names an image in a file that holds many, which has a locator in a listing."""
+    return uri.startswith("tar://") or _CELL.search(uri) is not None
 
 
 def groups(images: pa.Table) -> Iterator[range]:

@@ -52,5 +52,5 @@ def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
     for name in PHOTOS:
         row = rows.find_row(captions, name)
         target = storage.join(output, f"overlays/{name.rsplit('.', 1)[0]}.png")
-        storage.write(target, rows.draw(row))
+        storage.write(target, rows.draw(captions, row))
         yield target, row.caption

@@ -16,6 +16,7 @@ from PIL import Image
 from captioner.errors import InputError, printable
 from captioner.output.attention import colour
 from captioner.output.directory import OutputDirectory
+from captioner.output.images import OutputImages
 from captioner.output.rows import lowest_ranked_rows
 from captioner.review.rows import attention_maps, read_photo
 from captioner.runtime.progress import progress_bar
@@ -67,13 +68,14 @@ def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed
         "worst": np.positive,
         "listed": np.zeros_like,
     }
+    photos = OutputImages(directory)
     rows = lowest_ranked_rows(directory, ranks[order], count)
     with (
         ThreadPoolExecutor(_READERS) as pool,
         progress_bar(len(rows), unit="image", description="gallery") as progress,
     ):
         cards = []
-        for card in pool.map(lambda row: _card(row, rows.schema), rows.to_pylist()):
+        for card in pool.map(lambda row: _card(photos, row, rows.schema), rows.to_pylist()):
             cards.append(card)
             progress.update()
     template = (
@@ -86,13 +88,13 @@ def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed
     return environment.from_string(template).render(output=output, order=order, cards=cards)
 
 
-def _card(row: dict[str, Any], schema: pa.Schema) -> _Card:
+def _card(photos: OutputImages, row: dict[str, Any], schema: pa.Schema) -> _Card:
     card = _Card(row["uri"], row["score"])
     if row["status"] != "ok":
         card.problem = f"{row['status']}: {row['error']}"
         return card
     try:
-        photo = read_photo(row["uri"], _LONGEST_SIDE)
+        photo = read_photo(photos, row["uri"], _LONGEST_SIDE)
         card.photo = _data_uri(photo, "JPEG")
         card.ratio = photo.width / photo.height
     except InputError as error:

@@ -17,6 +17,7 @@ from captioner.data.preparation import Preparation
 from captioner.errors import InputError, OutputError
 from captioner.output import attention
 from captioner.output.directory import OutputDirectory
+from captioner.output.images import OutputImages
 from captioner.output.manifest import read_manifest
 from captioner.output.rows import read_row
 
@@ -98,10 +99,11 @@ def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:
         raise OutputError(f"the attention maps of {uri} are damaged") from error
 
 
-def read_photo(uri: str, longest_side: int) -> Image.Image:
+def read_photo(photos: OutputImages, uri: str, longest_side: int) -> Image.Image:
     """Reads an image to show it.
 
     Args:
+        photos: the images of the output.
         uri: the image.
         longest_side: the longest side of the result, in pixels.
 
@@ -109,7 +111,7 @@ def read_photo(uri: str, longest_side: int) -> Image.Image:
         InputError: the image cannot be read.
     """
     try:
-        data = storage.read(uri, _MAX_BYTES)
+        data = photos.read(uri, _MAX_BYTES)
         shown = Preparation(max_side=longest_side, enlarge=True)
         decoded = images.decode(data, shown, max_bytes=_MAX_BYTES)
     except OSError as error:
@@ -130,7 +132,7 @@ def _panels(row: CaptionedRow, image: Image.Image) -> list[tuple[str, Image.Imag
     return panels
 
 
-def draw(row: CaptionedRow) -> bytes:
+def draw(output: str, row: CaptionedRow) -> bytes:
     """Draws the image, the mean of its maps and the map of each word, as a PNG.
 
     Raises:
@@ -139,7 +141,8 @@ def draw(row: CaptionedRow) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    image = read_photo(row.uri, _LONGEST_SIDE)
+    photos = OutputImages(OutputDirectory(output))
+    image = read_photo(photos, row.uri, _LONGEST_SIDE)
     panels = _panels(row, image)
     columns = min(len(panels), 5)
     rows = math.ceil(len(panels) / columns)

@@ -20,6 +20,7 @@ from captioner.storage.finding import FolderError, Listed, PassedOver, find
 from captioner.storage.listing import is_directory, names, sizes
 from captioner.storage.locks import locked
 from captioner.storage.reading import Ranges, open_binary, read, size, version
+from captioner.storage.retries import RETRIES
 from captioner.storage.uris import (
     absolute,
     as_path,
@@ -32,6 +33,7 @@ from captioner.storage.writing import delete, is_temporary, write, writing
 
 __all__ = [
     "CACHES",
+    "RETRIES",
     "Cache",
     "FolderError",
     "Listed",

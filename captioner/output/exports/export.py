@@ -10,6 +10,7 @@ from captioner.output.exports import imagefolder, sidecars, tables, webdataset
 from captioner.output.exports.job import ExportJob, ExportSummary
 from captioner.output.exports.ledger import Ledger
 from captioner.output.exports.rows import Rows
+from captioner.output.images import OutputImages
 from captioner.runtime.progress import progress_bar
 
 __all__ = ["FORMATS", "Format", "export"]
@@ -61,7 +62,15 @@ def export(
     ledger = Ledger(directory, destination or "")
     summary = ExportSummary(destination or output)
     with progress_bar(rows.total, unit="image") as progress:
-        job = ExportJob(rows, destination or "", config, ledger, summary, progress.update)
+        job = ExportJob(
+            rows,
+            OutputImages(directory),
+            destination or "",
+            config,
+            ledger,
+            summary,
+            progress.update,
+        )
         try:
             FORMATS[form](job)
         finally:

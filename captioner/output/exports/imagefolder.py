@@ -57,7 +57,7 @@ def _copy(
     target = storage.join(job.destination, name)
     if row["bytes"] is not None and storage.size(target) == row["bytes"]:
         return name, row, "unchanged"
-    data = read_image(row["uri"])
+    data = read_image(job.images, row["uri"])
     if data is None:
         return name, row, "unreadable"
     storage.write(target, data)

@@ -5,6 +5,7 @@ import os
 
 from captioner import storage
 from captioner.errors import InputError
+from captioner.output.images import OutputImages
 
 __all__ = ["THREADS", "file_extension", "read_image"]
 
@@ -15,14 +16,14 @@ _LARGEST = 1 << 30  # bytes of an image
 _logger = logging.getLogger(__name__)
 
 
-def read_image(uri: str) -> bytes | None:
+def read_image(images: OutputImages, uri: str) -> bytes | None:
     """An image's bytes; None, with a warning, where it cannot be read or is larger than 1 GiB.
 
     Raises:
         InputError: the whole store cannot be used.
     """
     try:
-        data = storage.read(uri, _LARGEST)
+        data = images.read(uri, _LARGEST)
     except InputError:
         raise
     except OSError as error:

@@ -7,6 +7,7 @@ from captioner import storage
 from captioner.config import ExportConfig
 from captioner.output.exports.ledger import Ledger
 from captioner.output.exports.rows import Rows
+from captioner.output.images import OutputImages
 
 __all__ = ["ExportJob", "ExportSummary"]
 
@@ -56,6 +57,7 @@ class ExportJob:
     """
 
     rows: Rows
+    images: OutputImages
     destination: str
     config: ExportConfig
     ledger: Ledger

@@ -6,6 +6,7 @@ import itertools
 import json
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 from captioner import storage
@@ -77,7 +78,9 @@ def _members(job: ExportJob, row: Row) -> tuple[str, str]:
 def _write_tar(file: BinaryIO, job: ExportJob, rows: list[tuple[int, Row]]) -> int:
     """Writes a tar; returns the number of images in it, without unreadable images."""
     written = 0
-    images = prefetch.map_ahead(read_image, [row["uri"] for _, row in rows], THREADS)
+    images = prefetch.map_ahead(
+        partial(read_image, job.images), [row["uri"] for _, row in rows], THREADS
+    )
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for (number, row), data in zip(rows, images, strict=True):
             if data is None:

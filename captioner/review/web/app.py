@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from captioner.errors import CaptionerError, InputError, printable
 from captioner.output.decisions import ConflictError, Decision, Journal
+from captioner.output.images import OutputImages
 from captioner.review.rows import attention_maps
 from captioner.review.web.index import RowIndex
 from captioner.review.web.pictures import SIZES, PictureCache, map_png, photo_jpeg
@@ -99,6 +100,7 @@ class _Review:
 
     def __init__(self, index: RowIndex, journal: Journal, guard: Guard):
         self._index, self._journal, self._guard = index, journal, guard
+        self._photos = OutputImages(index.directory)
         self._pictures = PictureCache()
         self._templates = jinja2.Environment(
             loader=jinja2.PackageLoader("captioner.review.web"),
@@ -193,7 +195,7 @@ class _Review:
         if size not in SIZES:
             raise HTTPException(404, "Unknown size: use small or large.")
         uri = await run_in_threadpool(self._uri, number)
-        make = partial(photo_jpeg, uri, size)
+        make = partial(photo_jpeg, self._photos, uri, size)
         picture = await run_in_threadpool(self._pictures.get, (uri, size), make)
         return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private"})
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from captioner.output.attention import colour
+from captioner.output.images import OutputImages
 from captioner.review.rows import read_photo
 
 __all__ = ["SIZES", "PictureCache", "map_png", "photo_jpeg"]
@@ -47,14 +48,14 @@ class PictureCache:
         return picture
 
 
-def photo_jpeg(uri: str, size: str) -> bytes:
+def photo_jpeg(photos: OutputImages, uri: str, size: str) -> bytes:
     """Reads a photo as JPEG in one of the :data:`SIZES`.
 
     Raises:
         InputError: it cannot be read or decoded.
     """
     sink = io.BytesIO()
-    read_photo(uri, SIZES[size]).save(sink, "JPEG", quality=85)
+    read_photo(photos, uri, SIZES[size]).save(sink, "JPEG", quality=85)
     return sink.getvalue()
 
 
