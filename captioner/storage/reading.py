@@ -13,7 +13,7 @@ from captioner.storage.client_errors import http_status
 from captioner.storage.filesystems import filesystem
 from captioner.storage.retries import RETRIES, attempt
 
-__all__ = ["Ranges", "open_binary", "read", "size", "version"]
+__all__ = ["Ranges", "open_binary", "read", "read_range", "size", "version"]
 
 _SMALLEST_READ = 1 << 16  # bytes
 _REQUESTS = 16  # ranges of an object requested at a time
@@ -63,6 +63,27 @@ def _at_most(file: BinaryIO, count: int) -> bytes:
     return b"".join(pieces)
 
 
+def read_range(uri: str, begin: int, end: int, *, retries: int = RETRIES) -> bytes:
+    """The bytes of a file from ``begin`` up to ``end``, complete; one request to a bucket.
+
+    Raises:
+        StorageError: the whole store cannot be used.
+        OSError: the file cannot be read, or ends before ``end``.
+    """
+
+    def read_bytes(fs: Any, path: str) -> bytes:
+        if not isinstance(fs, LocalFileSystem):
+            return fs.cat_file(path, start=begin, end=end)  # type: ignore[no-any-return]
+        with _open_local(path) as file:
+            file.seek(begin)
+            return _at_most(file, end - begin)
+
+    data = attempt(uri, read_bytes, retries=retries) if end > begin else b""
+    if len(data) != end - begin:
+        raise OSError(f"{len(data)} bytes came instead of {end - begin}")
+    return data
+
+
 def open_binary(uri: str, *, ranges: bool = False) -> BinaryIO:
     """A file to read parts of.
 
@@ -100,11 +121,7 @@ class Ranges(io.RawIOBase):
         self._fetched = [(begin, piece) for (begin, _), piece in zip(spans, pieces, strict=True)]
 
     def _get(self, span: tuple[int, int]) -> bytes:
-        begin, end = span
-        data: bytes = attempt(self._uri, lambda fs, path: fs.cat_file(path, start=begin, end=end))
-        if len(data) != end - begin:
-            raise OSError(f"{len(data)} bytes came instead of {end - begin}")
-        return data
+        return read_range(self._uri, *span)
 
     def readable(self) -> bool:
         """Always true."""

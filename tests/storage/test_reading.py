@@ -55,6 +55,18 @@ def test_parts_of_a_file_are_read(tmp_path):
         assert file.read(2) == b"78"
 
 
+def test_a_range_of_a_file_is_read(place):
+    uri = f"{place}/a"
+    storage.write(uri, b"0123456789")
+    assert storage.read_range(uri, 3, 7) == b"3456"
+    assert storage.read_range(uri, 0, 10) == b"0123456789"
+    assert storage.read_range(uri, 4, 4) == b""
+    with pytest.raises(OSError, match=r"^2 bytes came instead of 3$"):
+        storage.read_range(uri, 8, 11)
+    with pytest.raises(FileNotFoundError):
+        storage.read_range(f"{place}/b", 0, 1)
+
+
 def test_the_version_of_a_file_changes_with_it(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"1")
