@@ -49,7 +49,7 @@ class BatchCaptioner:
 
     def __init__(
         self,
-        captioner: Callable[[Sequence[np.ndarray]], Sequence[Caption]],
+        captioner: Callable[..., Sequence[Caption]],
         decode: DecodeConfig,
         batch_size: int | Literal["auto"],
         most: int = 1 << 20,
@@ -162,7 +162,8 @@ class BatchCaptioner:
 
     def _caption(self, batch: Sequence[Loaded]) -> None:
         pixels = [image.pixels_HW3 for image in batch if image.pixels_HW3 is not None]
-        captions = self._captioner(pixels)
+        prompts = [image.prompt for image in batch if image.prompt is not None]
+        captions = self._captioner(pixels, prompts) if prompts else self._captioner(pixels)
         maps = [
             (None, None)
             if caption.attention_THW is None

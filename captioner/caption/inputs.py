@@ -30,7 +30,7 @@ class Inputs:
         directory: the output.
         decode: what decides the captions, with the model's defaults.
         run: how the job runs.
-        limited: only the first images of the source are listed.
+        limited: only some images of the source are listed.
     """
 
     model: Model
@@ -61,8 +61,10 @@ class Inputs:
         choose_engine(run)  # rejects invalid settings before anything is read
         directory = OutputDirectory(storage.absolute(output))
         found = load_model(model)
-        decode = found.resolve(decode or DecodeConfig())
-        listed = list_source(storage.absolute(source), listing)
+        decode = decode or DecodeConfig()
+        seed = decode.seed
+        decode = found.resolve(decode)
+        listed = list_source(storage.absolute(source), listing, prompt=decode.prompt, seed=seed)
         _check_schemes(listed)
         return cls(
             model=found,
@@ -70,7 +72,7 @@ class Inputs:
             directory=directory,
             decode=decode,
             run=run,
-            limited=listing.limit is not None,
+            limited=listing.limit is not None or listing.sample is not None,
         )
 
     def fingerprint(self, placement: Placement) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class Inputs:
         }
 
     def unlisted(self, manifest: pa.Table) -> set[str]:
-        """The images that only earlier runs listed; empty if ``--limit`` shortens the listing."""
+        """The images that only earlier runs listed; empty if only some of the source is listed."""
         if self.limited:
             return set()
         return set(manifest["uri"].to_pylist()).difference(self.listed["uri"].to_pylist())

@@ -26,6 +26,7 @@ from captioner.caption.steps import (
     ShardResult,
     finish_shard,
     load_images,
+    prompts,
 )
 from captioner.caption.timing import RayMetrics, Timing
 from captioner.data.reading import groups
@@ -169,7 +170,7 @@ def _as_shard(table: pa.Table) -> Shard:
     return Shard(values["number"], images, values["redone"])
 
 
-def _unpack(table: pa.Table) -> tuple[Shard, list[Loaded] | None]:
+def _unpack(table: pa.Table, job: CaptionJob) -> tuple[Shard, list[Loaded] | None]:
     shard = _as_shard(table)
     [rows], [pixels] = table["rows"].to_pylist(), table["pixels"]
     if rows is None:
@@ -180,7 +181,8 @@ def _unpack(table: pa.Table) -> tuple[Shard, list[Loaded] | None]:
         for data, shape in zip(pixels.values, shapes, strict=True)
     )
     return shard, [
-        Loaded(CaptionRow(**row), pixels_HW3) for row, pixels_HW3 in zip(rows, arrays, strict=True)
+        Loaded(CaptionRow(**row), pixels_HW3, prompt=prompt)
+        for row, pixels_HW3, prompt in zip(rows, arrays, prompts(job, shard.images), strict=True)
     ]
 
 
@@ -234,7 +236,7 @@ class CaptionStage:
         if self.error is not None:
             raise self.error
         timing = self._waited(table["ready"][0].as_py())
-        shard, loaded = _unpack(table)
+        shard, loaded = _unpack(table, self.job)
         try:
             if loaded is None or self.crash_log.crashes(shard.number) is not None:
                 rows = caption_alone(self.job, self.captioner, shard, self.crash_log)
@@ -269,7 +271,7 @@ class CaptionStage:
 @_errors_as_rows
 def write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
     """A captioned shard in; its result out, once its part is written."""
-    shard, captioned = _unpack(table)
+    shard, captioned = _unpack(table, job)
     if captioned is None:
         raise RuntimeError(f"shard {shard.number} is to be written without its rows")
     timing = Timing(**table["timing"][0].as_py())

@@ -21,6 +21,7 @@ from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data import images
 from captioner.data.preparation import Preparation
+from captioner.data.prompts import columns_of, fill
 from captioner.data.reading import read_images
 from captioner.errors import OutputError, one_line
 from captioner.output.manifest import Shard
@@ -36,6 +37,7 @@ __all__ = [
     "common_failure",
     "finish_shard",
     "load_images",
+    "prompts",
     "write_part",
 ]
 
@@ -89,12 +91,13 @@ class Loaded:
     """An image in progress: its row so far, and its pixels until it is captioned.
 
     ``seconds`` is the time of reading and decoding; images that are read together share the
-    reading's.
+    reading's. ``prompt`` is None where all images have the same.
     """
 
     row: CaptionRow
     pixels_HW3: np.ndarray | None
     seconds: float = 0.0
+    prompt: str | None = None
 
 
 def load_images(job: CaptionJob, listed: pa.Table) -> list[Loaded]:
@@ -111,7 +114,18 @@ def load_images(job: CaptionJob, listed: pa.Table) -> list[Loaded]:
     known = [_known_fault(job, row) for row in rows]
     wanted = listed.filter(pa.array([fault is None for fault in known], pa.bool_()))
     data = read_images(wanted, job.run.max_bytes, job.run.retries)
-    return list(_loaded(job, rows, known, data))
+    loaded = list(_loaded(job, rows, known, data))
+    for image, prompt in zip(loaded, prompts(job, listed), strict=True):
+        image.prompt = prompt
+    return loaded
+
+
+def prompts(job: CaptionJob, listed: pa.Table) -> Sequence[str | None]:
+    """The prompt of each image if the prompt names columns of the source; else None for each."""
+    template = job.decode.prompt
+    if template is None or not columns_of(template):
+        return [None] * len(listed)
+    return [fill(template, row) for row in listed[KEPT].to_pylist()]
 
 
 def _known_fault(job: CaptionJob, listed: dict[str, Any]) -> CaptionRow | None:

@@ -81,7 +81,7 @@ class DecodeConfig(Settings):
     )
     seed: int = setting(
         0,
-        "Seed of sampling; a caption depends on it and on the image alone.",
+        "Seed of --sample and of sampled captions, which depend on it and on the image alone.",
         minimum=0,
         maximum=2**32 - 1,
         group="Pretrained models",

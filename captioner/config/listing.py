@@ -34,6 +34,12 @@ class ListingConfig(Settings):
         "old=new to rename one.",
         unset="no columns",
     )
+    sample: int | None = setting(
+        None,
+        "List only a random sample of N images, which --seed chooses; for a first look.",
+        minimum=1,
+        unset="all images",
+    )
     limit: int | None = setting(
         None,
         "List only the first N images, including those already captioned.",

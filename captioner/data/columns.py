@@ -5,6 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from captioner.data.prompts import check_columns, columns_of
 from captioner.errors import InputError, first_of
 from captioner.schema import COLUMNS, KEPT
 
@@ -17,15 +18,17 @@ class Keep:
     """The columns that ``--keep`` names.
 
     ``all`` is every column but that of the URIs or images; ``old=new`` renames a column. Names are
-    separated by commas.
+    separated by commas. The columns that the prompt names are kept too, unless they are already.
     """
 
-    def __init__(self, names: str | None):
+    def __init__(self, names: str | None, prompt: str | None = None):
         self._names = [name.strip() for name in (names or "").split(",") if name.strip()]
+        self._prompt = prompt
+        self._needed = columns_of(prompt or "")
 
     def __bool__(self) -> bool:
         """Whether any column is to come along."""
-        return bool(self._names)
+        return bool(self._names or self._needed)
 
     def choose(self, columns: Sequence[str], source: str, images: str) -> dict[str, str]:
         """The columns of a table to keep, each with its new name, in the order of the option.
@@ -50,8 +53,22 @@ class Keep:
                 raise InputError(f"--keep {name}: {source} has {how_often} {old}, but {shown}")
             else:
                 chosen[old] = new if equals else old
+        for name in self._needed:
+            if name in columns and name not in chosen.values():
+                chosen.setdefault(name, name)
+        check_columns(self._prompt, [*chosen.values()] if chosen else columns)
         self._check(chosen, source)
         return chosen
+
+    def refuse(self, source: str) -> None:
+        """Refuses a source that has no columns.
+
+        Raises:
+            InputError: ``--keep`` or the prompt names columns.
+        """
+        check_columns(self._prompt, [])
+        if self:
+            raise InputError(f"--keep is for columns, and {source} has none: leave it out")
 
     def _check(self, chosen: dict[str, str], source: str) -> None:
         names = list(chosen.values())

@@ -1,13 +1,16 @@
 """Which images a source holds: a folder, or a list of URIs."""
 
+import hashlib
 import logging
 import shlex
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from captioner import storage
 from captioner.config import ListingConfig
+from captioner.data.columns import Keep
 from captioner.data.filters import PROGRAMS_FILES, Exclusion
 from captioner.data.lists import is_list, read_list
 from captioner.data.source import list_files
@@ -21,14 +24,18 @@ _logger = logging.getLogger(__name__)
 _SHOWN = 5  # names in a message
 
 
-def list_source(source: str, listing: ListingConfig) -> pa.Table:
+def list_source(
+    source: str, listing: ListingConfig, *, prompt: str | None = None, seed: int = 0
+) -> pa.Table:
     """The images of a source, each once: :data:`captioner.schema.LISTING`.
 
     Args:
         source: a folder, listed recursively and sorted; or a list, whose order is kept: see
             :func:`captioner.data.lists.read_list`.
-        listing: which files of a folder are images, which column of a list, and how many images to
-            take at most.
+        listing: which files of a folder are images, which columns of a list count, and how many
+            images to take at most.
+        prompt: a prompt, which may name columns: see :mod:`captioner.data.prompts`.
+        seed: chooses the sample, if the settings ask for one.
 
     Raises:
         InputError: there is no such source, it holds no image, a folder in it cannot be listed, or
@@ -43,13 +50,28 @@ def list_source(source: str, listing: ListingConfig) -> pa.Table:
         raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
     if listing.column is not None and not is_table:
         raise InputError(f"--column is for a list, and {source} is not one by its ending")
-    if listing.keep is not None and not is_table:
-        raise InputError(f"--keep is for columns, and {source} has none: leave it out")
+    keep = Keep(listing.keep, prompt)
     if is_table:
-        images = read_list(source, listing.column, listing.keep)
+        images = read_list(source, listing.column, keep)
     else:
+        keep.refuse(source)
         images = list_files(_find(source, listing))
+    if listing.sample is not None:
+        images = _sample(images, listing.sample, seed)
     return images.slice(0, listing.limit)
+
+
+def _sample(images: pa.Table, count: int, seed: int) -> pa.Table:
+    """A random sample, in the order of the listing; it changes little when the source grows."""
+    key = seed.to_bytes(8, "big")
+    ranks = np.array(
+        [
+            hashlib.blake2b(uri.encode(), digest_size=8, key=key).digest()
+            for uri in images["uri"].to_pylist()
+        ],
+        "S8",
+    )
+    return images.take(np.sort(np.argsort(ranks, kind="stable")[:count]))
 
 
 def _find(source: str, listing: ListingConfig) -> list[Listed]:

@@ -55,7 +55,7 @@ class _Rows:
     kept: pa.Table
 
 
-def read_list(source: str, column: str | None = None, keep: str | None = None) -> pa.Table:
+def read_list(source: str, column: str | None = None, keep: Keep | None = None) -> pa.Table:
     """The images of a list, each once, in the list's order: :data:`captioner.schema.LISTING`.
 
     Args:
@@ -64,17 +64,18 @@ def read_list(source: str, column: str | None = None, keep: str | None = None) -
             (``.csv.gz``). Relative paths start from the list's own folder.
         column: the column of URIs; by default ``uri``, else the only column, else the only one
             whose name is usual for URIs, as ``url``, ``image``, ``file_name`` and ``path`` are.
-        keep: columns that come along: see :class:`captioner.data.columns.Keep`. Of a URI that is
-            listed several times, the first row counts.
+        keep: the columns that come along. Of a URI that is listed several times, the first row
+            counts.
 
     Raises:
         InputError: the list cannot be read, is damaged, has no such column, or names no image or
             images outside of its bucket.
     """
-    kind, wanted = _kind(source), _Wanted(column, Keep(keep))
-    for option, is_given in (("--column", column is not None), ("--keep", bool(wanted.keep))):
-        if kind == "txt" and is_given:
-            raise InputError(f"{option} is for a table, and {source} has no columns: leave it out")
+    kind, wanted = _kind(source), _Wanted(column, keep or Keep(None))
+    if kind == "txt" and column is not None:
+        raise InputError(f"--column is for a table, and {source} has no columns: leave it out")
+    if kind == "txt":
+        wanted.keep.refuse(source)
     rows = _READERS[kind](source, _read(source), wanted)
     first: dict[str, int] = {}  # the row of each URI
     for number, uri in enumerate(rows.uris):

@@ -20,6 +20,7 @@ from captioner.data import dataset
 from captioner.data import images as decoding
 from captioner.data.dataset import CaptionedImage, Dataset
 from captioner.data.preparation import Preparation
+from captioner.data.prompts import check_columns
 from captioner.errors import InputError, first_of
 from captioner.evaluation import metrics
 from captioner.evaluation.metrics import Scores
@@ -206,6 +207,7 @@ def caption_dataset(
         raise InputError("--batch-size auto is for caption jobs: give a number to evaluate")
     found = load_model(model)
     decode = found.resolve(decode)
+    check_columns(decode.prompt, [])
     captioner = found.load(decode, device=run.device, precision=run.precision)
     kept: list[CaptionedImage] = []
     captions: list[str] = []

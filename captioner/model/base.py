@@ -67,7 +67,8 @@ class LoadedModel(Protocol):
 
         Args:
             images: the images, prepared as the model asks for.
-            prompts: a prompt for each image; None uses the prompt of the decode settings.
+            prompts: a prompt for each image; None uses the prompt of the decode settings, where
+                nothing stands for the source's columns.
         """
         ...
 

@@ -31,7 +31,6 @@ _PRETRAINED_ONLY = (
     "temperature",
     "top_p",
     "repetition_penalty",
-    "seed",
     "captions",
 )
 
@@ -97,7 +96,7 @@ class NativeModel:
                     f"{option} is for pretrained models, and this model was trained by captioner: "
                     f"remove {option}"
                 )
-        decode = decode.with_model_defaults(self.bundle.config)
+        decode = dataclasses.replace(decode, seed=0).with_model_defaults(self.bundle.config)
         if decode.attention == "auto":
             decode = dataclasses.replace(decode, attention="tokens")
         return decode

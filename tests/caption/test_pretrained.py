@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.parquet as pq
 import pytest
 
 from captioner.caption.job import caption_images
 from captioner.config import DecodeConfig, RunConfig
-from captioner.errors import FingerprintError
+from captioner.errors import FingerprintError, InputError
 from captioner.model.huggingface.captioner import PretrainedCaptioner
 from captioner.model.loading import load_model
 from captioner.output import attention
@@ -51,6 +53,43 @@ def test_every_image_has_its_row_with_maps_and_finish(
         assert len(maps) == len(row["tokens"]) == len(row["token_logprobs"])
         np.testing.assert_allclose(maps.sum((1, 2)), 1, atol=0.05)
         assert row["finish"] in ("stop", "length")
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_each_image_has_the_prompt_that_its_columns_give(
+    blip: str, photos: Path, tmp_path: Path, engine: str, request: pytest.FixtureRequest
+) -> None:
+    if engine == "ray":
+        request.getfixturevalue("local_ray")
+    names = sorted(path.name for path in photos.glob("photo-*"))
+    titles = [None, "a", "a red car", "the {braces} of a car", "a"] * 2
+    table = pa.table({"url": [f"photos/{name}" for name in names], "title": titles})
+    pq.write_table(table, tmp_path / "list.parquet")
+    run = RunConfig(**{**vars(RUN), "engine": engine})
+    decode = DecodeConfig(max_new_tokens=6, prompt="see {title} {{x}}", beam=1)
+    output = tmp_path / "out"
+    caption_images(f"{tmp_path}/list.parquet", str(output), blip, decode=decode, run=run)
+    written = rows(output)
+    assert [row["title"] for row in written] == titles
+    for row in written[:5]:
+        prompt = f"see {row['title'] or ''} {{{{x}}}}".replace("{braces}", "{{braces}}")
+        alone = tmp_path / "alone" / Path(row["uri"]).name
+        fixed = DecodeConfig(max_new_tokens=6, prompt=prompt, beam=1)
+        (tmp_path / "one.txt").write_text(row["uri"])
+        caption_images(f"{tmp_path}/one.txt", str(alone), blip, decode=fixed, run=RUN)
+        [expected] = rows(alone)
+        assert (row["caption"], row["status"]) == (expected["caption"], "ok")
+    assert len({row["caption"] for row in written[:5]}) > 1
+
+
+def test_a_prompt_that_names_no_column_of_the_source_is_refused(
+    blip: str, photos: Path, tmp_path: Path
+) -> None:
+    decode = DecodeConfig(prompt="see {titel}")
+    (tmp_path / "list.csv").write_text("url,title\nphotos/photo-0000.jpg,a car\n")
+    for source, known in ((photos, "no columns"), (tmp_path / "list.csv", "url, title")):
+        with pytest.raises(InputError, match=f"the source has no column 'titel', but {known};"):
+            caption_images(str(source), f"{tmp_path}/out", blip, decode=decode, run=RUN)
 
 
 def test_an_image_of_another_grid_has_its_own(

@@ -111,5 +111,5 @@ def test_columns_are_refused_where_there_are_none(tmp_path: Path):
     with pytest.raises(InputError, match=r"^--keep is for columns, and .* has none: leave it out"):
         list_source(str(tmp_path), ListingConfig(keep="id"))
     (tmp_path / "list.txt").write_text("0.jpg")
-    with pytest.raises(InputError, match=r"^--keep is for a table, and .* has no columns"):
+    with pytest.raises(InputError, match=r"^--keep is for columns, and .*list.txt has none"):
         list_source(f"{tmp_path}/list.txt", ListingConfig(keep="id"))

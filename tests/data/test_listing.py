@@ -5,6 +5,7 @@ import json
 import os
 import random
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -564,3 +565,36 @@ def test_exclude_is_repeated_on_the_command_line(tmp_path, model_directory):
         "--exclude 'b.*' leaves out 1",
     ]
     assert "1 image" in result.output
+
+
+def test_a_sample_is_chosen_by_the_seed_and_keeps_the_order_of_the_listing(tmp_path):
+    names = [f"{number:03d}.jpg" for number in range(200)]
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(reversed(names)))
+    sample = ListingConfig(sample=20)
+    first, again, other = (
+        list_source(str(path), sample, seed=seed)["uri"].to_pylist() for seed in (1, 1, 2)
+    )
+    assert first == again == sorted(set(first), reverse=True)
+    assert len(first) == len(other) == 20
+    assert first != other
+    everything = list_source(str(path), ListingConfig(sample=1000), seed=1)
+    assert len(everything) == 200
+    # One more image in the source changes at most one image of the sample.
+    path.write_text("\n".join([*reversed(names), "new.jpg"]))
+    grown = list_source(str(path), sample, seed=1)["uri"].to_pylist()
+    assert len(set(grown) & set(first)) >= 19
+
+
+def test_every_image_is_as_likely_in_a_sample(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(f"{number}.jpg" for number in range(10)))
+    counts = Counter(
+        uri
+        for seed in range(300)
+        for uri in list_source(f"{tmp_path}/list.txt", ListingConfig(sample=3), seed=seed)[
+            "uri"
+        ].to_pylist()
+    )
+    assert len(counts) == 10
+    assert min(counts.values()) > 60  # 90 are expected, with a deviation of 8
+    assert max(counts.values()) < 120

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from captioner.config import DecodeConfig
 from captioner.data.preparation import Preparation
+from captioner.data.prompts import columns_of, fill
 from captioner.errors import InputError
 from captioner.model.huggingface.families import Family, family_of
 from captioner.model.huggingface.hub import Location, locate
-from captioner.model.huggingface.prompts import columns_of, fill
 from captioner.model.huggingface.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class PretrainedModel:
         """The settings with the family's own.
 
         Raises:
-            InputError: a setting is not for this family.
+            InputError: a setting is not for this family, or the prompt's braces do not match.
         """
         for name, instead in _NATIVE.items():
             if getattr(decode, name):
@@ -69,13 +69,7 @@ class PretrainedModel:
                     + (f"use {instead}" if instead else f"remove {option}")
                 )
         settings = _settings(decode).resolved(self.family)
-        if settings.prompt is not None and (columns := columns_of(settings.prompt)):
-            raise InputError(
-                f"--prompt {settings.prompt!r}: the source has no column {columns[0]!r}; "
-                "write {{ and }} for braces"
-            )
-        if settings.prompt is not None:
-            settings = dataclasses.replace(settings, prompt=fill(settings.prompt, {}))
+        columns_of(settings.prompt or "")
         resolved = {name: getattr(settings, name) for name in _SHARED if name != "length_penalty"}
         return dataclasses.replace(decode, **resolved)
 
@@ -89,9 +83,12 @@ class PretrainedModel:
         """
         from captioner.model.huggingface.loading import load_directory
 
+        settings = _settings(decode)
+        if settings.prompt is not None:
+            settings = dataclasses.replace(settings, prompt=fill(settings.prompt, {}))
         return load_directory(
             self.location.fetch(),
-            _settings(decode),
+            settings,
             name=self.location.uri,
             device=device,
             precision=precision,

@@ -1,54 +1,15 @@
-"""Prompts: templates with columns of the source, and the inputs that a model makes of them."""
+"""The inputs that a model makes of images and prompts."""
 
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from captioner.errors import BundleError, InputError
+from captioner.errors import BundleError
 from captioner.model.huggingface.families import Family
 
-__all__ = ["columns_of", "fill", "prepare"]
-
-
-def columns_of(template: str) -> list[str]:
-    """The columns that a prompt names in braces, ``{{`` and ``}}`` standing for braces.
-
-    Raises:
-        InputError: the braces do not match, or hold more than a name.
-    """
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise InputError(
-            f"--prompt {template!r}: {error}; write {{{{ and }}}} for braces"
-        ) from error
-    names = [(name, style, conversion) for _, name, style, conversion in parts if name is not None]
-    for name, style, conversion in names:
-        if not name.isidentifier() or style or conversion:
-            raise InputError(
-                f"--prompt {template!r}: {{{name}}} is not a column's name; "
-                "write {{ and }} for braces"
-            )
-    return list(dict.fromkeys(name for name, _, _ in names))
-
-
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """A prompt with the values of a source's row; a null becomes nothing.
-
-    Raises:
-        InputError: the source has no such column.
-    """
-    columns = columns_of(template)
-    if missing := [name for name in columns if name not in row]:
-        known = ", ".join(row) or "none"
-        raise InputError(
-            f"--prompt {template!r}: the source has no column {missing[0]!r}; it has {known}"
-        )
-    values = {name: "" if row[name] is None else str(row[name]) for name in columns}
-    return template.format_map(values)
+__all__ = ["prepare", "render"]
 
 
 def prepare(

@@ -48,7 +48,6 @@ def copied(directory_of: Callable[[str], Path], tmp_path: Path) -> Path:
         ("blip", {"top_p": 0.5}, "--top-p 0.5 needs sampling"),
         ("blip", {"max_words": 9}, "--max-words is for models that captioner trained"),
         ("blip", {"allow_unknown": True}, "--allow-unknown is for models .* remove"),
-        ("blip", {"prompt": "a {title} of"}, "the source has no column 'title'"),
         ("blip", {"prompt": "a {title"}, "write {{ and }} for braces"),
     ],
 )
@@ -69,7 +68,6 @@ def test_an_option_that_the_family_has_not_is_refused(
         ("temperature", 0.5),
         ("top_p", 0.5),
         ("repetition_penalty", 1.1),
-        ("seed", 4),
         ("captions", 2),
     ],
 )
@@ -83,7 +81,9 @@ def test_a_model_of_ours_refuses_the_options_of_pretrained_ones(
 
 def test_braces_are_written_twice(directory_of: Any) -> None:
     model = load_model(str(directory_of("blip")))
-    assert model.resolve(DecodeConfig(prompt="a {{b}}")).prompt == "a {b}"
+    decode = model.resolve(DecodeConfig(prompt="a {{b}}"))
+    loaded = model.load(decode, device="cpu", precision="fp32")
+    assert loaded.settings.prompt == "a {b}"
 
 
 @pytest.mark.parametrize(
