@@ -31,6 +31,7 @@ class Inputs:
         decode: what decides the captions, with the model's defaults.
         run: how the job runs.
         limited: only some images of the source are listed.
+        id_column: the column that names the images in messages.
     """
 
     model: Model
@@ -39,6 +40,7 @@ class Inputs:
     decode: DecodeConfig
     run: RunConfig
     limited: bool
+    id_column: str | None
 
     @classmethod
     def read(
@@ -73,6 +75,7 @@ class Inputs:
             decode=decode,
             run=run,
             limited=listing.limit is not None or listing.sample is not None,
+            id_column=listing.id,
         )
 
     def fingerprint(self, placement: Placement) -> dict[str, Any]:
@@ -81,6 +84,7 @@ class Inputs:
             **self.model.identity,
             "preprocessing version": images.PREPROCESSING_VERSION,
             "schema version": SCHEMA_VERSION,
+            "id": self.id_column,
             "keep": [f"{each.name}: {each.type}" for each in kept_fields(self.listed.schema)],
             **asdict(self.decode),
             **self.run.row_settings(),

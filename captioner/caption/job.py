@@ -202,7 +202,7 @@ class _Outcome:
         accounts = audit(self._directory)
         summary = self._write(done, accounts.rows, missing=len(accounts.missing))
         if accounts.missing:
-            first = ", ".join(accounts.missing[:_SHOWN])
+            first = ", ".join(accounts.missing_names[:_SHOWN])
             raise IncompleteError(
                 f"{len(accounts.missing)} images have no row; run the same command again. "
                 f"Missing: {first}"

@@ -34,6 +34,11 @@ class ListingConfig(Settings):
         "old=new to rename one.",
         unset="no columns",
     )
+    id: str | None = setting(
+        None,
+        "Column of the source that names its images in messages, beside their URIs; it is kept.",
+        unset="no column",
+    )
     sample: int | None = setting(
         None,
         "List only a random sample of N images, which --seed chooses; for a first look.",

@@ -18,17 +18,18 @@ class Keep:
     """The columns that ``--keep`` names.
 
     ``all`` is every column but that of the URIs or images; ``old=new`` renames a column. Names are
-    separated by commas. The columns that the prompt names are kept too, unless they are already.
+    separated by commas. The columns that the prompt names, and the one that names the images in
+    messages, are kept too; if ``--keep`` renames them, they go by their new names.
     """
 
-    def __init__(self, names: str | None, prompt: str | None = None):
+    def __init__(self, names: str | None, prompt: str | None = None, id_column: str | None = None):
         self._names = [name.strip() for name in (names or "").split(",") if name.strip()]
-        self._prompt = prompt
+        self._prompt, self._id = prompt, id_column
         self._needed = columns_of(prompt or "")
 
     def __bool__(self) -> bool:
         """Whether any column is to come along."""
-        return bool(self._names or self._needed)
+        return bool(self._names or self._needed or self._id)
 
     def choose(self, columns: Sequence[str], source: str, images: str) -> dict[str, str]:
         """The columns of a table to keep, each with its new name, in the order of the option.
@@ -53,9 +54,12 @@ class Keep:
                 raise InputError(f"--keep {name}: {source} has {how_often} {old}, but {shown}")
             else:
                 chosen[old] = new if equals else old
-        for name in self._needed:
+        for name in (*self._needed, *([] if self._id is None else [self._id])):
             if name in columns and name not in chosen.values():
                 chosen.setdefault(name, name)
+        if self._id is not None and self._id not in chosen.values():
+            shown = first_of([*chosen.values()] or columns, _SHOWN)
+            raise InputError(f"--id {self._id}: {source} has no column {self._id}, but {shown}")
         check_columns(self._prompt, [*chosen.values()] if chosen else columns)
         self._check(chosen, source)
         return chosen
@@ -64,11 +68,12 @@ class Keep:
         """Refuses a source that has no columns.
 
         Raises:
-            InputError: ``--keep`` or the prompt names columns.
+            InputError: ``--keep``, ``--id`` or the prompt names columns.
         """
         check_columns(self._prompt, [])
         if self:
-            raise InputError(f"--keep is for columns, and {source} has none: leave it out")
+            option = "--keep" if self._names else "--id"
+            raise InputError(f"{option} is for columns, and {source} has none: leave it out")
 
     def _check(self, chosen: dict[str, str], source: str) -> None:
         names = list(chosen.values())

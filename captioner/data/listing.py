@@ -50,7 +50,7 @@ def list_source(
         raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
     if listing.column is not None and not is_table:
         raise InputError(f"--column is for a list, and {source} is not one by its ending")
-    keep = Keep(listing.keep, prompt)
+    keep = Keep(listing.keep, prompt, listing.id)
     if is_table:
         images = read_list(source, listing.column, keep)
     else:

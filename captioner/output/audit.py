@@ -6,14 +6,14 @@ A shard is done when, and only when, its rows are in a part.
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import OutputError
-from captioner.output.directory import OutputDirectory
+from captioner.output.directory import OutputDirectory, with_ids
 from captioner.output.manifest import Shard, by_shard, parts_with_images, read_manifest
 from captioner.output.parts import Part, read_part
 from captioner.schema import STATUSES
@@ -32,11 +32,13 @@ class Audit:
         images: the number of images in the manifest.
         rows: the number of rows by status.
         missing: the URIs of the images without a row.
+        missing_names: their names for messages.
     """
 
     images: int
     rows: dict[str, int]
     missing: list[str]
+    missing_names: list[str] = field(default_factory=list, compare=False)
 
 
 def audit(directory: OutputDirectory) -> Audit:
@@ -47,13 +49,18 @@ def audit(directory: OutputDirectory) -> Audit:
             in order, or belongs to no shard.
     """
     manifest = read_manifest(directory)
-    missing = [uri for shard in remaining_shards(directory, manifest) for uri in shard.uris]
+    missing: list[str] = []
+    names: list[str] = []
+    id_column = directory.id_column
+    for shard in remaining_shards(directory, manifest):
+        missing += shard.uris
+        names += with_ids(shard.uris, None if id_column is None else shard.kept(id_column))
     rows: Counter[str] = Counter()
     for _, part in _statuses(directory, manifest):
         for each in pc.value_counts(part["status"]).to_pylist():
             rows[each["values"]] += each["counts"]
     by_status: dict[str, int] = {status: rows[status] for status in STATUSES if status in rows}
-    return Audit(len(manifest), by_status, missing)
+    return Audit(len(manifest), by_status, missing, names)
 
 
 def remaining_shards(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from captioner.errors import FingerprintError, InputError, OutputError, one_line
 from captioner.output.parts import Part, delete_parts, find_parts
 from captioner.schema import SCHEMA_VERSION
 
-__all__ = ["PRIVATE", "OutputDirectory", "by_number"]
+__all__ = ["PRIVATE", "OutputDirectory", "by_number", "with_ids"]
 
 #: The folder of an output directory that holds the job's own files.
 PRIVATE = "__captioner"
@@ -54,6 +54,17 @@ class OutputDirectory:
             return storage.is_directory(self.uri) and "run.json" in storage.names(self.private(""))
         except OSError:
             return False
+
+    @property
+    def id_column(self) -> str | None:
+        """The column that names the images in messages; None if they have only their URIs.
+
+        Raises:
+            OutputError: it is not a caption job's output.
+        """
+        settings = self.read_json("run.json").get("settings")
+        column = settings.get("id") if isinstance(settings, dict) else None
+        return column if isinstance(column, str) else None
 
     def names(self, *folders: str) -> list[str]:
         """The sorted names in the directory, or in a subfolder; empty if it does not exist.
@@ -224,6 +235,13 @@ class OutputDirectory:
             OutputError: it is broken.
         """
         return self.read_json("summary.json") if "summary.json" in self.names(PRIVATE) else {}
+
+
+def with_ids(uris: Sequence[str], ids: Sequence[Any] | None) -> list[str]:
+    """The names of images for messages: their URIs, each after its id if there are ids."""
+    if ids is None:
+        return list(uris)
+    return [f"{id_} ({uri})" for uri, id_ in zip(uris, ids, strict=True)]
 
 
 def by_number(name: str) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +58,11 @@ class Shard:
         """The URIs of the images."""
         uris: list[str] = self.images["uri"].to_pylist()
         return uris
+
+    def kept(self, column: str) -> list[Any]:
+        """The values of a column that comes along from the source, one for each image."""
+        values: list[Any] = pc.struct_field(self.images[KEPT], column).to_pylist()
+        return values
 
 
 def read_manifest(directory: OutputDirectory) -> pa.Table:

@@ -4,12 +4,13 @@ import heapq
 from collections import Counter
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import OutputError
 from captioner.output.audit import Audit, audit
 from captioner.output.decisions import KINDS, read_decisions
-from captioner.output.directory import OutputDirectory
+from captioner.output.directory import OutputDirectory, with_ids
 from captioner.output.rows import read_rows
 from captioner.review.findings import COLUMNS, Findings
 from captioner.schema import STATUSES
@@ -19,6 +20,7 @@ __all__ = [
     "summarise",
 ]
 
+_COLUMNS = ("score", "caption", "uri", "status", "error", "finish")
 _SHOWN = 5
 _MISSING_SHOWN = 20
 
@@ -63,7 +65,7 @@ class Report:
             lines.append(f"{title} scores (mean natural log-probability per word):")
             lines += [f"  {score:7.3f}  {caption}  {uri}" for score, caption, uri in captions]
         lines += self.findings.lines()
-        missing = self.audit.missing
+        missing = self.audit.missing_names
         lines.append(f"{len(missing)} images have no row" + (":" if missing else ""))
         lines += [f"  {uri}" for uri in missing[:_MISSING_SHOWN]]
         if len(missing) > _MISSING_SHOWN:
@@ -88,10 +90,15 @@ def summarise(output: str) -> Report:
     findings = Findings()
     reviewed = read_decisions(output)
     decisions: Counter[str] = Counter()
-    for some in read_rows(directory, ["score", "caption", "uri", "status", "error", "finish"]):
+    id_column = directory.id_column
+    columns = [*_COLUMNS, *([] if id_column is None else [id_column])]
+    for some in read_rows(directory, columns):
         if reviewed:
             made = (reviewed.get(uri) for uri in some["uri"].to_pylist())
             decisions.update(each.decision for each in made if each and each.decision)
+        if id_column is not None:
+            names = with_ids(some["uri"].to_pylist(), some[id_column].to_pylist())
+            some = some.set_column(columns.index("uri"), "uri", pa.array(names, pa.string()))
         findings.add(some.select(COLUMNS).to_pylist())
         for status in set(STATUSES) - {"ok", *examples}:
             for row in some.filter(pc.equal(some["status"], status)).slice(0, 1).to_pylist():

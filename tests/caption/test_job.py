@@ -23,6 +23,7 @@ from captioner.model import bundle
 from captioner.output import attention
 from captioner.output.compaction import compact
 from captioner.output.directory import OutputDirectory
+from captioner.review.report import summarise
 from captioner.runtime.device import resolve_precision
 from captioner.schema import COLUMNS
 from conftest import tiny_model, write_photos
@@ -118,11 +119,14 @@ def test_columns_of_the_source_come_along(engine, photos, model_directory, tmp_p
             "caption": [path.name for path in paths],
         }
     )
-    listing = ListingConfig(keep="id,caption=name")
+    listing = ListingConfig(keep="caption=name,id", id="id")
     arguments = str(source), str(tmp_path / "out"), str(model_directory)
     run = _engine(engine, request)
     pq.write_table(table.slice(0, 7), source)
     caption_images(*arguments, run=run, listing=listing)
+    (tmp_path / "out/part-000001.parquet").unlink()
+    assert any(f" 4 ({photos}/" in line for line in summarise(arguments[1]).lines())
+    assert f", for example 0 ({paths[0]}): " in "".join(summarise(arguments[1]).lines())
     pq.write_table(table, source)
     (photos / "empty.jpg").write_bytes(paths[4].read_bytes())
     again = dataclasses.replace(run, retry_failed=True)
@@ -130,14 +134,14 @@ def test_columns_of_the_source_come_along(engine, photos, model_directory, tmp_p
     compact(str(tmp_path / "out"), 1 << 30)
     [part] = (tmp_path / "out").glob("part-*")
     captioned = pq.read_table(part)
-    assert captioned.column_names == [*COLUMNS.names, "id", "name"]
+    assert captioned.column_names == [*COLUMNS.names, "name", "id"]
     assert captioned["id"].type == pa.int16()
     assert captioned["id"].to_pylist() == [*range(len(paths))]
     assert captioned["name"].to_pylist() == [path.name for path in paths]
     assert captioned["uri"].to_pylist() == [str(path) for path in paths]
     assert captioned["status"].to_pylist().count("ok") == 11
-    with pytest.raises(FingerprintError, match="--keep was id: int16, name: string, is id: int16"):
-        caption_images(*arguments, run=run, listing=ListingConfig(keep="id"))
+    with pytest.raises(FingerprintError, match="--keep was name: string, id: int16, is nothing"):
+        caption_images(*arguments, run=run, listing=ListingConfig())
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -52,6 +52,17 @@ def test_columns_that_cannot_be_kept_are_refused(option, message):
         Keep(option).choose(COLUMNS, "list.csv", "url")
 
 
+def test_the_columns_of_the_prompt_and_of_the_ids_are_kept():
+    keep = Keep("licence=terms", prompt="{terms} {url}", id_column="id")
+    assert keep.choose(COLUMNS, "", "url") == {"licence": "terms", "url": "url", "id": "id"}
+    keep = Keep("id=number", prompt="{number}", id_column="number")
+    assert keep.choose(COLUMNS, "", "url") == {"id": "number"}
+    with pytest.raises(InputError, match=r"^--id number: list.csv has no column number, but url,"):
+        Keep(None, id_column="number").choose(COLUMNS, "list.csv", "url")
+    with pytest.raises(InputError, match=r"^--id is for columns, and photos has none: leave it"):
+        Keep(None, id_column="number").refuse("photos")
+
+
 def test_a_column_called_all_or_with_an_equals_sign_is_a_name():
     assert Keep("all").choose(["url", "all", "id"], "", "url") == {"all": "all"}
     assert Keep("a=b").choose(["url", "a=b", "a"], "", "url") == {"a=b": "a=b"}

@@ -17,6 +17,7 @@ import torch
 from captioner.config import DecodeConfig
 from captioner.errors import BundleError, InputError, OutputError
 from captioner.model.huggingface import loading
+from captioner.model.huggingface.captioner import PretrainedCaptioner
 from captioner.model.huggingface.importing import import_model
 from captioner.model.huggingface.loading import load_directory
 from captioner.model.huggingface.settings import GenerationSettings
@@ -83,6 +84,7 @@ def test_braces_are_written_twice(directory_of: Any) -> None:
     model = load_model(str(directory_of("blip")))
     decode = model.resolve(DecodeConfig(prompt="a {{b}}"))
     loaded = model.load(decode, device="cpu", precision="fp32")
+    assert isinstance(loaded, PretrainedCaptioner)
     assert loaded.settings.prompt == "a {b}"
 
 
@@ -191,6 +193,7 @@ def find_spec(name, *rest):
     return None if name.split(".")[0] in ("transformers", "huggingface_hub") else find(name, *rest)
 PathFinder.find_spec = staticmethod(find_spec)
 from captioner.errors import CaptionerError
+from captioner.model.huggingface.captioner import PretrainedCaptioner
 from captioner.model.loading import load_model
 for model in sys.argv[1:]:
     try:
