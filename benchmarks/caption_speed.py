@@ -160,7 +160,7 @@ class PlainStage:
         return {
             "path": batch["path"],
             "caption": [caption.text for caption in captions],
-            "attention": np.stack([caption.attention_TGG for caption in captions]),
+            "attention": np.stack([caption.attention_THW for caption in captions]),
         }
 
 

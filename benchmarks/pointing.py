@@ -21,6 +21,7 @@ import numpy as np
 from captioner import storage
 from captioner.config import DecodeConfig, parse_json
 from captioner.data.dataset import CaptionedImage, read_dataset
+from captioner.data.preparation import Preparation
 from captioner.data.views import load_view
 from captioner.errors import CaptionerError, InputError
 from captioner.model import bundle
@@ -83,10 +84,10 @@ def _captions(
     if kind is not None:
         network.decoder.config = dataclasses.replace(network.config, attention_map=kind)
     decode = DecodeConfig(attention="tokens").with_model_defaults(loaded.config)
-    captioner = Captioner(loaded, decode)
+    captioner, preparation = Captioner(loaded, decode), Preparation.of(loaded.config)
     for begin in range(0, len(images), BATCH):
         batch = images[begin : begin + BATCH]
-        views = [load_view(image.uri, captioner.image_size, 0) for image in batch]
+        views = [load_view(image.uri, preparation, 0) for image in batch]
         known = [(i, view) for i, view in zip(batch, views, strict=True) if view is not None]
         if known:
             captions = captioner(np.stack([view for _, view in known]))
@@ -100,7 +101,7 @@ def play(
     game = Game()
     for image, caption in _captions(images, model, kind):
         photo = boxes[image.name]
-        maps_TGG = caption.attention_TGG
+        maps_TGG = caption.attention_THW
         assert maps_TGG is not None
         for word, map_GG in zip(caption.tokens, maps_TGG, strict=True):
             if word in photo["nouns"]:

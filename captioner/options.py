@@ -84,7 +84,8 @@ def options_of(
 
     Args:
         config: the settings class.
-        presets: where the defaults come from instead of the class; the help gives each preset's.
+        presets: where the defaults of a model, and of training, come from instead of the class;
+            the help gives each preset's.
         only: the names of the fields that become options; all of them where this is None.
     """
 
@@ -129,9 +130,7 @@ def _type_of(hint: Any) -> Any:
 def _default_of(field: "dataclasses.Field[Any]", presets: Mapping[str, Preset] | None) -> str:
     if presets is None:
         return field.metadata["unset"] if field.default is None else _as_typed(field.default)
-    values = {
-        name: _as_typed(getattr(preset.train, field.name)) for name, preset in presets.items()
-    }
+    values = {name: _as_typed(preset.value(field.name)) for name, preset in presets.items()}
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
     return ", ".join(f"{name} {value}" for name, value in values.items())

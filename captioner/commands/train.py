@@ -6,13 +6,14 @@ from typing import Any
 import click
 
 from captioner.commands.importing import importing
-from captioner.config import PRESETS, LaunchConfig, TrainConfig
+from captioner.config import PRESETS, LaunchConfig, ModelConfig, TrainConfig
 from captioner.errors import InputError, printable
 from captioner.options import GroupedCommand, allow_missing_option, configure, option, options_of
 
 __all__ = ["train"]
 
 _PRESETS = {name: PRESETS[name] for name in ("small", "notebook")}  # the default first
+_ARCHITECTURE = ("backbone", "image_size", "width", "layers", "heads")  # with options of their own
 
 
 @click.command(cls=GroupedCommand, short_help="Train or fine-tune a model.")
@@ -25,6 +26,14 @@ _PRESETS = {name: PRESETS[name] for name in ("small", "notebook")}  # the defaul
     show_default=True,
     group="Model",
     help="Model architecture, unless --model is given, and defaults of the options below.",
+)
+@options_of(ModelConfig, presets=_PRESETS, only=_ARCHITECTURE)
+@option(
+    "--dropout",
+    type=click.FloatRange(0, 1),
+    group="Model",
+    help="Dropout of the decoder: after the embeddings, the attentions and the feed-forward, and "
+    "before the head.  [default: 0.2]",
 )
 @option(
     "--model",
@@ -82,6 +91,7 @@ def train(
     train_list: str | None,
     val_list: str | None,
     allow_missing: bool,
+    dropout: float | None,
     encoder_weights: str | None,
     model: str | None,
     overwrite: bool,
@@ -105,14 +115,26 @@ def train(
         raise InputError("give --train-list and --val-list, or --val-data, not both")
     if model and encoder_weights:
         raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
+    architecture = {name: options.pop(name) for name in _ARCHITECTURE}
+    given = architecture | {"dropout": dropout}
+    if model and (names := [name for name in given if given[name] is not None]):
+        shown = "--encoder" if names[0] == "backbone" else "--" + names[0].replace("_", "-")
+        raise InputError(f"give --model or {shown}, not both: a model keeps its architecture")
     config = configure(PRESETS[preset].train, options)
     launch = configure(LaunchConfig(), options)
     with importing():
         from captioner import storage
         from captioner.data import dataset
+        from captioner.model.backbone import with_encoder
         from captioner.training import journal
         from captioner.training import run as training
 
+    model_config = PRESETS[preset].model
+    if architecture["backbone"] is not None:
+        model_config = with_encoder(model_config, architecture["backbone"])
+    if dropout is not None:
+        model_config = model_config.with_dropout(dropout)
+    model_config = configure(model_config, architecture)
     output = storage.absolute(output)
     read = partial(dataset.read_dataset, images_directory=images, needed=("train", "val"))
     # Lists say themselves which images are needed.
@@ -124,7 +146,7 @@ def train(
     epochs = training.train(
         split,
         output,
-        model_config=PRESETS[preset].model,
+        model_config=model_config,
         config=config,
         launch=launch,
         encoder_weights=encoder_weights,

@@ -1,6 +1,6 @@
 """Settings of a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from captioner.config.settings import SettingError, Settings, setting
@@ -12,10 +12,19 @@ __all__ = ["ModelConfig"]
 class ModelConfig(Settings):
     """The encoder-decoder. The defaults are the notebook's model."""
 
-    backbone: str = setting("resnet50.tv_in1k", "Name of the image encoder in timm.")
-    image_size: int = setting(
-        256, "Height and width that images are resized to.", minimum=32, maximum=2048
+    GROUP = "Model"
+
+    backbone: str = setting(
+        "resnet50.tv_in1k", "Image encoder: the name of a model in timm.", option="--encoder"
     )
+    image_size: int = setting(
+        256,
+        "Height and width that images are resized to, in pixels; with --encoder the size that it "
+        "was trained on.",
+        minimum=32,
+        maximum=2048,
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How images are resized.")
     mean: tuple[float, float, float] = setting(
         (0.485, 0.456, 0.406), "Mean of the red, green and blue values, of 1."
     )
@@ -57,6 +66,16 @@ class ModelConfig(Settings):
     beam: int = setting(
         1, "Beam width of a job that does not ask for another.", minimum=1, maximum=100
     )
+
+    def with_dropout(self, probability: float) -> "ModelConfig":
+        """The settings with the same dropout everywhere in the decoder."""
+        return replace(
+            self,
+            embedding_dropout=probability,
+            attention_dropout=probability,
+            residual_dropout=probability,
+            head_dropout=probability,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

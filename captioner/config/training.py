@@ -1,7 +1,7 @@
 """Settings of training, and the presets."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from captioner.config.model import ModelConfig
 from captioner.config.run import Precision
@@ -187,6 +187,10 @@ class Preset:
 
     model: ModelConfig
     train: TrainConfig
+
+    def value(self, name: str) -> Any:
+        """The value of a setting of the model or of training; no two have the same name."""
+        return getattr(self.train if hasattr(self.train, name) else self.model, name)
 
 
 PRESETS = {

@@ -30,6 +30,7 @@ _REDUCING_GAP = 3.0
 # Whole pixels are averaged before that resize only where this many are left: to average also blurs,
 # and rounds up.
 _AVERAGING_GAP = 6.0
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _STRIP = 1 << 20  # pixels that are converted at a time
 
 
@@ -90,7 +91,8 @@ def _decoded(
             target = preparation.target(*picture.size)
             picture.draft((int(target[0] * _REDUCING_GAP), int(target[1] * _REDUCING_GAP)))
             admit(width, height, picture.memory(max_pixels), max_pixels, alone)
-            return DecodedImage(_pixels(picture, target), width, height)
+            pixels_HW3 = _pixels(picture, target, _RESAMPLING[preparation.interpolation])
+            return DecodedImage(pixels_HW3, width, height)
     except OverLimitError as over:
         return DecodedImage(None, width, height, "rejected", str(over))
     except UnknownFormatError as unknown:
@@ -109,7 +111,7 @@ def _check_sides(picture: Picture) -> None:
         raise ValueError("its width or height is not possible")
 
 
-def _pixels(picture: Picture, target: tuple[int, int]) -> np.ndarray:
+def _pixels(picture: Picture, target: tuple[int, int], resampling: Image.Resampling) -> np.ndarray:
     """Decodes a picture, resizes it to ``target`` and turns it upright."""
     picture.load()
     left, top, right, bottom = picture.box or (0, 0, *picture.size)
@@ -119,7 +121,7 @@ def _pixels(picture: Picture, target: tuple[int, int]) -> np.ndarray:
     if small is None:
         small = _reduced_rgb(picture, across, down)
     box = left / across, top / down, right / across, bottom / down
-    resized = small.resize(target, Image.Resampling.BILINEAR, box)
+    resized = small.resize(target, resampling, box)
     transpose = picture.transpose
     return np.array(resized if transpose is None else resized.transpose(transpose))
 

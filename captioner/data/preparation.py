@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+from captioner.config import ModelConfig
 
 __all__ = ["Preparation"]
 
@@ -18,6 +21,7 @@ class Preparation:
         max_side: the longest side of the result with its aspect kept, in pixels.
         max_pixels: height times width of the result with its aspect kept.
         enlarge: scale a smaller image up to ``max_side``; else it keeps its size.
+        interpolation: how pixels are resized.
 
     Raises:
         ValueError: the fields contradict each other, or are not positive.
@@ -27,6 +31,12 @@ class Preparation:
     max_side: int | None = None
     max_pixels: int | None = None
     enlarge: bool = False
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Preparation":
+        """The square that a model with these settings takes."""
+        return cls(size=config.image_size, interpolation=config.interpolation)
 
     def __post_init__(self) -> None:
         """Checks the fields."""

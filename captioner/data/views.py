@@ -2,11 +2,13 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 
 from captioner import storage
 from captioner.data import images
+from captioner.data.preparation import Preparation
 
 __all__ = ["load_view"]
 
@@ -25,8 +27,12 @@ _ERASED_AREA = (0.02, 0.12)  # of the image
 _LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
 
-def load_view(uri: str, size: int, view: int, augmentation: str = "crops") -> np.ndarray | None:
+def load_view(
+    uri: str, preparation: Preparation | int, view: int, augmentation: str = "crops"
+) -> np.ndarray | None:
     """One of the versions of an image that are trained on: pixels ``(size, size, 3)``.
+
+    The preparation is a square; a number is a square of so many pixels a side.
 
     View 0 is the image itself. Odd views are mirrored; from view 2 on they are crops, chosen by the
     view's number and the file's name. With ``strong`` augmentation these crops differ in
@@ -37,18 +43,22 @@ def load_view(uri: str, size: int, view: int, augmentation: str = "crops") -> np
         data = storage.read(uri)
     except OSError:
         return None
-    return _decode_view(data, uri, size, view, augmentation)
+    return _decode_view(data, uri, preparation, view, augmentation)
 
 
 def _decode_view(
-    data: bytes, uri: str, size: int, view: int, augmentation: str
+    data: bytes, uri: str, preparation: Preparation | int, view: int, augmentation: str
 ) -> np.ndarray | None:
+    if isinstance(preparation, int):
+        preparation = Preparation(size=preparation)
+    size = preparation.size
+    assert size is not None, "views are squares"
     if view < 2:
-        pixels_HW3 = images.decode(data, size).pixels_HW3
+        pixels_HW3 = images.decode(data, preparation).pixels_HW3
     else:
         generator = random.Random(f"{view} {uri.rsplit('/', 1)[-1]}")  # noqa: S311
         enlarged = round(size / generator.uniform(_LEAST_CROP, 1))
-        pixels_HW3 = images.decode(data, enlarged).pixels_HW3
+        pixels_HW3 = images.decode(data, replace(preparation, size=enlarged)).pixels_HW3
         if pixels_HW3 is not None:
             top, left = (generator.randint(0, enlarged - size) for _ in range(2))
             pixels_HW3 = pixels_HW3[top : top + size, left : left + size]

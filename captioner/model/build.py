@@ -1,24 +1,21 @@
 """Builds a new model from its settings and the published weights of its encoder."""
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from captioner import storage
 from captioner.config import ModelConfig
-from captioner.errors import CaptionerError, InputError
+from captioner.errors import InputError
+from captioner.model.backbone import check_patches
 from captioner.model.network import CaptionModel
+from captioner.model.published import read_weights
 
 __all__ = ["build_model"]
 
 _TIMEOUT = 10  # seconds that the hub has to answer
-# The keys that training scripts save a state dict under.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "model_state", "state_dict_ema")
 
 
 def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> CaptionModel:
@@ -35,29 +32,36 @@ def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> C
         InputError: the weights cannot be downloaded or read, or do not fit the encoder.
     """
     torch.manual_seed(seed)
-    if weights is None:
-        return _download(config)
     model = CaptionModel(config)
-    model.encoder.load_published_weights(_read_weights(weights))
+    check_patches(model.encoder.backbone, config.backbone, config.image_size)
+    state = _download(config.backbone) if weights is None else read_weights(weights)
+    try:
+        model.encoder.load_published_weights(state)
+    except InputError as error:
+        raise InputError(f"--encoder-weights {weights}: {error}" if weights else error) from error
     return model
 
 
-def _download(config: ModelConfig) -> CaptionModel:
-    """A model whose encoder has timm's weights, from the hub or from its cache on this machine.
+def _download(backbone: str) -> dict[str, Tensor]:
+    """The weights of a whole backbone, from the hub or from its cache on this machine.
 
     Raises:
-        InputError: they cannot be downloaded, and are not in the cache.
+        InputError: there are none, or they cannot be downloaded and are not in the cache.
     """
-    pretrained = timm.get_pretrained_cfg(config.backbone, allow_unregistered=True)
-    repository = getattr(pretrained, "hf_hub_id", None)
+    pretrained = timm.get_pretrained_cfg(backbone)
+    if pretrained is None or not pretrained.has_weights:
+        raise InputError(
+            f"timm has no weights of {backbone} to download: name a file of them with "
+            "--encoder-weights"
+        )
+    repository = pretrained.hf_hub_id
     try:
         with _offline_unless_reached(repository):
-            return CaptionModel(config, pretrained=True)
-    except CaptionerError:
-        raise
+            # At the size that it was trained for: the weights are then fitted to another one.
+            return timm.create_model(backbone, pretrained=True).state_dict()  # type: ignore[no-any-return]
     except Exception as error:  # the hub's client raises many kinds without a network
         raise InputError(
-            f"cannot download the weights of {config.backbone} from "
+            f"cannot download the weights of {backbone} from "
             f"{repository or 'its publisher'} ({type(error).__name__}): check the network, or name "
             "a file of them with --encoder-weights"
         ) from error
@@ -84,31 +88,3 @@ def _offline_unless_reached(repository: str | None) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _read_weights(path: str) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    try:
-        data = storage.read(storage.absolute(path))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        if path.endswith(".safetensors"):
-            return dict(safetensors.torch.load(data))
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, SafetensorError) as error:  # the file is damaged, and they say how
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot read the weights in {path}: {reason}") from error
-    except Exception as error:  # of many kinds; torch's advice is to unpickle what it refused
-        raise InputError(f"{path} is not a state dict") from error
-    for name in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-            break
-    if not (isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values())):
-        raise InputError(f"{path} is not a state dict: it holds other things than tensors")
-    prefix = "module."  # of DataParallel
-    return {str(name).removeprefix(prefix): value for name, value in state.items()}

@@ -64,7 +64,7 @@ class Bundle:
     model: CaptionModel
     vocabulary: Vocabulary
     digests: dict[str, str]
-    grid: int
+    grid: tuple[int, int]
 
     @property
     def config(self) -> ModelConfig:
@@ -172,7 +172,9 @@ def load(directory: str) -> Bundle:
     # Without captioner_version, which does not change a caption.
     settings = json.dumps(asdict(config), sort_keys=True).encode()
     digests["config.json"] = hashlib.sha256(settings).hexdigest()
-    return Bundle(model.eval(), vocabulary, digests, config.grid or grid)
+    if config.grid is not None:
+        grid = config.grid, config.grid
+    return Bundle(model.eval(), vocabulary, digests, grid)
 
 
 def save_images(directory: str, images: SeenImages) -> None:
@@ -251,8 +253,8 @@ def _parse_config(data: bytes) -> ModelConfig:
         raise BundleError(f"config.json: {reason}") from error
 
 
-def _outline(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
-    """The model's tensors, without allocating memory, and the grid size of its features."""
+def _outline(config: ModelConfig) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """The model's tensors, without allocating memory, and the grid of its features."""
     try:
         with torch.device("meta"), torch.inference_mode():
             model = CaptionModel(config).eval()
@@ -261,15 +263,15 @@ def _outline(config: ModelConfig) -> tuple[dict[str, Tensor], int]:
     except Exception as error:  # timm's backbones raise errors of many types
         raise BundleError(f"config.json: {error or type(error).__name__}") from error
     _, height, width, channels = features_BhwC.shape
-    if height != width or channels != model.encoder.channels:
+    if channels != model.encoder.channels:
         raise BundleError(
-            f"config.json: {config.backbone} gives features of {height}×{width}×{channels}, "
-            "which are not square"
+            f"config.json: {config.backbone} gives features of {channels} channels, not "
+            f"{model.encoder.channels}"
         )
     state = model.state_dict()
     if config.tied_embeddings:
         del state[_HEAD]
-    return state, height
+    return state, (height, width)
 
 
 def _read_weights(directory: str, expected: Mapping[str, Tensor]) -> bytes:

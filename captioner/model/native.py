@@ -1,7 +1,6 @@
 """Captions batches of images with a trained model, without Ray and without files."""
 
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ class Caption:
         tokens: the words.
         token_logprobs: the natural log-probability of each word.
         score: the mean natural log-probability of the words and of the end.
-        attention_TGG: a map for each word; or one map, the mean over the words and the end, as in
+        attention_THW: a map for each word; or one map, the mean over the words and the end, as in
             the notebook's overlay; None if the decode settings ask for no maps.
         ended: whether the model ended the caption before the length limit.
     """
@@ -44,7 +43,7 @@ class Caption:
     tokens: list[str]
     token_logprobs: list[float]
     score: float
-    attention_TGG: np.ndarray | None
+    attention_THW: np.ndarray | None
     ended: bool = True
 
 
@@ -87,7 +86,7 @@ class Captioner:
     ):
         self.decode = decode or DecodeConfig()
         self.vocabulary = bundle.vocabulary
-        self.image_size = bundle.config.image_size
+        self.image_size, self.grid = bundle.config.image_size, bundle.grid
         keep_few_kernels()
         self.device = choose_device(device)
         self.dtype = choose_dtype(precision, self.device)
@@ -171,14 +170,13 @@ class Captioner:
         if maps_SP is not None:
             mean = self.decode.attention == "mean"
             maps_SP = maps_SP.mean(0, keepdims=True) if mean else maps_SP[:words]
-            side = math.isqrt(maps_SP.shape[1])
-            maps_SP = maps_SP.reshape(-1, side, side)
+            maps_SP = maps_SP.reshape(-1, *self.grid)
         tokens = self.vocabulary.words(hypothesis.ids)
         return Caption(
             text=self.vocabulary.join(tokens),
             tokens=tokens,
             token_logprobs=hypothesis.logprobs[:words],
             score=float(np.mean(hypothesis.logprobs)),
-            attention_TGG=maps_SP,
+            attention_THW=maps_SP,
             ended=hypothesis.ended,
         )

@@ -15,10 +15,10 @@ __all__ = ["CaptionModel"]
 class CaptionModel(nn.Module):
     """An image encoder and a caption decoder."""
 
-    def __init__(self, config: ModelConfig, *, pretrained: bool = False):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.encoder = ImageEncoder(config, pretrained=pretrained)
+        self.encoder = ImageEncoder(config)
         self.decoder = CaptionDecoder(config, self.encoder.channels)
 
     def forward(self, inputs: Tensor, ids_RT: Tensor, counted_RT: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from captioner.config import ModelConfig, TrainConfig
 from captioner.data.dataset import CaptionedImage
+from captioner.data.preparation import Preparation
 from captioner.data.views import load_view
 from captioner.model.tokenization import TokenizerKind
 from captioner.model.vocabulary import PAD, Vocabulary
@@ -162,10 +163,11 @@ class TrainingImages:
             features = self.views[view][image]
             readable = uri not in self.unreadable
             return (features, True) if readable else (np.zeros_like(features), False)
-        size = self.model.image_size
-        pixels = load_view(uri, size, view, self.augmentation)
+        preparation = Preparation.of(self.model)
+        pixels = load_view(uri, preparation, view, self.augmentation)
         if pixels is None:
             self.unreadable.add(uri)
+            size = self.model.image_size
             return np.zeros((size, size, 3), np.uint8), False
         return pixels, True
 

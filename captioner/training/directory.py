@@ -39,6 +39,12 @@ _SETTINGS, _EPOCHS, _CHECKPOINT, _INITIAL = (
     "initial",
 )
 _SHOWN = {"initial_model": "--model", "captions": "DATA"}  # what is not called as its option
+# The options that settings of the model come from; the preset brings the others.
+_OPTIONS = {
+    **dict.fromkeys(("backbone", "mean", "std", "interpolation"), "encoder"),
+    **{name: name for name in ("image_size", "width", "layers", "heads")},
+    **{f"{place}_dropout": "dropout" for place in ("embedding", "attention", "residual", "head")},
+}
 _ADVICE = "use another directory, or --overwrite"
 
 # What a resumed run may change: it changes how training continues, not what was trained on.
@@ -209,16 +215,18 @@ def _differing(earlier: dict[str, Any], settings: dict[str, Any], done: int) -> 
     self_critical = done > earlier["train"]["epochs"]
     free = {"scst_epochs"} if self_critical else {*_FREE, *(n for n in now["train"] if "scst" in n)}
     differing = {
-        name if part == "train" else "preset"
+        name if part == "train" else _OPTIONS.get(name, "preset")
         for part in ("model", "train")
         for name, value in now[part].items()
         if earlier[part].get(name, value) != value
         and name not in free
         and name != "vocabulary_size"  # that of the captions, which are compared
     }
+    if "preset" in differing:  # it brings all of these
+        differing -= set(_OPTIONS.values())
     differing |= {name for name in now.keys() - {"model", "train"} if earlier[name] != now[name]}
     if "initial_model" in differing:  # it brings the architecture
-        differing -= {"preset"}
+        differing -= {"preset", *_OPTIONS.values()}
     return sorted(_SHOWN.get(name, "--" + name.replace("_", "-")) for name in differing)
 
 

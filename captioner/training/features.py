@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from safetensors.numpy import save_file
 from captioner import storage
 from captioner.data import images
 from captioner.data.dataset import CaptionedImage
+from captioner.data.preparation import Preparation
 from captioner.data.views import _decode_view
 from captioner.errors import OutputError
 from captioner.model.encoder import ImageEncoder
@@ -100,6 +102,7 @@ def compute_features(
     chunks = [examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK)]
     versions = [_versions(chunk) for chunk in chunks]
     fingerprint = _fingerprint(encoder)
+    preparation = replace(Preparation.of(encoder.config), size=image_size)
     # Rounding the model itself would change what is trained and kept, and the names of the files.
     converted = copy.deepcopy(encoder).to(dtype).to(memory_format=torch.channels_last)
     rank, processes = share
@@ -108,6 +111,8 @@ def compute_features(
         settings = f"{image_size} {view} {dtype} {images.PREPROCESSING_VERSION} "
         if view > 1 and augmentation != "crops":
             settings += f"{augmentation} "
+        if preparation.interpolation != "bilinear":
+            settings += f"{preparation.interpolation} "
         paths = [cache / _file_name(settings + fingerprint, each) for each in versions]
         by_view.append(list(zip(paths, chunks, strict=True)))
     _make_room(cache, converted, [each for files in by_view for each in files], trims=rank == 0)
@@ -117,7 +122,7 @@ def compute_features(
             _compute_files,
             converted,
             view=view,
-            image_size=image_size,
+            preparation=preparation,
             augmentation=augmentation,
             batch_size=batch_size,
         )
@@ -165,13 +170,13 @@ def _compute_files(
     files: Sequence[tuple[Path, Sequence[CaptionedImage]]],
     *,
     view: int,
-    image_size: int,
+    preparation: Preparation,
     augmentation: str,
     batch_size: int,
 ) -> None:
     if not files:
         return
-    load = partial(_load, size=image_size, view=view, augmentation=augmentation)
+    load = partial(_load, preparation=preparation, view=view, augmentation=augmentation)
     total = sum(len(chunk) for _, chunk in files)
     description = "features" if view == 0 else f"features, view {view + 1}"
     with progress_bar(total, unit="image", description=description) as progress:
@@ -187,15 +192,15 @@ def _compute_files(
 
 
 def _load(
-    example: CaptionedImage, size: int, view: int, augmentation: str
+    example: CaptionedImage, preparation: Preparation, view: int, augmentation: str
 ) -> tuple[np.ndarray, int]:
     """The pixels ``(size, size, 3)`` and the status of an image; without any it is black."""
-    blank = np.zeros((size, size, 3), np.uint8)
+    blank = np.zeros((*preparation.target(1, 1), 3), np.uint8)
     try:
         data = storage.read(example.uri)
     except OSError:
         return blank, _UNREADABLE
-    pixels = _decode_view(data, example.uri, size, view, augmentation)
+    pixels = _decode_view(data, example.uri, preparation, view, augmentation)
     return (blank, _UNDECODABLE) if pixels is None else (pixels, _DECODED)
 
 

@@ -27,7 +27,7 @@ def test_a_bundle_comes_back_as_it_was(tied, tmp_path: Path, vocabulary):
     bundle.save(str(tmp_path), model, vocabulary)
     loaded = bundle.load(str(tmp_path))
     assert loaded.config == model.config
-    assert loaded.grid == 3
+    assert loaded.grid == (3, 3)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor), name
     assert loaded.vocabulary.words(range(6)) == vocabulary.words(range(6))

@@ -103,8 +103,8 @@ def test_a_compiled_encoder_writes_the_same_captions(vocabulary, tmp_path, monke
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(Captioner, "_encodes_in_parts", in_parts)
     options = {"device": "cpu", "precision": "fp32"}
-    plain = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), **options)
-    compiled = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), compiled=True, **options)
+    plain = Captioner(Bundle(tiny_model(), vocabulary, {}, (3, 3)), **options)
+    compiled = Captioner(Bundle(tiny_model(), vocabulary, {}, (3, 3)), compiled=True, **options)
     for count in (17, 9, 1):  # parts that are full, and that are not
         stance = "default" if count == 17 else "fail_on_recompile"
         with torch.compiler.set_stance(stance):
@@ -112,7 +112,7 @@ def test_a_compiled_encoder_writes_the_same_captions(vocabulary, tmp_path, monke
         for one, other in zip(plain(_images(count)), captions, strict=True):
             assert one.tokens == other.tokens
             np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-4)
-            np.testing.assert_allclose(one.attention_TGG, other.attention_TGG, atol=1e-4)
+            np.testing.assert_allclose(one.attention_THW, other.attention_THW, atol=1e-4)
     assert compiled._compiled_for == ([4 * torch.get_num_threads()] if in_parts else [17])
     assert list((tmp_path / "captioner" / "compiled").iterdir())
 
@@ -127,7 +127,7 @@ def test_batches_that_were_halved_are_not_filled_up_again(vocabulary, monkeypatc
         return captioner.model.encoder(images)
 
     monkeypatch.setattr(captioning.torch, "compile", lambda *_, **__: compiled)
-    captioner = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), device="cpu", compiled=True)
+    captioner = Captioner(Bundle(tiny_model(), vocabulary, {}, (3, 3)), device="cpu", compiled=True)
     for count in (8, 7, 4, 16, 9, 8, 5, 4):
         assert len(captioner(_images(count))) == count
     # 8 and 16 are encoded once more when they are compiled; 4 goes through the plain encoder.
@@ -139,7 +139,7 @@ def test_an_encoder_that_cannot_be_compiled_is_used_as_it_is(vocabulary, monkeyp
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(captioning.torch, "compile", fail)
-    captioner = Captioner(Bundle(tiny_model(), vocabulary, {}, 3), device="cpu", compiled=True)
+    captioner = Captioner(Bundle(tiny_model(), vocabulary, {}, (3, 3)), device="cpu", compiled=True)
     assert len(captioner(_images(3))) == 3
     assert [record.getMessage() for record in caplog.records] == [
         "the encoder runs uncompiled: no C++ compiler"
