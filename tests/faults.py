@@ -1,10 +1,10 @@
 """Runs captioner with faults put into its processes: ``python faults.py ENGINE caption …``.
 
-An image file that ends in ``KILL`` kills the process that decodes it. Where the environment has
-``KILL_MODEL``, a magenta image kills the one whose model sees it. While a file that it names in
-``BROKEN_DEVICE`` exists, any image does, as on a GPU that is broken. Where it names a file in
-``KILL_RENAME`` that does not exist, the first process to rename a part makes that file and is
-killed before the renaming.
+An image file that ends in ``KILL`` kills the process that decodes it. With ``KILL_MODEL`` in the
+environment, a magenta image kills the process whose model captions it. While the file named by
+``BROKEN_DEVICE`` exists, any image does, as on a broken GPU. If ``KILL_RENAME`` names a file that
+does not exist, the first process to rename a part creates that file and is killed before the
+renaming.
 """
 
 import os
@@ -13,7 +13,13 @@ import sys
 
 
 def install() -> None:
-    """Puts the faults into this process."""
+    """Puts the faults into this process, those of the model once it is imported.
+
+    A worker of Ray that decodes or writes never imports torch, which takes seconds.
+    """
+    import importlib.abc
+    import importlib.util
+
     from captioner.data import images
 
     def die() -> None:
@@ -33,12 +39,10 @@ def install() -> None:
             os.close(os.open(once, os.O_CREAT | os.O_EXCL))
             die()
 
-    images.decode = poisoned_decode
     broken = os.environ.get("BROKEN_DEVICE", "")
-    if "KILL_MODEL" in os.environ or broken:  # torch takes seconds to import
-        from captioner.model.native import Captioner
 
-        call = Captioner.__call__
+    def poison_model(captioner: type) -> None:
+        call = captioner.__call__
 
         def poisoned_call(self, images_BHW3):
             magenta = (images_BHW3 == (255, 0, 255)).all((1, 2, 3)).any()
@@ -46,7 +50,28 @@ def install() -> None:
                 die()
             return call(self, images_BHW3)
 
-        Captioner.__call__ = poisoned_call
+        captioner.__call__ = poisoned_call
+
+    class Poisoner(importlib.abc.MetaPathFinder):
+        """Poisons the model's module when it is imported."""
+
+        def find_spec(self, name, path, target=None):
+            if name != "captioner.model.native":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            execute = spec.loader.exec_module
+
+            def execute_and_poison(module) -> None:
+                execute(module)
+                poison_model(module.Captioner)
+
+            spec.loader.exec_module = execute_and_poison
+            return spec
+
+    images.decode = poisoned_decode
+    if "KILL_MODEL" in os.environ or broken:
+        sys.meta_path.insert(0, Poisoner())
     if once:
         sys.addaudithook(audit)
 
@@ -55,6 +80,7 @@ if __name__ == "__main__":
     engine, *arguments = sys.argv[1:]
     if engine == "ray":
         os.environ["RAY_AUTH_MODE"] = "disabled"
+        os.environ["RAY_prestart_worker_first_driver"] = "0"  # these workers have no faults
         import ray
 
         ray.init(

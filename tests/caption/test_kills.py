@@ -168,10 +168,11 @@ def test_a_device_that_breaks_stops_the_job_and_sets_no_image_aside(
     engine, model_directory, tmp_path
 ):
     photos, output, broken = tmp_path / "photos", tmp_path / "out", tmp_path / "broken"
-    write_photos(photos, 12)
+    count = 12 if engine == "local" else 6  # Ray takes longer for a shard
+    write_photos(photos, count)
     broken.touch()
-    command = [sys.executable, str(FAULTS), engine, "caption", str(photos), str(output)]
-    command += ["--model", str(model_directory), *SMALL]
+    arguments = ["caption", str(photos), str(output), "--model", str(model_directory), *SMALL]
+    command = [sys.executable, str(FAULTS), engine, *arguments]
     if engine == "local":  # the first process dies with a batch, the others with the probe
         for _ in range(4):
             assert _run(command, BROKEN_DEVICE=str(broken)).returncode == -signal.SIGKILL
@@ -185,9 +186,10 @@ def test_a_device_that_breaks_stops_the_job_and_sets_no_image_aside(
     ), done.stderr
     assert _parts(output) == 0
     broken.unlink()  # it is repaired
+    command[2] = "local"  # the engine may change
     done = _run(command, BROKEN_DEVICE=str(broken))
     assert done.returncode == 0, done.stderr
-    assert _check(output, photos) == {"ok": 12}
+    assert _check(output, photos) == {"ok": count}
 
 
 # Kills from outside.
