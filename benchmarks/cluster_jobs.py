@@ -1,9 +1,10 @@
-"""Both jobs on a Ray of three nodes on this machine, one of which dies in each; last line JSON.
+"""Both jobs on a Ray cluster of three nodes on this machine; a node dies in each; last line JSON.
 
-python benchmarks/cluster_jobs.py PHOTOS DATA --train-list … --val-list … --encoder-weights …
+python benchmarks/cluster_jobs.py PHOTOS DATA -- OPTIONS OF captioner train
 
-Each node is `ray start`'s own processes: a head without CPUs and two workers of two. The jobs are
-submitted from the checkout, as a user does it. A node's death is `kill -9` of its raylet.
+Each node has the processes of `ray start`: a head without CPUs and two workers with two each. The
+jobs are submitted from the checkout, as a user does it. A node dies by `kill -9` of its raylet. The
+driver of the training is killed as well, later, and the same command is submitted again.
 """
 
 import json
@@ -15,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,10 +53,11 @@ class Cluster:
         self.directory = tempfile.mkdtemp(prefix="ray-")  # a socket's path must be short
         port, dashboard, agent, client = free_ports(4)
         self.address = f"127.0.0.1:{port}"
+        self._url = f"http://127.0.0.1:{dashboard}"
         self.environment = {
             **os.environ,
             "RAY_AUTH_MODE": "disabled",  # nothing here listens outside this machine
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_API_SERVER_ADDRESS": self._url,
             "OMP_NUM_THREADS": "1",
         }
         self.environment.pop("RAY_ADDRESS", None)
@@ -67,7 +71,7 @@ class Cluster:
             f"--ray-client-server-port={client}",
             f"--temp-dir={self.directory}",
         )
-        wait_until(lambda: not self.run("job", "list").returncode)
+        wait_until(lambda: self._ask("/api/version"))
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         command = [RAY, "start", "--block", "--disable-usage-stats", *options]
@@ -91,20 +95,24 @@ class Cluster:
         wait_until(lambda: self._joined() > before)
         return node
 
+    def _ask(self, path: str) -> Any:
+        """What the head's HTTP interface answers; None if it does not answer."""
+        try:
+            with urllib.request.urlopen(self._url + path, timeout=10) as answer:
+                return json.load(answer)
+        except OSError:
+            return None
+
     def _joined(self) -> int:
-        return self.run("status", f"--address={self.address}").stdout.count(" node_")
+        """The number of nodes that are alive."""
+        nodes = (self._ask("/nodes?view=summary") or {"data": {"summary": []}})["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """A command of `ray`."""
-        return subprocess.run(
-            [RAY, *arguments], env=self.environment, capture_output=True, text=True, check=False
-        )
-
-    def submit(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+    def submit(self, submission: str, script: str, *arguments: str) -> subprocess.Popen[str]:
         """`ray job submit` of a script in jobs/, from the checkout."""
-        command = [RAY, "job", "submit", "--submission-id", name, "--working-dir", ".", "--"]
+        command = [RAY, "job", "submit", "--submission-id", submission, "--working-dir", ".", "--"]
         return subprocess.Popen(
-            [*command, sys.executable, f"jobs/{name}.py", *arguments],
+            [*command, sys.executable, f"jobs/{script}.py", *arguments],
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -112,11 +120,22 @@ class Cluster:
             text=True,
         )
 
-    def status(self, name: str) -> str:
-        """Ray's word for how a job stands."""
-        printed = self.run("job", "status", name).stdout.upper()
-        words = ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING")
-        return next((word for word in words if word in printed), printed)
+    def driver(self, script: str) -> int:
+        """The process id of the driver of a submitted job."""
+        start = f"{sys.executable}\0jobs/{script}.py\0".encode()
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = self._url.encode() in (path / "environ").read_bytes()
+                if ours and (path / "cmdline").read_bytes().startswith(start):
+                    return int(path.name)
+            except OSError:
+                continue
+        raise click.ClickException(f"no driver runs jobs/{script}.py")
+
+    def status(self, submission: str) -> str:
+        """The status of a job, such as SUCCEEDED."""
+        job = self._ask(f"/api/jobs/{submission}") or {}
+        return str(job.get("status"))
 
     def stop(self) -> None:
         """Ends what was started, and nothing else."""
@@ -140,50 +159,69 @@ def raylet(node: subprocess.Popen[bytes]) -> int:
     raise click.ClickException("a node without a raylet")
 
 
-def finish(job: subprocess.Popen[str], cluster: Cluster, name: str) -> dict[str, object]:
-    """Waits for a job; its exit code, its status and the last lines of its log."""
+def finish(job: subprocess.Popen[str], cluster: Cluster, submission: str) -> dict[str, Any]:
+    """Waits for a job, prints its log, and returns its exit code and status."""
     printed, _ = job.communicate(timeout=SECONDS)
-    lines = [line for line in printed.splitlines() if line.strip()]
-    click.echo("\n".join(lines))
-    return {"exit_code": job.returncode, "status": cluster.status(name)}
+    click.echo(f"log of {submission}:")
+    click.echo("\n".join(line for line in printed.splitlines() if line.strip()))
+    return {"exit_code": job.returncode, "status": cluster.status(submission)}
+
+
+def read_epochs(model: Path) -> list[dict[str, Any]]:
+    """The figures of the epochs that are done."""
+    path = model / "epochs.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def caption(cluster: Cluster, photos: str, output: Path) -> dict[str, Any]:
+    """Captions photos while a node dies."""
+    doomed = cluster.add_worker()
+    options = ["--actors", "2", "--shard-size", "16", "--device", "cpu"]
+    job = cluster.submit("caption", "caption", photos, str(output), *options)
+    wait_until(lambda: len(list(output.glob("part-*"))) >= 2 or job.poll() is not None)
+    os.kill(raylet(doomed), signal.SIGKILL)
+    before = len(list(output.glob("part-*")))
+    result = finish(job, cluster, "caption") | {"parts_before_the_kill": before}
+    summary = json.loads((output / "__captioner/summary.json").read_text())
+    figures = ("images", "rows", "missing", "images_per_second")
+    return result | {name: summary[name] for name in figures}
+
+
+def train(cluster: Cluster, data: str, model: Path, options: tuple[str, ...]) -> dict[str, Any]:
+    """Trains while a node dies, then the driver; the same command ends the run."""
+    doomed = cluster.add_worker()
+    arguments = ["train", data, str(model), "--workers", "2", "--cpus-per-worker", "0.9"]
+    arguments += ["--device", "cpu", *options]
+    job = cluster.submit("train-1", *arguments)
+    wait_until(lambda: read_epochs(model) or job.poll() is not None)
+    os.kill(raylet(doomed), signal.SIGKILL)
+    before = len(read_epochs(model))
+    wait_until(lambda: len(read_epochs(model)) >= before + 2 or job.poll() is not None)
+    os.kill(cluster.driver("train"), signal.SIGKILL)
+    killed = finish(job, cluster, "train-1")
+    resumed_after = len(read_epochs(model))
+    result = finish(cluster.submit("train-2", *arguments), cluster, "train-2")
+    return result | {
+        "status_of_the_killed": killed["status"],
+        "epochs_before_the_kills": [before, resumed_after],
+        "epochs": read_epochs(model),
+    }
 
 
 @click.command()
 @click.argument("photos", type=click.Path(exists=True, resolve_path=True))
 @click.argument("data", type=click.Path(exists=True, resolve_path=True))
-@click.option("--train-list", type=click.Path(exists=True, resolve_path=True), required=True)
-@click.option("--val-list", type=click.Path(exists=True, resolve_path=True), required=True)
-@click.option("--encoder-weights", type=click.Path(exists=True, resolve_path=True), required=True)
-def main(photos: str, data: str, train_list: str, val_list: str, encoder_weights: str) -> None:
-    """Captions PHOTOS and trains on DATA."""
+@click.argument("train_options", nargs=-1, type=click.UNPROCESSED)
+def main(photos: str, data: str, train_options: tuple[str, ...]) -> None:
+    """Captions PHOTOS and trains on DATA, with TRAIN_OPTIONS; paths in these are absolute."""
     directory = Path(tempfile.mkdtemp(prefix="cluster-jobs-"))
     cluster = Cluster()
-    results: dict[str, dict[str, object]] = {}
     try:
-        kept, doomed = cluster.add_worker(), cluster.add_worker()
-        output = directory / "captions"
-        options = ["--actors", "2", "--shard-size", "16", "--device", "cpu"]
-        job = cluster.submit("caption", photos, str(output), *options)
-        wait_until(lambda: len(list(output.glob("part-*"))) >= 2 or job.poll() is not None)
-        os.kill(raylet(doomed), signal.SIGKILL)
-        before = len(list(output.glob("part-*")))
-        results["caption"] = finish(job, cluster, "caption") | {"parts_before_the_kill": before}
-        summary = json.loads((output / "__captioner/summary.json").read_text())
-        figures = ("images", "rows", "missing", "images_per_second")
-        results["caption"] |= {name: summary[name] for name in figures}
-
-        doomed = cluster.add_worker()
-        model = directory / "model"
-        options = ["--train-list", train_list, "--val-list", val_list, "--workers", "2"]
-        options += ["--encoder-weights", encoder_weights, "--epochs", "3", "--views", "1"]
-        options += ["--device", "cpu", "--cpus-per-worker", "0.9"]
-        job = cluster.submit("train", data, str(model), *options)
-        wait_until(lambda: (model / "epochs.json").exists() or job.poll() is not None)
-        os.kill(raylet(doomed), signal.SIGKILL)
-        before = len(json.loads((model / "epochs.json").read_text()))
-        results["train"] = finish(job, cluster, "train") | {"epochs_before_the_kill": before}
-        epochs = json.loads((model / "epochs.json").read_text())
-        results["train"] |= {"epochs": len(epochs), "loss": epochs[-1]["validation_loss"]}
+        kept = cluster.add_worker()
+        results = {
+            "caption": caption(cluster, photos, directory / "captions"),
+            "train": train(cluster, data, directory / "model", train_options),
+        }
         assert kept.poll() is None
     finally:
         cluster.stop()

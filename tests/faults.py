@@ -80,7 +80,7 @@ if __name__ == "__main__":
     engine, *arguments = sys.argv[1:]
     if engine == "ray":
         os.environ["RAY_AUTH_MODE"] = "disabled"
-        os.environ["RAY_prestart_worker_first_driver"] = "0"  # these workers have no faults
+        os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112 - they have no faults
         import ray
 
         ray.init(
