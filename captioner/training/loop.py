@@ -76,7 +76,7 @@ class _Loop:
             if not self._epochs:
                 self._job.directory.delete_models()
             elif len(self._epochs) < self._last:
-                _logger.info("resuming from epoch %d of %d", len(self._epochs), self._last)
+                _logger.info("resuming after epoch %d of %d", len(self._epochs), self._last)
         for number in range(len(self._epochs) + 1, self._last + 1):
             epoch = self._run_epoch(number)
             if epoch is not None:

@@ -96,7 +96,8 @@ def train(
             run.prepare(model_config, encoder_weights, earlier)
             return run.execute(launch)
         except KeyboardInterrupt as problem:
-            raise _stopped(output, signals.received or signal.SIGINT) from problem
+            number = signals.received or signal.SIGINT
+            raise _stopped(output, config.epochs + config.scst_epochs, number) from problem
 
 
 class _Run:
@@ -209,11 +210,12 @@ def _digest(split: Split) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _stopped(output: str, number: int) -> StoppedError:
+def _stopped(output: str, epochs: int, number: int) -> StoppedError:
     name = signal.Signals(number).name
     done = 0
     with suppress(Exception):  # what goes wrong now must not hide the signal
         done = len(TrainingDirectory(output).load_checkpoint()[0])
     return StoppedError(
-        f"stopped by {name}: {done} epochs done; run the same command again to resume", number
+        f"stopped by {name}: {done} of {epochs} epochs done; run the same command again to resume",
+        number,
     )

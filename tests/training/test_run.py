@@ -210,12 +210,12 @@ def test_a_killed_run_ends_as_one_that_was_not(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write", write_no_checkpoint)
-        with pytest.raises(StoppedError, match="SIGINT: 0 epochs done; run the same command"):
+        with pytest.raises(StoppedError, match="SIGINT: 0 of 2 epochs done; run the same command"):
             training.train(_split(data), str(output), **arguments)
     calls = iter([real_validate, dies])
     with monkeypatch.context() as patch:
         patch.setattr(Validation, "run", lambda *args: next(calls)(*args))
-        with pytest.raises(StoppedError, match="SIGINT: 1 epochs done"):
+        with pytest.raises(StoppedError, match="SIGINT: 1 of 2 epochs done"):
             training.train(_split(data), str(output), **arguments)
     resumed = training.train(_split(data), str(output), **arguments)
     for one, other in zip(whole, resumed, strict=True):
@@ -921,7 +921,7 @@ def test_a_finished_training_can_get_more_epochs_and_another_learning_rate(
         second = run(epochs=2, learning_rate=1e-5)
     assert second[:1] == first
     assert len(second) == 2
-    assert "resuming from epoch 1 of 2" in caplog.text
+    assert "resuming after epoch 1 of 2" in caplog.text
     settings = json.loads((output / "training.json").read_text())
     assert {each["setting"]: (each["from"], each["to"]) for each in settings["changes"]} == {
         "epochs": (1, 2),
