@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     )
     from captioner.data.dataset import read_dataset
     from captioner.errors import CaptionerError
-    from captioner.evaluation.evaluation import caption_dataset, evaluate, join_output
+    from captioner.evaluation.captions import caption_dataset, join_output
+    from captioner.evaluation.evaluation import evaluate
     from captioner.model.loading import load_model
     from captioner.output.attention import decode as decode_attention
     from captioner.training.run import train
@@ -58,12 +59,12 @@ __version__ = "0.1.0"
 BUNDLED_MODEL = str(Path(__file__).parent / "bundled" / "flickr8k")
 
 _PLACES = {
-    "caption_dataset": "captioner.evaluation.evaluation:caption_dataset",
+    "caption_dataset": "captioner.evaluation.captions:caption_dataset",
     "caption_images": "captioner.caption.job:caption_images",
     "CaptionerError": "captioner.errors:CaptionerError",
     "decode_attention": "captioner.output.attention:decode",
     "evaluate": "captioner.evaluation.evaluation:evaluate",
-    "join_output": "captioner.evaluation.evaluation:join_output",
+    "join_output": "captioner.evaluation.captions:join_output",
     "load_model": "captioner.model.loading:load_model",
     "plan_captioning": "captioner.caption.job:plan_captioning",
     "read_dataset": "captioner.data.dataset:read_dataset",

@@ -1,13 +1,16 @@
 """``captioner evaluate``."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from captioner.commands.importing import importing
-from captioner.config import DecodeConfig, RunConfig
+from captioner.config import TEXT_SETTINGS, DecodeConfig, RunConfig
 from captioner.errors import InputError, printable
 from captioner.options import GroupedCommand, allow_missing_option, configure, option, options_of
+
+if TYPE_CHECKING:
+    from captioner.evaluation.evaluation import Evaluation
 
 __all__ = ["evaluate"]
 
@@ -75,22 +78,7 @@ __all__ = ["evaluate"]
     group="Scores",
     help="Parquet file to write with each image's scores, lowest CIDEr first.  [default: none]",
 )
-@options_of(
-    DecodeConfig,
-    only=(
-        "beam",
-        "length_penalty",
-        "max_words",
-        "allow_unknown",
-        "prompt",
-        "system_prompt",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "repetition_penalty",
-        "seed",
-    ),
-)
+@options_of(DecodeConfig, only=TEXT_SETTINGS)
 @options_of(RunConfig, only=("device", "precision", "batch_size", "decoders"))
 def evaluate(
     source: str,
@@ -123,30 +111,35 @@ def evaluate(
     run = configure(RunConfig(), options)
     with importing():
         from captioner import storage
-        from captioner.data import dataset
-        from captioner.evaluation import evaluation, metrics
+        from captioner.data.dataset import read_dataset
+        from captioner.evaluation import captions, evaluation, metrics
+        from captioner.evaluation import references as scored
 
-    chosen = metrics.choose_tokenizer(tokenizer)
-    read = dataset.read_dataset if references is None else evaluation.read_references
-    captioned_images = read(
+    chosen_tokenizer = metrics.choose_tokenizer(tokenizer)
+    data = (read_dataset if references is None else scored.read_references)(
         references or source,
         images,
         needed=_needed_splits(split, of_model=model is not None),
         allow_missing=allow_missing or names is not None,  # a list says itself what is needed
     )
     if names is None and split is None:
-        split = captioned_images.default_split if model else "all"
-    chosen_images = evaluation.choose_images(
-        captioned_images, split=split, names=names, allow_missing=allow_missing
-    )
+        split = data.default_split if model else "all"
+    chosen = scored.choose_images(data, split=split, names=names, allow_missing=allow_missing)
     if model is not None:
-        if seen := evaluation.describe_seen(chosen_images, captioned_images, model, split=split):
+        if seen := scored.describe_seen(chosen, data, model, split=split):
             click.echo(printable(seen), err=True)
-        captioned = evaluation.caption_dataset(chosen_images, model, decode=decode, run=run)
+        captioned = captions.caption_dataset(chosen, model, decode=decode, run=run)
     else:
-        captioned = evaluation.join_output(storage.absolute(source), chosen_images)
-    result = evaluation.evaluate(captioned, tokenizer=chosen, spice=spice)
-    for line in captioned.describe_left_out() + result.scores.describe_left_out():
+        captioned = captions.join_output(storage.absolute(source), chosen)
+    result = evaluation.evaluate(captioned, tokenizer=chosen_tokenizer, spice=spice)
+    _write(result, json_file, per_image)
+
+
+def _write(result: "Evaluation", json_file: str | None, per_image: str | None) -> None:
+    """Prints a result, and writes the files that were asked for."""
+    from captioner import storage
+
+    for line in result.captioned.describe_left_out() + result.scores.describe_left_out():
         click.echo(printable(line), err=True)
     if json_file == "-":
         click.echo(result.to_json())

@@ -4,7 +4,7 @@ A field carries its help, limits and group. The command-line options (:mod:`capt
 and ``config.json`` both come from the fields. Reading settings needs neither torch nor Ray.
 """
 
-from captioner.config.decode import DecodeConfig
+from captioner.config.decode import PRETRAINED_SETTINGS, TEXT_SETTINGS, DecodeConfig
 from captioner.config.export import ExportConfig
 from captioner.config.listing import ListingConfig
 from captioner.config.model import ModelConfig
@@ -15,6 +15,8 @@ from captioner.config.training import PRESETS, LaunchConfig, Preset, TrainConfig
 
 __all__ = [
     "PRESETS",
+    "PRETRAINED_SETTINGS",
+    "TEXT_SETTINGS",
     "DecodeConfig",
     "ExportConfig",
     "LaunchConfig",

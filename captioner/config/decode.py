@@ -7,7 +7,9 @@ from typing import Literal
 from captioner.config.model import ModelConfig
 from captioner.config.settings import Settings, setting
 
-__all__ = ["DecodeConfig"]
+__all__ = ["PRETRAINED_SETTINGS", "TEXT_SETTINGS", "DecodeConfig"]
+
+_PRETRAINED = "Pretrained models"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +46,10 @@ class DecodeConfig(Settings):
         "Prompt for a pretrained model: a beginning of the caption, a task or a question, as its "
         "family takes it.",
         unset="the family's own",
-        group="Pretrained models",
+        group=_PRETRAINED,
     )
     system_prompt: str | None = setting(
-        None, "System prompt for a chat model.", unset="none", group="Pretrained models"
+        None, "System prompt for a chat model.", unset="none", group=_PRETRAINED
     )
     max_new_tokens: int | None = setting(
         None,
@@ -55,21 +57,21 @@ class DecodeConfig(Settings):
         minimum=1,
         maximum=100_000,
         unset="64, or 256 for chat models and Florence-2",
-        group="Pretrained models",
+        group=_PRETRAINED,
     )
     temperature: float = setting(
         0.0,
         "Sample captions at this temperature; 0 takes the likeliest words.",
         minimum=0,
         maximum=100,
-        group="Pretrained models",
+        group=_PRETRAINED,
     )
     top_p: float = setting(
         1.0,
         "Sample among the likeliest tokens that have this share of the probability together.",
         minimum=0,
         maximum=1,
-        group="Pretrained models",
+        group=_PRETRAINED,
     )
     repetition_penalty: float | None = setting(
         None,
@@ -77,21 +79,21 @@ class DecodeConfig(Settings):
         minimum=0.01,
         maximum=100,
         unset="the model's own",
-        group="Pretrained models",
+        group=_PRETRAINED,
     )
     seed: int = setting(
         0,
         "Seed of --sample and of sampled captions, which depend on it and on the image alone.",
         minimum=0,
         maximum=2**32 - 1,
-        group="Pretrained models",
+        group=_PRETRAINED,
     )
     captions: int = setting(
         1,
         "Captions to sample for each image; the first is the caption.",
         minimum=1,
         maximum=1000,
-        group="Pretrained models",
+        group=_PRETRAINED,
     )
     attention: Literal["auto", "tokens", "mean", "none"] = setting(
         "auto",
@@ -105,3 +107,17 @@ class DecodeConfig(Settings):
     def with_model_defaults(self, model: ModelConfig) -> "DecodeConfig":
         """These settings, with the model's beam width if none is given."""
         return self if self.beam else dataclasses.replace(self, beam=model.beam)
+
+
+#: The settings that only pretrained models take.
+PRETRAINED_SETTINGS = tuple(
+    each.name
+    for each in dataclasses.fields(DecodeConfig)
+    if each.metadata["group"] == _PRETRAINED and each.name != "seed"  # listing takes it too
+)
+#: The settings that decide the text of an image's caption, not its number or its maps.
+TEXT_SETTINGS = tuple(
+    each.name
+    for each in dataclasses.fields(DecodeConfig)
+    if each.name not in ("captions", "attention", "attention_levels")
+)

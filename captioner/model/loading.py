@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from captioner import storage
-from captioner.config import DecodeConfig
+from captioner.config import PRETRAINED_SETTINGS, DecodeConfig
 from captioner.data.preparation import Preparation
 from captioner.errors import InputError
 from captioner.model import bundle
@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["NativeModel", "is_pretrained", "load_model"]
 
 _LARGEST_CONFIG = 10_000_000  # bytes
-_PRETRAINED_ONLY = (
-    "prompt",
-    "system_prompt",
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "repetition_penalty",
-    "captions",
-)
 
 
 def load_model(uri: str) -> Model:
@@ -90,7 +81,7 @@ class NativeModel:
             InputError: a setting is for pretrained models.
         """
         for each in dataclasses.fields(decode):
-            if each.name in _PRETRAINED_ONLY and getattr(decode, each.name) != each.default:
+            if each.name in PRETRAINED_SETTINGS and getattr(decode, each.name) != each.default:
                 option = "--" + each.name.replace("_", "-")
                 raise InputError(
                     f"{option} is for pretrained models, and this model was trained by captioner: "
