@@ -10,6 +10,7 @@ from torch import Tensor
 from captioner.config import ModelConfig
 from captioner.errors import InputError
 from captioner.model.backbone import check_patches
+from captioner.model.encoder import ImageEncoder
 from captioner.model.network import CaptionModel
 from captioner.model.published import read_weights
 
@@ -31,15 +32,36 @@ def build_model(config: ModelConfig, weights: str | None, *, seed: int = 0) -> C
     Raises:
         InputError: the weights cannot be downloaded or read, or do not fit the encoder.
     """
+    _check_encoder(config)
     torch.manual_seed(seed)
     model = CaptionModel(config)
-    check_patches(model.encoder.backbone, config.backbone, config.image_size)
     state = _download(config.backbone) if weights is None else read_weights(weights)
     try:
         model.encoder.load_published_weights(state)
     except InputError as error:
         raise InputError(f"--encoder-weights {weights}: {error}" if weights else error) from error
     return model
+
+
+def _check_encoder(config: ModelConfig) -> None:
+    """Checks that the encoder takes images of the size, without allocating memory.
+
+    Raises:
+        InputError: it does not, or what it makes of them is not a feature map.
+    """
+    name, size = config.backbone, config.image_size
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            encoder = ImageEncoder(config).eval()
+            encoder.encode_blank_image()
+    except InputError:
+        raise
+    except Exception as error:  # timm's backbones raise errors of many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"--image-size {size}: {name} does not take images of this size: {reason[:300]}"
+        ) from error
+    check_patches(encoder.backbone, name, size)
 
 
 def _download(backbone: str) -> dict[str, Tensor]:

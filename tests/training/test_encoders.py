@@ -15,7 +15,7 @@ from captioner import storage
 from captioner.cli import main
 from captioner.model import bundle
 from captioner.output import attention
-from conftest import write_photos
+from conftest import tiny_model, write_photos
 
 #: A family, its smallest backbone, an image size, the grid of its maps, the stage to tune from.
 FAMILIES = [
@@ -126,3 +126,48 @@ def test_a_family_of_encoders_trains_tunes_and_captions(
         maps = attention.decode(row["attention"], row["attention_peak"], grid=grid)
         assert maps.shape == (len(row["tokens"]), *grid)
         np.testing.assert_allclose(maps.sum((1, 2)), 1, atol=0.05)
+
+
+def test_a_vision_transformer_captions_alike_with_both_engines(
+    data: Path, tmp_path: Path, vocabulary, local_ray
+):
+    model = tiny_model(backbone="test_vit", image_size=96, grid=None, interpolation="bicubic")
+    bundle.save(str(tmp_path / "model"), model, vocabulary)
+    local = _caption(data, tmp_path / "model", tmp_path / "local")
+    on_ray = _caption(data, tmp_path / "model", tmp_path / "ray", engine="ray")
+    assert len(local) == len(on_ray) == 14
+    assert len({row["caption"] for row in local}) > 1
+    for one, other in zip(local, on_ray, strict=True):
+        for name in ("uri", "caption", "attention", "attention_height", "attention_width"):
+            assert one[name] == other[name]
+        assert (one["attention_height"], one["attention_width"]) == (6, 6)
+
+
+def test_architecture_belongs_to_a_new_model(data: Path, tmp_path: Path):
+    for option, value in [("--encoder", "resnet18"), ("--image-size", "64"), ("--dropout", "0")]:
+        arguments = ["train", str(data), str(tmp_path / "out"), "--model", "m", option, value]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2
+        assert f"give --model or {option}, not both: a model keeps its" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--image-size", "96"], "--image-size"),
+        (["--width", "16", "--dropout", "0.5"], "--dropout, --width"),
+        (["--encoder", "tiny_siglip"], "--encoder"),
+        (["--preset", "notebook"], "--preset"),
+    ],
+)
+def test_another_architecture_in_the_same_place_is_named(
+    options: list[str], named: str, data: Path, tmp_path: Path
+):
+    weights = _weights("tiny_clip", tmp_path / "encoder.safetensors")
+    lists = ["--train-list", str(data / "train.txt"), "--val-list", str(data / "val.txt")]
+    own = ["--encoder", "tiny_clip", "--encoder-weights", weights, *TINY_DECODER, *TRAINING]
+    _train(data, tmp_path / "out", *own)
+    again = CliRunner().invoke(
+        main, ["train", str(data), str(tmp_path / "out"), *lists, *own, *options]
+    )
+    assert f"holds a run with other settings ({named}" in again.output

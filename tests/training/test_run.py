@@ -456,7 +456,7 @@ def test_strong_augmentation_changes_what_is_seen_but_not_hues(tmp_path: Path):
     assert len(colours) > 35
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "test_vit"])
 def test_branches_are_dropped_in_training_only(backbone):
     torch.manual_seed(0)
     encoder = ImageEncoder(dataclasses.replace(TINY, backbone=backbone))
@@ -571,7 +571,9 @@ def test_batches_with_too_few_images_for_the_workers_are_refused_at_once(
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "mobilenetv3_small_050", "convnext_atto"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet10t", "mobilenetv3_small_050", "convnext_atto", "test_vit"]
+)
 def test_all_that_is_trained_of_an_encoder_has_a_gradient(backbone: str):
     """Or several workers would wait for it."""
     encoder = ImageEncoder(dataclasses.replace(TINY, backbone=backbone)).eval()
