@@ -236,10 +236,11 @@ def test_timm_loads_its_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """From a file in place of the hub; the position embeddings are fitted to the image size."""
     state = _published("tiny_clip")
     safetensors.torch.save_file(state, tmp_path / "tiny_clip.safetensors")
-    cfg = dataclasses.replace(
-        timm.get_pretrained_cfg("tiny_clip"), file=str(tmp_path / "tiny_clip.safetensors")
-    )
-    monkeypatch.setitem(_registry._model_pretrained_cfgs, "tiny_clip", cfg)
+    file = str(tmp_path / "tiny_clip.safetensors")
+    known = timm.get_pretrained_cfg("tiny_clip")
+    assert known is not None
+    published = dataclasses.replace(known, file=file)
+    monkeypatch.setitem(_registry._model_pretrained_cfgs, "tiny_clip", published)
     config = dataclasses.replace(TINY, backbone="tiny_clip", image_size=96, grid=None)
     backbone = build_model(config, None).encoder.backbone
     assert torch.equal(backbone.norm_pre.weight, state["norm_pre.weight"])
