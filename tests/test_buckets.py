@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.client
+import io
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.parse
@@ -908,3 +910,35 @@ def test_a_package_that_is_missing_is_named(scheme, package, extra, tmp_path, mo
     spelled = {"gcs": "gs", "az": "abfs"}.get(scheme, scheme)
     expected = f"captioner: cannot open {spelled}:// URIs: install captioner[{extra}]\n"
     assert result.output == expected
+
+
+def test_images_in_tars_of_a_bucket_come_in_ranges_in_spite_of_faults(
+    bucket, proxy, photos, model_directory
+):
+    images = sorted(photos.iterdir())
+    for number in range(3):
+        sink = io.BytesIO()
+        with tarfile.open(fileobj=sink, mode="w") as tar:
+            for path in images[number::3]:
+                tar.add(path, path.name)
+        storage.write(f"{bucket}/in/{number:05d}.tar", sink.getvalue())
+    source = f"{bucket}/in/{{00000..00002}}.tar"
+    proxy.requests.clear()
+    summary = caption_images(source, f"{bucket}/out", str(model_directory), run=RUN)
+    assert summary.rows == {"ok": 120, "undecodable": 2}
+    gets = sum(n for (kind, path), n in proxy.requests.items() if kind == "GET" and ".tar" in path)
+    assert gets < 40, "a few requests for each shard, not one for each image"
+    expected = [(path.name, each["caption"]) for path, each in _by_name(f"{bucket}/out", images)]
+    proxy.rate, proxy.seed = 0.1, 5
+    proxy.kinds = ("500", "503", "reset", "truncated")
+    caption_images(source, f"{bucket}/again", str(model_directory), run=RUN)
+    proxy.reset()
+    again = [(path.name, each["caption"]) for path, each in _by_name(f"{bucket}/again", images)]
+    assert again == expected
+
+
+def _by_name(output: str, images: list[Path]) -> list[tuple[Path, dict]]:
+    """Each image with its one row."""
+    rows = {row["uri"].removeprefix("tar://").split("::")[0]: row for row in _rows(output)}
+    assert len(rows) == len(_rows(output)) == len(images)
+    return [(path, rows[path.name]) for path in images]

@@ -1,6 +1,6 @@
 """The columns of a source that come along into the rows: which, under which names and types."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -105,13 +105,13 @@ def with_kept(listing: pa.Table, kept: pa.Table) -> pa.Table:
     return listing.append_column(KEPT, struct)
 
 
-def infer_column(values: Sequence[Any], lines: Sequence[int], name: str) -> pa.Array:
+def infer_column(values: Sequence[Any], place_of: Callable[[int], str], name: str) -> pa.Array:
     """Values of JSON as a column of one type.
 
     Args:
         values: what the rows have; None where they have nothing.
-        lines: the line of each row, for messages.
-        name: the list and the column, for messages.
+        place_of: describes a row, for messages.
+        name: the source and the column, for messages.
 
     Raises:
         InputError: the values have no common type.
@@ -124,6 +124,6 @@ def infer_column(values: Sequence[Any], lines: Sequence[int], name: str) -> pa.A
         alike = (type(first), type(None))
         place = next((n for n, each in enumerate(values) if not isinstance(each, alike)), 0)
         raise InputError(
-            f"{name}: {values[place]!r:.100} on line {lines[place]} is of another type than "
+            f"{name}: {values[place]!r:.100} in {place_of(place)} is of another type than "
             f"{first!r:.100}: leave the column out of --keep, or make its values alike"
         ) from error

@@ -1,4 +1,4 @@
-"""Which images a source holds: a folder, or a list of URIs."""
+"""Which images a source holds: a folder, tar files, or a list of URIs."""
 
 import hashlib
 import logging
@@ -14,6 +14,8 @@ from captioner.data.columns import Keep
 from captioner.data.filters import PROGRAMS_FILES, Exclusion
 from captioner.data.lists import is_list, read_list
 from captioner.data.source import list_files
+from captioner.data.tar.listing import list_tars
+from captioner.data.tar.names import expand, is_tar, refuse_compressed
 from captioner.errors import InputError, first_of, one_line
 from captioner.storage import FolderError, Listed, PassedOver
 
@@ -30,8 +32,10 @@ def list_source(
     """The images of a source, each once: :data:`captioner.schema.LISTING`.
 
     Args:
-        source: a folder, listed recursively and sorted; or a list, whose order is kept: see
-            :func:`captioner.data.lists.read_list`.
+        source: a folder, listed recursively and sorted: of images or, without any, of tar files;
+            a tar file, or several by a pattern: see :func:`captioner.data.tar.names.expand`; or a
+            list, whose order is kept: see :func:`captioner.data.lists.read_list`. A ``.txt`` list
+            may name tar files.
         listing: which files of a folder are images, which columns of a list count, and how many
             images to take at most.
         prompt: a prompt, which may name columns: see :mod:`captioner.data.prompts`.
@@ -42,20 +46,18 @@ def list_source(
             it is a list that cannot be used.
     """
     source = storage.as_path(source)
+    keep = Keep(listing.keep, prompt, listing.id)
+    refuse_compressed(source)
     try:
-        is_table = is_list(source) and not storage.is_directory(source)
+        is_file = (is_list(source) or is_tar(source)) and not storage.is_directory(source)
     except OSError as error:
         raise InputError(f"cannot read {source}: {one_line(error)}") from error
-    if is_table and listing.exclude:
-        raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
-    if listing.column is not None and not is_table:
-        raise InputError(f"--column is for a list, and {source} is not one by its ending")
-    keep = Keep(listing.keep, prompt, listing.id)
-    if is_table:
-        images = read_list(source, listing.column, keep)
+    if not is_file:
+        images = _list_folder(source, listing, keep)
+    elif is_tar(source):
+        images = _list_tars(expand(source), listing, keep)
     else:
-        keep.refuse(source)
-        images = list_files(_find(source, listing))
+        images = _list_rows(source, listing, keep)
     if listing.sample is not None:
         images = _sample(images, listing.sample, seed)
     return images.slice(0, listing.limit)
@@ -74,19 +76,49 @@ def _sample(images: pa.Table, count: int, seed: int) -> pa.Table:
     return images.take(np.sort(np.argsort(ranks, kind="stable")[:count]))
 
 
-def _find(source: str, listing: ListingConfig) -> list[Listed]:
-    exclusion, passed_over = Exclusion(PROGRAMS_FILES + listing.exclude), PassedOver()
-    try:
-        images = storage.find(
-            source, listing.endings, exclude=exclusion.match, passed_over=passed_over
-        )
-    except FolderError as error:
-        pattern = shlex.quote(error.pattern)
-        raise InputError(f"{error}; leave the folder out with --exclude {pattern}") from error
+def _list_rows(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
+    if listing.exclude:
+        raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
+    if source.lower().endswith(".txt"):
+        uris: list[str] = read_list(source, listing.column)["uri"].to_pylist()
+        if all(is_tar(uri) for uri in uris):
+            return _list_tars(uris, listing, keep)
+    return read_list(source, listing.column, keep)
+
+
+def _list_folder(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
+    """The images of a folder; those in its tar files, if there are no others."""
+    if listing.column is not None:
+        raise InputError(f"--column is for a list, and {source} is not one by its ending")
+    passed_over = PassedOver()
+    images = _find(source, listing.endings, listing.exclude, passed_over)
+    if not images and passed_over.endings[".tar"]:
+        tars = _find(source, (".tar",), listing.exclude, passed_over)
+        _log_passed_over(passed_over, listing.exclude)
+        return _list_tars([tar.uri for tar in tars], listing, keep)
+    keep.refuse(source)
     _log_passed_over(passed_over, listing.exclude)
     if not images:
         raise InputError(f"{source} holds no images ({listing.extensions})")
-    return images
+    return list_files(images)
+
+
+def _list_tars(tars: Sequence[str], listing: ListingConfig, keep: Keep) -> pa.Table:
+    if listing.column is not None:
+        raise InputError("--column is for a list, and tar files have none: leave it out")
+    exclusion = Exclusion((*PROGRAMS_FILES, *listing.exclude))
+    return list_tars(tars, listing.endings, keep, exclusion.match)
+
+
+def _find(
+    source: str, endings: tuple[str, ...], exclude: Sequence[str], passed_over: PassedOver
+) -> list[Listed]:
+    exclusion = Exclusion((*PROGRAMS_FILES, *exclude))
+    try:
+        return storage.find(source, endings, exclude=exclusion.match, passed_over=passed_over)
+    except FolderError as error:
+        pattern = shlex.quote(error.pattern)
+        raise InputError(f"{error}; leave the folder out with --exclude {pattern}") from error
 
 
 def _log_passed_over(passed_over: PassedOver, exclude: Sequence[str]) -> None:

@@ -180,9 +180,12 @@ def _read_json_lines(source: str, data: bytes, wanted: _Wanted) -> _Rows:
             shown = json.dumps(uri)[:100]
             raise InputError(f"{source}, line {number}: {name} is {shown}, not text")
         uris.append(uri)
-    numbers = [number for number, _ in rows]
+
+    def place_of(row: int) -> str:
+        return f"line {rows[row][0]}"
+
     kept = {
-        new: infer_column([row.get(old) for _, row in rows], numbers, f"{source}, {old}")
+        new: infer_column([row.get(old) for _, row in rows], place_of, f"{source}, {old}")
         for old, new in wanted.keep.choose(names, source, name).items()
     }
     return _rows(uris, kept)

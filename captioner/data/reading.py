@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 
 from captioner import storage
+from captioner.data.tar.reading import read_images_of_tar
 from captioner.errors import CaptionerError
 
 __all__ = ["groups", "is_in_container", "read_images"]
@@ -77,7 +78,7 @@ def _read_files(images: pa.Table, limit: int, retries: int) -> Iterator[bytes | 
 
 
 #: What reads a container, by the end of its name.
-_READERS: dict[str, Reader] = {}
+_READERS: dict[str, Reader] = {"tar": read_images_of_tar}
 
 
 def _reader(container: str) -> Reader:

@@ -96,7 +96,7 @@ def test_columns_of_json_lines_without_a_common_type_are_refused(tmp_path):
     rows = [{"url": "a.jpg", "n": 1}, {"url": "b.jpg", "n": "two"}]
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match=r"n: 'two' on line 2 is of another type than 1: leave"):
+    with pytest.raises(InputError, match=r"n: 'two' in line 2 is of another type than 1: leave"):
         _kept(path, "n")
 
 

@@ -3,8 +3,8 @@
 import logging
 import os
 
-from captioner import storage
 from captioner.errors import InputError
+from captioner.output.exports.paths import image_path
 from captioner.output.images import OutputImages
 
 __all__ = ["THREADS", "file_extension", "read_image"]
@@ -37,4 +37,7 @@ def read_image(images: OutputImages, uri: str) -> bytes | None:
 
 def file_extension(uri: str) -> str:
     """The extension of an image's file in lower case, with its dot; ``.jpg`` where it has none."""
-    return os.path.splitext(storage.as_path(uri).split("?")[0])[1].lower() or ".jpg"
+    path = image_path(uri)
+    if path.startswith(("http://", "https://")):
+        path = path.split("?")[0]
+    return os.path.splitext(path)[1].lower() or ".jpg"

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from captioner import storage
+from captioner.data.reading import is_in_container
 from captioner.errors import InputError, OutputError
 from captioner.output.exports.job import ExportJob
 from captioner.output.exports.paths import common_folder, relative
@@ -59,6 +60,8 @@ def write(job: ExportJob) -> None:
 def _target(job: ExportJob, uri: str, root: str | None) -> str:
     extension = "." + job.config.extension.lstrip(".")
     if not job.destination:
+        if is_in_container(uri):
+            raise InputError(f"{uri} is in a file of many images: give a DESTINATION to write to")
         path = storage.as_path(uri)
         if path.startswith(("http://", "https://")):
             raise InputError(f"{uri} is a web address: give a DESTINATION to write to")

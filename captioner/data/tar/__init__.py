@@ -1,0 +1,1 @@
+"""Tar files of images, as WebDataset and img2dataset write them."""

@@ -1,0 +1,53 @@
+"""Reads images of a tar file: neighbours in one request."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from captioner import storage
+from captioner.errors import CaptionerError
+
+__all__ = ["read_images_of_tar"]
+
+_GAP = 1 << 20  # bytes between images; fewer are read along rather than cost a request
+
+
+def read_images_of_tar(images: pa.Table, limit: int, retries: int) -> Iterator[bytes | Exception]:
+    """As :func:`captioner.data.reading.read_images`, for images of one tar file."""
+    rows = images.select(["container", "version", "position", "size"]).to_pylist()
+    for span in _spans(rows):
+        yield from _read_span(span, retries)
+
+
+def _spans(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Cuts images into spans that are read at once."""
+    span: list[dict[str, Any]] = []
+    for row in rows:
+        if span:
+            gap = row["position"] - span[-1]["position"] - span[-1]["size"]
+            if not 0 <= gap <= _GAP:
+                yield span
+                span = []
+        span.append(row)
+    if span:
+        yield span
+
+
+def _read_span(span: list[dict[str, Any]], retries: int) -> Iterator[bytes | Exception]:
+    tar, begin = span[0]["container"], span[0]["position"]
+    end = span[-1]["position"] + span[-1]["size"]
+    try:
+        version = storage.version(tar)
+        if version != span[0]["version"]:
+            what = "has changed since it was listed" if version else "is gone or cannot be reached"
+            raise OSError(f"the tar file {what}")
+        data = memoryview(storage.read_range(tar, begin, end, retries=retries))
+    except CaptionerError:
+        raise
+    except Exception as problem:  # a bucket's client raises errors of many types
+        yield from [problem] * len(span)
+        return
+    for row in span:
+        first = row["position"] - begin
+        yield bytes(data[first : first + row["size"]])
