@@ -1,4 +1,4 @@
-"""Which images a source holds: a folder, tar files, or a list of URIs."""
+"""Which images a source holds: a folder, tar or Parquet files, or a list of URIs."""
 
 import hashlib
 import logging
@@ -12,7 +12,8 @@ from captioner import storage
 from captioner.config import ListingConfig
 from captioner.data.columns import Keep
 from captioner.data.filters import PROGRAMS_FILES, Exclusion
-from captioner.data.lists import is_list, read_list
+from captioner.data.lists import is_list, is_parquet, read_list
+from captioner.data.parquet.listing import holds_images, list_parquet
 from captioner.data.source import list_files
 from captioner.data.tar.listing import list_tars
 from captioner.data.tar.names import expand, is_tar, refuse_compressed
@@ -32,11 +33,12 @@ def list_source(
     """The images of a source, each once: :data:`captioner.schema.LISTING`.
 
     Args:
-        source: a folder, listed recursively and sorted: of images or, without any, of tar files;
-            a tar file, or several by a pattern: see :func:`captioner.data.tar.names.expand`; or a
-            list, whose order is kept: see :func:`captioner.data.lists.read_list`. A ``.txt`` list
-            may name tar files.
-        listing: which files of a folder are images, which columns of a list count, and how many
+        source: a folder, listed recursively and sorted: of images or, without any, of tar files or
+            of Parquet files; a tar file, or several by a pattern: see
+            :func:`captioner.data.tar.names.expand`; a Parquet file with images; or a list, whose
+            order is kept: see :func:`captioner.data.lists.read_list`. A ``.txt`` list may name tar
+            files.
+        listing: which files of a folder are images, which columns of a table count, and how many
             images to take at most.
         prompt: a prompt, which may name columns: see :mod:`captioner.data.prompts`.
         seed: chooses the sample, if the settings ask for one.
@@ -83,19 +85,26 @@ def _list_rows(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
         uris: list[str] = read_list(source, listing.column)["uri"].to_pylist()
         if all(is_tar(uri) for uri in uris):
             return _list_tars(uris, listing, keep)
+    if is_parquet(source) and holds_images(source, listing.column):
+        return list_parquet(source, [Listed(source, None)], listing, keep)
     return read_list(source, listing.column, keep)
 
 
 def _list_folder(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
-    """The images of a folder; those in its tar files, if there are no others."""
-    if listing.column is not None:
-        raise InputError(f"--column is for a list, and {source} is not one by its ending")
+    """The images of a folder; those in its tar files, or else in its Parquet files, if none."""
     passed_over = PassedOver()
     images = _find(source, listing.endings, listing.exclude, passed_over)
     if not images and passed_over.endings[".tar"]:
         tars = _find(source, (".tar",), listing.exclude, passed_over)
         _log_passed_over(passed_over, listing.exclude)
         return _list_tars([tar.uri for tar in tars], listing, keep)
+    if not images and passed_over.endings[".parquet"]:
+        files = _find(source, (".parquet",), listing.exclude, passed_over)
+        if files := _without_private(source, files):
+            _log_passed_over(passed_over, listing.exclude)
+            return list_parquet(source, files, listing, keep)
+    if listing.column is not None:
+        raise InputError(f"--column is for a list, and {source} is not one by its ending")
     keep.refuse(source)
     _log_passed_over(passed_over, listing.exclude)
     if not images:
@@ -108,6 +117,18 @@ def _list_tars(tars: Sequence[str], listing: ListingConfig, keep: Keep) -> pa.Ta
         raise InputError("--column is for a list, and tar files have none: leave it out")
     exclusion = Exclusion((*PROGRAMS_FILES, *listing.exclude))
     return list_tars(tars, listing.endings, keep, exclusion.match)
+
+
+def _without_private(source: str, files: Sequence[Listed]) -> list[Listed]:
+    """Parquet files but those that programs keep for themselves, with ``_`` or ``.`` before."""
+    begin = source.rstrip("/") + "/"
+    parts = ((file, file.uri.removeprefix(begin).split("/")) for file in files)
+    public = [
+        file for file, names in parts if not any(name.startswith(("_", ".")) for name in names)
+    ]
+    if private := len(files) - len(public):
+        _logger.info("Parquet files passed over whose path has a name with _ or .: %d", private)
+    return public
 
 
 def _find(

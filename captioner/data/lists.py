@@ -19,7 +19,7 @@ from captioner.data.source import list_files
 from captioner.errors import InputError, first_of, one_line
 from captioner.storage import Listed
 
-__all__ = ["is_list", "read_list"]
+__all__ = ["is_list", "is_parquet", "read_list", "resolve_uri", "uri_column"]
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +37,11 @@ _URI_NAMES = frozenset(
 def is_list(source: str) -> bool:
     """Whether a source is a list by its name."""
     return _kind(source) in _READERS
+
+
+def is_parquet(source: str) -> bool:
+    """Whether a source is a Parquet file by its name."""
+    return _kind(source) == "parquet"
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def read_list(source: str, column: str | None = None, keep: Keep | None = None) 
     first: dict[str, int] = {}  # the row of each URI
     for number, uri in enumerate(rows.uris):
         if uri:
-            first.setdefault(_from(source, uri), number)
+            first.setdefault(resolve_uri(source, uri), number)
     given = sum(bool(uri) for uri in rows.uris)
     if empty := len(rows.uris) - given:
         _logger.warning("left out: %d rows of %s without a URI", empty, source)
@@ -143,7 +148,7 @@ def _read_tsv(source: str, data: bytes, wanted: _Wanted) -> _Rows:
 
 
 def _text_columns(table: CsvTable, source: str, wanted: _Wanted) -> _Rows:
-    name = _uri_column(table.columns, source, wanted.column, is_text=True)
+    name = uri_column(table.columns, source, wanted.column, is_text=True)
     chosen = wanted.keep.choose(table.columns, source, name)
     place = table.columns.index(name)
     places = [table.columns.index(old) for old in chosen]
@@ -172,7 +177,7 @@ def _read_json_lines(source: str, data: bytes, wanted: _Wanted) -> _Rows:
     if not rows:
         return _rows([], {})
     names = list(dict.fromkeys(name for _, row in rows for name in row))
-    name = _uri_column(names, source, wanted.column)
+    name = uri_column(names, source, wanted.column)
     uris = []
     for number, row in rows:
         uri = row.get(name)
@@ -197,7 +202,7 @@ def _read_parquet(source: str, data: bytes, wanted: _Wanted) -> _Rows:
         # Arrow's own threads may outlive Python's last moment, which aborts the process.
         file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
         names = file.schema_arrow.names
-        name = _uri_column(names, source, wanted.column, is_text=True)
+        name = uri_column(names, source, wanted.column, is_text=True)
         chosen = wanted.keep.choose(names, source, name)
         table = file.read([name, *chosen], use_threads=False)
         values = table[name]
@@ -220,7 +225,7 @@ _READERS: dict[str, Callable[[str, bytes, _Wanted], _Rows]] = {
 }
 
 
-def _uri_column(
+def uri_column(
     names: Sequence[str], source: str, column: str | None, *, is_text: bool = False
 ) -> str:
     """The name of the column of URIs in a table with these columns."""
@@ -259,7 +264,7 @@ def _check_only_column(name: str, source: str) -> None:
             f"{source} must have commas between its columns, not {name!r}: convert it, or call a "
             "file with tabs .tsv"
         )
-    if "." in name or "/" in name or _is_file(_from(source, name)):
+    if "." in name or "/" in name or _is_file(resolve_uri(source, name)):
         raise InputError(
             f"{source} begins with an image, {name}, not with the name of the column: "
             "add uri as the first line, or rename the file to .txt"
@@ -274,7 +279,7 @@ def _is_file(uri: str) -> bool:
     return True
 
 
-def _from(source: str, uri: str) -> str:
+def resolve_uri(source: str, uri: str) -> str:
     """The URI that a list means: a relative one starts from the list's own folder."""
     base = source[: source.rfind("/") + 1]
     if "://" not in base or storage.has_scheme(uri) or uri.startswith("/"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 
 from captioner import storage
+from captioner.data.parquet.cells import read_cells
 from captioner.data.tar.reading import read_images_of_tar
 from captioner.errors import CaptionerError
 
@@ -14,7 +15,7 @@ __all__ = ["groups", "is_in_container", "read_images"]
 _GROUP_IMAGES, _GROUP_BYTES = 32, 16 << 20  # of a container, read together at most
 
 #: The end of the URI of an image in a Parquet file: ``.parquet#COLUMN=ROW``.
-_CELL = re.compile(r"\.parquet#[^/]*=\d+$")
+_CELL = re.compile(r"\.parquet#[^/]*=\d+$", re.IGNORECASE)
 
 #: What reads images of one container: as :func:`read_images`.
 Reader = Callable[[pa.Table, int, int], Iterator[bytes | Exception]]
@@ -78,7 +79,7 @@ def _read_files(images: pa.Table, limit: int, retries: int) -> Iterator[bytes | 
 
 
 #: What reads a container, by the end of its name.
-_READERS: dict[str, Reader] = {"tar": read_images_of_tar}
+_READERS: dict[str, Reader] = {"parquet": read_cells, "tar": read_images_of_tar}
 
 
 def _reader(container: str) -> Reader:

@@ -384,12 +384,12 @@ def test_a_source_that_cannot_be_asked_for_is_refused(memory_bucket, name, monke
 
 
 def test_columns_of_a_table_that_are_no_text(tmp_path):
-    for column, problem in (
-        (pa.array([1, None]), r"/list\.parquet: the column n holds int64, not text$"),
-        (pa.array([[1]]), "Unsupported cast from list"),
-        (pa.array([b"\xff"]), "invalid UTF8|Invalid UTF8"),
+    for name, column, problem in (
+        ("n", pa.array([1, None]), r"/list\.parquet: the column n holds int64, not text$"),
+        ("n", pa.array([[1]]), "Unsupported cast from list"),
+        ("uri", pa.array([b"\xff"]), "invalid UTF8|Invalid UTF8"),
     ):
-        pq.write_table(pa.table({"n": column}), tmp_path / "list.parquet")
+        pq.write_table(pa.table({name: column}), tmp_path / "list.parquet")
         with pytest.raises(InputError, match=problem):
             _uris(tmp_path / "list.parquet")
     pq.write_table(

@@ -1,0 +1,1 @@
+"""Images inside Parquet files: which column holds them, listing, reading."""
