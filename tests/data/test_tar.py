@@ -182,6 +182,13 @@ def test_a_damaged_header_is_told_where_tarfile_would_end(tmp_path):
     assert "it is damaged after 1.jpg: bad checksum" in rows[-1]["problem"]
 
 
+@pytest.mark.parametrize("padding", [1024, 10_240, 10_752, 50_000])
+def test_padding_behind_the_end_mark_is_no_damage(padding, tmp_path):
+    info = tarfile.TarInfo("a.jpg")
+    (tmp_path / "a.tar").write_bytes(info.tobuf() + bytes(padding))
+    assert [row["problem"] for row in listed(tmp_path / "a.tar")] == [None]
+
+
 def test_joined_tar_files_are_told(tmp_path):
     data = make(tmp_path / "a.tar", {"a.jpg": bytes(20_000)})
     (tmp_path / "a.tar").write_bytes(data * 2)

@@ -121,7 +121,7 @@ def _kind(info: tarfile.TarInfo) -> Kind:
 def _data_after(file: BinaryIO, begin: int, size: int) -> str:
     """Says if there is more than padding behind the end mark, as in tar files that were joined."""
     file.seek(begin)
-    if not file.read(_RECORD).strip(b"\\0"):
+    if not file.read(_RECORD).strip(b"\0"):
         return ""
     return f"it goes on for {size - begin} bytes behind its end mark: it may be several in one"
 
