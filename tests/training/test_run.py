@@ -210,12 +210,12 @@ def test_a_killed_run_ends_as_one_that_was_not(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write", write_no_checkpoint)
-        with pytest.raises(StoppedError, match="SIGINT: 0 of 2 epochs done; run the same command"):
+        with pytest.raises(StoppedError, match="SIGINT: 0 of 4 epochs done; run the same command"):
             training.train(_split(data), str(output), **arguments)
     calls = iter([real_validate, dies])
     with monkeypatch.context() as patch:
         patch.setattr(Validation, "run", lambda *args: next(calls)(*args))
-        with pytest.raises(StoppedError, match="SIGINT: 1 of 2 epochs done"):
+        with pytest.raises(StoppedError, match="SIGINT: 1 of 4 epochs done"):
             training.train(_split(data), str(output), **arguments)
     resumed = training.train(_split(data), str(output), **arguments)
     for one, other in zip(whole, resumed, strict=True):
