@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from captioner.runtime.plotting import prepare_matplotlib
+
 __all__ = ["colour", "decode", "encode", "heatmap", "overlay"]
 
 
@@ -78,6 +80,7 @@ def heatmap(map_GG: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def colour(map_GG: np.ndarray, size: tuple[int, int] | None = None) -> Image.Image:
     """A map in matplotlib's ``viridis``, enlarged to ``size`` (width, height) if one is given."""
+    prepare_matplotlib()
     import matplotlib
 
     values = heatmap(map_GG, size or (map_GG.shape[1], map_GG.shape[0]))

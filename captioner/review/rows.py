@@ -20,6 +20,7 @@ from captioner.output.directory import OutputDirectory
 from captioner.output.images import OutputImages
 from captioner.output.manifest import read_manifest
 from captioner.output.rows import read_row
+from captioner.runtime.plotting import prepare_matplotlib
 
 __all__ = ["CaptionedRow", "attention_maps", "draw", "find_row", "read_photo"]
 
@@ -138,6 +139,7 @@ def draw(output: str, row: CaptionedRow) -> bytes:
     Raises:
         InputError: the image cannot be read.
     """
+    prepare_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

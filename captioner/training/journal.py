@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import storage
 from captioner.errors import OutputError
+from captioner.runtime.plotting import prepare_matplotlib
 
 if TYPE_CHECKING:
     from captioner.training.trainer import StepFigures
@@ -106,6 +107,7 @@ def write_journal(
 
 def _curves(epochs: Sequence[Epoch]) -> bytes:
     """A PNG: loss and CIDEr over the epochs."""
+    prepare_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
