@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ _CHUNK = 512  # images a file
 _MOST_BYTES = 50 * 10**9  # of the cache; a run's own files may take more
 _ASKING = 32  # threads that ask for versions: mostly waiting, for a bucket
 _DECODED, _UNDECODABLE, _UNREADABLE = range(3)  # what a file says of an image
+
+_File = tuple[Path, Sequence[CaptionedImage]]  # a file, and the images whose features it holds
 
 
 class Features:
@@ -94,38 +96,17 @@ def compute_features(
     Raises:
         OutputError: the cache directory has no room for them, or cannot be written.
     """
-    cache = storage.cache_directory("features")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write features to {cache}: {error.strerror or error}") from error
-    chunks = [examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK)]
-    versions = [_versions(chunk) for chunk in chunks]
-    fingerprint = _fingerprint(encoder)
+    cache = _make_cache()
     preparation = replace(Preparation.of(encoder.config), size=image_size)
+    kinds = [_View(number, preparation, augmentation) for number in range(views)]
+    by_view = _files(cache, encoder, examples, kinds, dtype)
     # Rounding the model itself would change what is trained and kept, and the names of the files.
     converted = copy.deepcopy(encoder).to(dtype).to(memory_format=torch.channels_last)
     rank, processes = share
-    by_view = []
-    for view in range(views):
-        settings = f"{image_size} {view} {dtype} {images.PREPROCESSING_VERSION} "
-        if view > 1 and augmentation != "crops":
-            settings += f"{augmentation} "
-        if preparation.interpolation != "bilinear":
-            settings += f"{preparation.interpolation} "
-        paths = [cache / _file_name(settings + fingerprint, each) for each in versions]
-        by_view.append(list(zip(paths, chunks, strict=True)))
     _make_room(cache, converted, [each for files in by_view for each in files], trims=rank == 0)
     features = []
-    for view, files in enumerate(by_view):
-        compute = partial(
-            _compute_files,
-            converted,
-            view=view,
-            preparation=preparation,
-            augmentation=augmentation,
-            batch_size=batch_size,
-        )
+    for view, files in zip(kinds, by_view, strict=True):
+        compute = partial(_compute_files, converted, view=view, batch_size=batch_size)
         compute([each for each in files[rank::processes] if not _is_complete(each[0])])
         if wait is not None:
             wait()
@@ -135,10 +116,66 @@ def compute_features(
     return features
 
 
+@dataclass(frozen=True)
+class _View:
+    """A version of each image: the image, its mirror image, or a random crop."""
+
+    number: int
+    preparation: Preparation
+    augmentation: str
+
+    def key(self, dtype: torch.dtype) -> str:
+        """What decides the features of this version besides the image and the encoder."""
+        size = self.preparation.size
+        key = f"{size} {self.number} {dtype} {images.PREPROCESSING_VERSION} "
+        if self.number > 1 and self.augmentation != "crops":
+            key += f"{self.augmentation} "
+        if self.preparation.interpolation != "bilinear":
+            key += f"{self.preparation.interpolation} "
+        return key
+
+    def load(self, example: CaptionedImage) -> tuple[np.ndarray, int]:
+        """The pixels ``(size, size, 3)`` and the status of an image; without any it is black."""
+        blank = np.zeros((*self.preparation.target(1, 1), 3), np.uint8)
+        try:
+            data = storage.read(example.uri)
+        except OSError:
+            return blank, _UNREADABLE
+        pixels = _decode_view(data, example.uri, self.preparation, self.number, self.augmentation)
+        return (blank, _UNDECODABLE) if pixels is None else (pixels, _DECODED)
+
+
+def _make_cache() -> Path:
+    cache = storage.cache_directory("features")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write features to {cache}: {error.strerror or error}") from error
+    return cache
+
+
+def _files(
+    cache: Path,
+    encoder: ImageEncoder,
+    examples: Sequence[CaptionedImage],
+    views: Sequence[_View],
+    dtype: torch.dtype,
+) -> list[list[_File]]:
+    """The files of each view, which may not exist yet."""
+    chunks = [examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK)]
+    versions = [_versions(chunk) for chunk in chunks]
+    fingerprint = _fingerprint(encoder)
+    by_view = []
+    for view in views:
+        paths = [cache / _file_name(view.key(dtype) + fingerprint, each) for each in versions]
+        by_view.append(list(zip(paths, chunks, strict=True)))
+    return by_view
+
+
 def _make_room(
     cache: Path,
     encoder: ImageEncoder,
-    files: Sequence[tuple[Path, Sequence[CaptionedImage]]],
+    files: Sequence[_File],
     *,
     trims: bool,
 ) -> None:
@@ -167,21 +204,18 @@ def _make_room(
 
 def _compute_files(
     encoder: ImageEncoder,
-    files: Sequence[tuple[Path, Sequence[CaptionedImage]]],
+    files: Sequence[_File],
     *,
-    view: int,
-    preparation: Preparation,
-    augmentation: str,
+    view: _View,
     batch_size: int,
 ) -> None:
     if not files:
         return
-    load = partial(_load, preparation=preparation, view=view, augmentation=augmentation)
     total = sum(len(chunk) for _, chunk in files)
-    description = "features" if view == 0 else f"features, view {view + 1}"
+    description = "features" if view.number == 0 else f"features, view {view.number + 1}"
     with progress_bar(total, unit="image", description=description) as progress:
         for path, chunk in files:
-            encoded = _encode(encoder, chunk, load, batch_size, progress)
+            encoded = _encode(encoder, chunk, view.load, batch_size, progress)
             temporary = path.with_suffix(f".tmp-{os.getpid()}")
             try:
                 save_file(encoded, temporary)
@@ -189,19 +223,6 @@ def _compute_files(
             except (OSError, SafetensorError) as error:
                 temporary.unlink(missing_ok=True)
                 raise OutputError(f"cannot write features to {path.parent}: {error}") from error
-
-
-def _load(
-    example: CaptionedImage, preparation: Preparation, view: int, augmentation: str
-) -> tuple[np.ndarray, int]:
-    """The pixels ``(size, size, 3)`` and the status of an image; without any it is black."""
-    blank = np.zeros((*preparation.target(1, 1), 3), np.uint8)
-    try:
-        data = storage.read(example.uri)
-    except OSError:
-        return blank, _UNREADABLE
-    pixels = _decode_view(data, example.uri, preparation, view, augmentation)
-    return (blank, _UNDECODABLE) if pixels is None else (pixels, _DECODED)
 
 
 def _encode(

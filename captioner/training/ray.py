@@ -4,7 +4,10 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,9 +125,6 @@ def _uses_gpus(ray: Any, launch: LaunchConfig) -> bool:
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
-    import tempfile
-    from pathlib import Path
-
     import ray
     import ray.train
     from torch import distributed
@@ -143,22 +143,6 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         distributed.all_gather_object(values, value)
         return values
 
-    def report(number: int, epoch: Epoch | None) -> None:
-        if epoch is None:
-            ray.train.report({"epoch": number})
-            return
-        figures = {name: value for name, value in asdict(epoch).items() if name != "samples"}
-        # Ray's checkpoint says where ours is, from which a run without Ray resumes too.
-        with tempfile.TemporaryDirectory() as directory:
-            Path(directory, "checkpoint.json").write_text(
-                json.dumps({"uri": job.directory.checkpoint})
-            )
-            ray.train.report(
-                figures,
-                checkpoint=ray.train.Checkpoint.from_directory(directory),
-                checkpoint_dir_name=f"epoch-{number:04d}",
-            )
-
     train_loop(
         job,
         Worker(
@@ -166,6 +150,26 @@ def _ray_worker(settings: dict[str, Any]) -> None:
             workers=context.get_world_size(),
             local=(context.get_local_rank(), context.get_local_world_size()),
             gather=gather,
-            report=report,
+            report=partial(_report, job.directory.checkpoint),
         ),
     )
+
+
+def _report(checkpoint: str, number: int, epoch: Epoch | None) -> None:
+    """Reports an epoch to Ray Train, on rank 0 with its figures and a checkpoint.
+
+    Ray's checkpoint holds the URI of captioner's, from which a run without Ray resumes too.
+    """
+    import ray.train
+
+    if epoch is None:
+        ray.train.report({"epoch": number})
+        return
+    figures = {name: value for name, value in asdict(epoch).items() if name != "samples"}
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "checkpoint.json").write_text(json.dumps({"uri": checkpoint}))
+        ray.train.report(
+            figures,
+            checkpoint=ray.train.Checkpoint.from_directory(directory),
+            checkpoint_dir_name=f"epoch-{number:04d}",
+        )

@@ -182,19 +182,18 @@ class Trainer:
         total = count = 0.0
         for index, parts in enumerate(self._parts(images, chosen)):
             number = first_step + index
+            rate = self.config.scst_learning_rate
             if step is None:
                 factor = learning_rate_factor(number, steps, self.config)
                 rate = self.config.learning_rate * factor
-            else:
-                rate = self.config.scst_learning_rate
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             value, weight = (step or self._step)(parts)
             if not (math.isfinite(value) and math.isfinite(self.gradient_norm)):
+                option = "--learning-rate" if step is None else "--scst-learning-rate"
                 raise CaptionerError(
                     f"the loss is not finite in step {number + 1}, epoch {epoch}: run the same "
-                    "command again with a lower "
-                    f"{'--learning-rate' if step is None else '--scst-learning-rate'}"
+                    f"command again with a lower {option}"
                 )
             total, count = total + value, count + weight
             mean = value / max(1.0, weight)

@@ -10,7 +10,7 @@ from captioner.config import TrainConfig
 from captioner.errors import InputError
 from captioner.model.bundle import Bundle
 from captioner.model.network import CaptionModel
-from captioner.model.vocabulary import UNKNOWN, Vocabulary
+from captioner.model.vocabulary import SPECIAL, UNKNOWN, Vocabulary
 
 __all__ = ["LARGEST_UNKNOWN", "check_vocabulary", "prepare_vocabulary"]
 
@@ -32,8 +32,9 @@ def check_vocabulary(vocabulary: Vocabulary, captions: Sequence[str | Sequence[s
     if total and unknown / total > LARGEST_UNKNOWN:
         raise InputError(
             f"{unknown / total:.0%} of the {total} words in the training captions are too rare for "
-            f"the vocabulary, which has {len(vocabulary) - 4} words: use a lower --minimum-count; "
-            "captions in a language without spaces between words need to be split into words first"
+            f"the vocabulary, which has {len(vocabulary) - len(SPECIAL)} words: use a lower "
+            "--minimum-count; captions in a language without spaces between words need to be split "
+            "into words first"
         )
 
 

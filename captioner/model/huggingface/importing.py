@@ -48,17 +48,31 @@ def import_model(source: str, directory: str) -> Path:
     if not (path / "config.json").is_file():
         raise BundleError(f"{source} is not a model: it has no config.json")
     family_of(parse_config(source, (path / "config.json").read_bytes()), source)
-    state: dict[str, torch.Tensor] = {}
+    weights = _read_weights(path, source)
+    try:
+        _write(path, weights, target)
+    except OSError as error:
+        raise OutputError(f"cannot write {directory}: {one_line(error)}") from error
+    return target
+
+
+def _read_weights(path: Path, source: str) -> dict[str, torch.Tensor]:
+    """The pickled weights in a directory.
+
+    Raises:
+        BundleError: there are none, or they are not plain weights.
+    """
     files = sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise BundleError(f"the model {source} has no pytorch_model.bin to convert")
+    state: dict[str, torch.Tensor] = {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that older versions of torch wrote
             for file in files:
                 state |= torch.load(file, map_location="cpu", weights_only=True)
         # Tied weights share their memory, which safetensors refuses.
-        weights = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        return {name: tensor.clone().contiguous() for name, tensor in state.items()}
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -70,19 +84,19 @@ def import_model(source: str, directory: str) -> Path:
         raise BundleError(
             f"{file.name} of the model {source} is not plain weights: {one_line(error)[:200]}"
         ) from error
+
+
+def _write(path: Path, weights: dict[str, torch.Tensor], target: Path) -> None:
+    """Writes the weights and the other files of a model; the directory appears when it is whole."""
     part = target.with_name(target.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for pattern in _SMALL:
-            for file in path.glob(pattern):
-                if not file.name.endswith(".bin.index.json"):
-                    shutil.copyfile(file, part / file.name)
-        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-        os.replace(part, target)
-    except OSError as error:
-        raise OutputError(f"cannot write {directory}: {one_line(error)}") from error
-    return target
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for pattern in _SMALL:
+        for file in path.glob(pattern):
+            if not file.name.endswith(".bin.index.json"):
+                shutil.copyfile(file, part / file.name)
+    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    os.replace(part, target)
 
 
 def _fetch(source: str) -> Path:

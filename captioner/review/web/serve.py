@@ -7,6 +7,7 @@ import webbrowser
 from collections.abc import Callable
 
 import uvicorn
+from starlette.applications import Starlette
 
 from captioner.errors import InputError
 from captioner.output.decisions import Journal
@@ -53,10 +54,6 @@ def serve(
     directory.read_json("run.json")
     with _listen(host, port) as listener:
         port = listener.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{port}/" + (
-            f"?token={urllib.parse.quote(token, safe='')}" if token else ""
-        )
         # Uvicorn raises the signal that ended it once more; an exception lets the rest clean up.
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.suppress(KeyboardInterrupt))
@@ -64,18 +61,31 @@ def serve(
             journal = stack.enter_context(contextlib.closing(Journal(output)))
             index = stack.enter_context(contextlib.closing(RowIndex(directory)))
             app = make_app(index, journal, Guard(port, token))
-            config = uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                timeout_graceful_shutdown=_LAST_ANSWERS,
-            )
+            address = _address(host, port, token)
             announce(address)
             if open_browser:
                 webbrowser.open(address)
-            uvicorn.Server(config).run(sockets=[listener])
+            _run(app, listener)
+
+
+def _address(host: str, port: int, token: str | None) -> str:
+    """The page's address, with the token that it must contain."""
+    shown = f"[{host}]" if ":" in host else host
+    query = f"?token={urllib.parse.quote(token, safe='')}" if token else ""
+    return f"http://{shown}:{port}/{query}"
+
+
+def _run(app: Starlette, listener: socket.socket) -> None:
+    """Answers requests until a signal ends the server."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=_LAST_ANSWERS,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
