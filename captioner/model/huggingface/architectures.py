@@ -15,13 +15,14 @@ from captioner.model.huggingface.families import Family
 from captioner.model.huggingface.replay import (
     MapHooks,
     Recorded,
+    StepMaps,
     layers_of,
     reuse_output,
     token_logprobs,
     with_attention_matrix,
 )
 
-__all__ = ["Architecture", "Generated", "Replayed", "architecture_of"]
+__all__ = ["Architecture", "Generated", "Replayed", "architecture_of", "square"]
 
 _MATRIX = 1 << 28  # bytes of one layer's attention matrices in a replay
 
@@ -62,6 +63,9 @@ class Architecture(Protocol):
     def generate(self, inputs: Inputs, config: Any, processors: LogitsProcessorList) -> Generated:
         """Generates a caption for each image."""
 
+    def step_maps(self) -> StepMaps | None:
+        """Collects maps during generation; None where only a replay computes the matrix."""
+
     def replay(self, inputs: Inputs, generated: Generated, *, maps: bool) -> Replayed:
         """Gives finished captions to the model."""
 
@@ -86,7 +90,8 @@ def _prefix(inputs: Inputs, start_token: int) -> Tensor:
     return torch.cat([start_B1, inputs["input_ids"]], 1) if "input_ids" in inputs else start_B1
 
 
-def _square(patches: int) -> tuple[int, int]:
+def square(patches: int) -> tuple[int, int]:
+    """The height and width of a square grid."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise RuntimeError(f"{patches} image tokens are not a square")
@@ -104,6 +109,10 @@ class _Base:
         text = self.model.config.get_text_config(decoder=True)
         return int(text.max_position_embeddings)
 
+    def step_maps(self) -> StepMaps | None:
+        """None: the matrix is computed in a replay alone."""
+        return None
+
     def _maps(self, rows: int, columns_BP: Tensor | None, forward: Any) -> tuple[Any, Any]:
         """The logits of a forward pass, and its maps where columns are given."""
         if columns_BP is None:
@@ -119,7 +128,7 @@ class _Base:
         logprobs_BK = token_logprobs(logits_BKV, tokens_BK)
         if columns_BP is None:
             return Replayed(logprobs_BK, None, [])
-        grid = _square(columns_BP.shape[1])
+        grid = square(columns_BP.shape[1])
         return Replayed(logprobs_BK, list(maps_BKP), [grid] * len(tokens_BK))
 
 
@@ -146,6 +155,10 @@ class _Blip(_Base):
             logits_processor=processors,
         )
         return Generated(sequences_BL, 1, prefix_BL.shape[1] - 1, (features, mask))
+
+    def step_maps(self) -> StepMaps:
+        """Collects maps during generation: cross-attention always computes its matrix."""
+        return StepMaps(self._layers, slice(self.family.special_columns, None))
 
     def replay(self, inputs: Inputs, generated: Generated, *, maps: bool) -> Replayed:
         """Gives finished captions to the text decoder alone."""
@@ -236,14 +249,22 @@ class _Git(_Base):
         features = recorded.output if config.num_beams == 1 else None
         return Generated(sequences_BL, 1, prefix_BL.shape[1] - 1, features)
 
+    def step_maps(self) -> StepMaps:
+        """Collects maps during generation: the decoder always computes its matrix."""
+        return StepMaps(self._layers, slice(self.family.special_columns, self._patches))
+
+    @property
+    def _patches(self) -> int:
+        """Positions of the image at the sequence's begin."""
+        return int(self.model.git.encoder.layer[0].attention.self.image_patch_tokens)
+
     def replay(self, inputs: Inputs, generated: Generated, *, maps: bool) -> Replayed:
         """Gives finished captions to the decoder, with the image's features from before."""
         vision = self.model.get_submodule(self.family.vision)
         before_BL = generated.sequences_BL[:, :-1]
         columns_BP = None
         if maps:
-            tokens = self.model.git.encoder.layer[0].attention.self.image_patch_tokens
-            columns_BP = torch.arange(self.family.special_columns, int(tokens))
+            columns_BP = torch.arange(self.family.special_columns, self._patches)
             columns_BP = columns_BP.expand(len(before_BL), -1)
         with reuse_output(vision, generated.state):
             return self._replayed(
@@ -254,6 +275,7 @@ class _Git(_Base):
                     attention_mask=torch.ones_like(before_BL),
                     pixel_values=inputs["pixel_values"],
                     use_cache=False,
+                    logits_to_keep=before_BL.shape[1],  # of the image's positions, none
                 ),
             )
 
@@ -349,7 +371,7 @@ class _LanguageModel(_Base):
 
     def _grids(self, inputs: Inputs, patches: int) -> list[tuple[int, int]]:
         if "image_grid_thw" not in inputs:
-            return [_square(patches)] * len(inputs["input_ids"])
+            return [square(patches)] * len(inputs["input_ids"])
         merge = self.model.config.vision_config.spatial_merge_size
         sizes = inputs["image_grid_thw"].tolist()
         return [(height // merge, width // merge) for _, height, width in sizes]

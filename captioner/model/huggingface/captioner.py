@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from captioner.model.base import Caption
 from captioner.model.huggingface import words as grouping
-from captioner.model.huggingface.architectures import Generated, Replayed, architecture_of
+from captioner.model.huggingface.architectures import Generated, Replayed, architecture_of, square
 from captioner.model.huggingface.families import Family
 from captioner.model.huggingface.prompts import prepare
 from captioner.model.huggingface.sampling import (
@@ -63,12 +64,11 @@ class PretrainedCaptioner:
         """
         if prompts is None:
             prompts = [self.settings.prompt or ""] * len(images)
-        captions: list[Caption | None] = [None] * len(images)
+        captions: dict[int, Caption] = {}
         for rows in self._groups(prompts):
             some = self._caption([images[row] for row in rows], [prompts[row] for row in rows])
-            for row, caption in zip(rows, some, strict=True):
-                captions[row] = caption
-        return [caption for caption in captions if caption is not None]
+            captions |= zip(rows, some, strict=True)
+        return [captions[row] for row in range(len(images))]
 
     def _groups(self, prompts: Sequence[str]) -> list[list[int]]:
         """The images that go through the model together: a prefix is not padded."""
@@ -152,20 +152,26 @@ class PretrainedCaptioner:
         self._end, self._forced_end = end_tokens(config), config.forced_eos_token_id is not None
         maps = self.settings.attention != "none"
         given = self.family.prompt == "prefix" and "input_ids" in inputs
-        if text_only or maps or given or (config.num_beams or 1) > 1:
+        steps = architecture.step_maps() if maps else None
+        replays = (maps and steps is None) or given or config.num_beams > 1
+        if text_only or replays:
             generated = architecture.generate(inputs, config, processors)
             self._new = config.max_new_tokens
             self._end = end_tokens(config)
             if text_only:
                 return generated, None
             return generated, architecture.replay(inputs, generated, maps=maps)
-        with RecordLogprobs(architecture.generator) as recorded:
+        with RecordLogprobs(architecture.generator) as recorded, steps or nullcontext():
             processors.append(recorded)
             generated = architecture.generate(inputs, config, processors)
         self._new = config.max_new_tokens
         self._end = end_tokens(config)
         logprobs_BK = torch.from_numpy(recorded.result(generated.sequences_BL))
-        return generated, Replayed(logprobs_BK, None, [])
+        if steps is None:
+            return generated, Replayed(logprobs_BK, None, [])
+        maps_BKP = steps.mean_maps()
+        grid = square(maps_BKP.shape[2])
+        return generated, Replayed(logprobs_BK, list(maps_BKP), [grid] * len(maps_BKP))
 
     def _cut(self, generated: Generated, row: int) -> tuple[list[int], bool, int]:
         """A caption's tokens without its end, whether it ended, and how many were generated."""

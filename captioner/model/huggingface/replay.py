@@ -2,7 +2,9 @@
 
 ``generate`` computes attention without its matrix. After it, the caption is given to the model as a
 whole, with the attention matrix computed, and each layer's matrix is reduced to the rows of the
-caption and the columns of the image, averaged over heads, before the next layer's exists.
+caption and the columns of the image, averaged over heads, before the next layer's exists. Models
+that always compute the matrix need no such pass: :class:`StepMaps` takes the maps while they
+generate.
 
 A token's row is the one of the position before it: where the model looked when it chose the token.
 Layers of the upper half are averaged.
@@ -19,6 +21,7 @@ from torch import Tensor
 __all__ = [
     "MapHooks",
     "Recorded",
+    "StepMaps",
     "layers_of",
     "reuse_output",
     "token_logprobs",
@@ -65,6 +68,41 @@ class MapHooks:
         if self._sum_BKP is None:
             raise RuntimeError("no layer ran")
         return self._sum_BKP / len(self._layers)
+
+
+class StepMaps:
+    """Collects the maps of some layers while ``generate`` runs without beams.
+
+    Each step's last row is where the model looked when it chose the step's token.
+
+    Args:
+        layers: modules that return their attention matrix as the second value.
+        columns: the image's columns of the attention matrix.
+    """
+
+    def __init__(self, layers: list[Any], columns: slice):
+        self._layers, self._columns = layers, columns
+        self._rows_BP: list[Tensor] = []  # layer by layer, step after step
+
+    def __enter__(self) -> "StepMaps":
+        self._hooks = [layer.register_forward_hook(self._see) for layer in self._layers]
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see(self, module: Any, inputs: Any, output: Any) -> None:
+        attention_BhQC = output[1]
+        self._rows_BP.append(attention_BhQC[:, :, -1, self._columns].float().mean(1))
+
+    def mean_maps(self) -> Tensor:
+        """The mean of the layers' maps ``(B, T, P)`` for the ``T`` generated tokens."""
+        rows_BSP, count = torch.stack(self._rows_BP, 1), len(self._layers)
+        if rows_BSP.shape[1] % count:
+            raise RuntimeError(f"{rows_BSP.shape[1]} matrices are not {count} for each token")
+        batch, steps, patches = rows_BSP.shape
+        return rows_BSP.view(batch, steps // count, count, patches).mean(2)
 
 
 @contextlib.contextmanager

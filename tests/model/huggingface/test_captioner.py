@@ -328,3 +328,30 @@ def test_an_image_longer_than_the_context_is_refused_with_numbers(
 
 def test_every_family_has_a_tiny_model() -> None:
     assert len(FAMILIES) == len(tiny_pretrained.FAMILIES)
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_maps_taken_during_generation_are_those_of_a_replay(
+    name: str, directory_of: Any, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without beams and prompts these families need no second pass."""
+    model = captioner(directory_of(name), attention="tokens", beam=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model._architecture), "replay", None)
+        taken = model.caption(images)
+    monkeypatch.setattr(type(model._architecture), "step_maps", lambda self: None)
+    for caption, replayed in zip(taken, model.caption(images), strict=True):
+        assert caption.tokens == replayed.tokens
+        np.testing.assert_allclose(caption.attention_THW, replayed.attention_THW, atol=1e-6)
+        np.testing.assert_allclose(caption.token_logprobs, replayed.token_logprobs, atol=1e-5)
+        assert caption.score == pytest.approx(replayed.score, abs=1e-5)
+
+
+def test_a_caption_that_is_missing_raises(
+    directory_of: Any, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = captioner(directory_of("blip"))
+    caption = model._caption
+    monkeypatch.setattr(model, "_caption", lambda *arguments: caption(*arguments)[1:])
+    with pytest.raises(ValueError, match="shorter"):
+        model.caption(images)
