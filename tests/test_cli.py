@@ -321,6 +321,12 @@ def test_train_reads_what_its_options_say(tmp_path: Path):
         *_, first, second = result.output.splitlines()
         assert first == line
         assert "none.pth does not exist" in second
+    several = [*images, *counts["3 images to train on, 2 to validate on" + left_out.format(2)][2:]]
+    more = ["--data", f"{tables / 'val.json'}:2", "--images", tmp_path / "coco"]
+    more += ["--val-data", tables / "train.json"]
+    result = _run("train", tables / "train.json", tmp_path / "model", *several, *more, *weights)
+    assert result.exit_code == 2, result.output
+    assert "5 images are in both train and validation" in result.output
     (tmp_path / "val.txt").write_text(f"{photos[2].name}\ngone.jpg\n")
     result = _run("train", tables / "train.json", tmp_path / "val.txt", *images, *lists)
     assert result.exit_code == 2, result.output

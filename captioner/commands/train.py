@@ -1,6 +1,5 @@
 """``captioner train``."""
 
-from functools import partial
 from typing import Any
 
 import click
@@ -56,13 +55,24 @@ _ARCHITECTURE = ("backbone", "image_size", "width", "layers", "heads")  # with o
 @option(
     "--images",
     metavar="DIR",
+    multiple=True,
     group="Data",
     help="Folder of the images, searched recursively.  [default: Images/, or the JSON file's "
     "folder]",
 )
 @option(
+    "--data",
+    "more_data",
+    metavar="DATA[:WEIGHT]",
+    multiple=True,
+    group="Data",
+    help="Train on this dataset too, WEIGHT times in each epoch; repeatable. The best epoch has "
+    "the highest mean CIDEr, weighted likewise; DATA has weight 1.  [default: DATA alone]",
+)
+@option(
     "--val-data",
     metavar="FILE",
+    multiple=True,
     group="Data",
     help="Validate on this dataset, in any form of DATA, and train on all of DATA.  "
     "[default: part of DATA]",
@@ -70,12 +80,14 @@ _ARCHITECTURE = ("backbone", "image_size", "width", "layers", "heads")  # with o
 @option(
     "--train-list",
     metavar="FILE",
+    multiple=True,
     group="Data",
     help="Names of the images to train on, one per line.  [default: from the split]",
 )
 @option(
     "--val-list",
     metavar="FILE",
+    multiple=True,
     group="Data",
     help="Names of the images to validate on, one per line.  [default: from the split]",
 )
@@ -86,10 +98,11 @@ def train(
     data: str,
     output: str,
     preset: str,
-    images: str | None,
-    val_data: str | None,
-    train_list: str | None,
-    val_list: str | None,
+    more_data: tuple[str, ...],
+    images: tuple[str, ...],
+    val_data: tuple[str, ...],
+    train_list: tuple[str, ...],
+    val_list: tuple[str, ...],
     allow_missing: bool,
     dropout: float | None,
     encoder_weights: str | None,
@@ -109,10 +122,11 @@ def train(
 
     The validation images come from --val-data, from --train-list and --val-list, or from Karpathy's
     split. Without any of these, the last 100 images are kept for testing and the 200 images before
-    them are used for validation. Run the same command again to resume.
+    them are used for validation. With --data, give --images, --val-data, --train-list and
+    --val-list once for each dataset, DATA first, or "none" for a dataset that needs none.
+
+    Run the same command again to resume.
     """
-    if val_data and (train_list or val_list):
-        raise InputError("give --train-list and --val-list, or --val-data, not both")
     if model and encoder_weights:
         raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
     architecture = {name: options.pop(name) for name in _ARCHITECTURE}
@@ -124,7 +138,7 @@ def train(
     launch = configure(LaunchConfig(), options)
     with importing():
         from captioner import storage
-        from captioner.data import dataset
+        from captioner.data.mixing import data_places, read_split
         from captioner.model.backbone import with_encoder
         from captioner.training import journal
         from captioner.training import run as training
@@ -136,13 +150,16 @@ def train(
         model_config = model_config.with_dropout(dropout)
     model_config = configure(model_config, architecture)
     output = storage.absolute(output)
-    read = partial(dataset.read_dataset, images_directory=images, needed=("train", "val"))
-    # Lists say themselves which images are needed.
-    captioned = read(data, allow_missing=allow_missing or train_list is not None)
-    if val_data:
-        captioned = captioned.validated_by(read(val_data, allow_missing=allow_missing))
-    split = captioned.split(train_list, val_list, allow_missing=allow_missing)
-    click.echo(captioned.describe(split), err=True)
+    places = data_places(
+        data,
+        more_data,
+        images=images,
+        validation=val_data,
+        train_list=train_list,
+        validation_list=val_list,
+    )
+    split, described = read_split(places, allow_missing=allow_missing)
+    click.echo(described, err=True)
     epochs = training.train(
         split,
         output,

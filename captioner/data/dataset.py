@@ -91,12 +91,11 @@ class Dataset:
         """
         if train_list is not None and validation_list is not None:
             lists = (train_list, validation_list, test_list)
-            split = Split(
-                *(
-                    [] if each is None else self.listed(each, allow_missing=allow_missing)
-                    for each in lists
-                )
+            train, validation, test = (
+                [] if each is None else self.listed(each, allow_missing=allow_missing)
+                for each in lists
             )
+            split = Split(train, validation, test)
         elif train_list is None and validation_list is None and test_list is None:
             split = self._own_split()
         else:
@@ -106,7 +105,7 @@ class Dataset:
 
     def _own_split(self) -> Split:
         if self.splits is not None:
-            split = Split(*map(self.of_split, ("train", "val", "test")))
+            split = Split(self.of_split("train"), self.of_split("val"), self.of_split("test"))
             for name, images in (("train", split.train), ("validate", split.validation)):
                 if not images:
                     raise InputError(

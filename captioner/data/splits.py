@@ -10,7 +10,15 @@ from captioner.data.delimited import decode_text
 from captioner.data.names import by_ending
 from captioner.errors import InputError, first_of, one_line
 
-__all__ = ["MOST_MISSING", "CaptionedImage", "Split", "finder", "named_images", "warn_if_single"]
+__all__ = [
+    "MOST_MISSING",
+    "CaptionedImage",
+    "Portion",
+    "Split",
+    "finder",
+    "named_images",
+    "warn_if_single",
+]
 
 #: The share of named images that may be missing without ``--allow-missing``.
 MOST_MISSING = 0.5
@@ -38,12 +46,49 @@ class CaptionedImage:
 
 
 @dataclass(frozen=True)
+class Portion:
+    """A data set in a split of several.
+
+    Attributes:
+        name: what its figures are called.
+        weight: how often an epoch trains on each of its images; of 2.5, half of the images come a
+            third time.
+        train: how many images to train on are its own.
+        validation: how many images to validate on are its own.
+    """
+
+    name: str
+    weight: float
+    train: int
+    validation: int
+
+    @property
+    def drawn(self) -> int:
+        """How many of its images come once more, for the weight's fraction."""
+        return round(self.train * (self.weight % 1))
+
+    @property
+    def images_per_epoch(self) -> int:
+        """How many images of an epoch are its own, repeats included."""
+        return self.train * int(self.weight) + self.drawn
+
+
+@dataclass(frozen=True)
 class Split:
-    """The images to train, validate and test on; no image is in two of them."""
+    """The images to train, validate and test on; no image is in two of them.
+
+    Attributes:
+        train: the images to train on.
+        validation: the images to validate on.
+        test: the images to test on.
+        portions: the data sets, in the order of their images in each list; by default the images
+            are one data set of weight 1.
+    """
 
     train: list[CaptionedImage]
     validation: list[CaptionedImage]
     test: list[CaptionedImage]
+    portions: tuple[Portion, ...] = ()
 
     def __post_init__(self) -> None:
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
@@ -51,6 +96,9 @@ class Split:
             uris = {image.uri for image in first}
             if shared := sum(image.uri in uris for image in second):
                 raise InputError(f"{shared} images are in both {one} and {other}")
+        if not self.portions:
+            whole = Portion("", 1.0, len(self.train), len(self.validation))
+            object.__setattr__(self, "portions", (whole,))
 
 
 def named_images(

@@ -15,6 +15,7 @@ from torch import Tensor
 from captioner.config import ModelConfig, TrainConfig
 from captioner.data.dataset import CaptionedImage
 from captioner.data.preparation import Preparation
+from captioner.data.splits import Portion
 from captioner.data.views import load_view
 from captioner.model.tokenization import TokenizerKind
 from captioner.model.vocabulary import PAD, Vocabulary
@@ -56,14 +57,17 @@ _SIDE = re.compile(r"(left|right)(most|wards?|hand|handed)?")
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 
-def plan_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> list[list[int]]:
-    """The batches of an epoch: each image once, in batches whose sizes differ by one at most.
+def plan_batches(
+    lengths: Sequence[int], config: TrainConfig, epoch: int, portions: Sequence[Portion] = ()
+) -> list[list[int]]:
+    """The batches of an epoch, whose sizes differ by one at most.
 
-    Where ``config.sort_batches`` is above 1, images with captions of like length come together, so
-    that less is padding; which, and in what order, still is random.
+    Each image comes as often as the weight of its data set says, by default once. Where
+    ``config.sort_batches`` is above 1, images with captions of like length come together, which
+    leaves less padding; which images, and in what order, still is random.
     """
     generator = random.Random(f"{config.seed} {epoch}")  # noqa: S311
-    order = list(range(len(lengths)))
+    order = _images_of_epoch(portions, generator) if portions else list(range(len(lengths)))
     generator.shuffle(order)
     if config.sort_batches > 1:
         window = config.batch_size * config.sort_batches
@@ -75,6 +79,19 @@ def plan_batches(lengths: Sequence[int], config: TrainConfig, epoch: int) -> lis
     if config.sort_batches > 1:
         generator.shuffle(batches)
     return batches
+
+
+def _images_of_epoch(portions: Sequence[Portion], generator: random.Random) -> list[int]:
+    """The indices of the images to train on, each as often as its data set's weight says."""
+    order: list[int] = []
+    begin = 0
+    for portion in portions:
+        own = range(begin, begin + portion.train)
+        order += [*own] * int(portion.weight)
+        if portion.drawn:
+            order += generator.sample(own, portion.drawn)
+        begin += portion.train
+    return order
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,7 @@ class TrainingImages:
         vocabulary: the words of the captions.
         captions: ``first`` or ``all`` of an image's captions.
         augmentation: how crops are changed, see :class:`captioner.config.TrainConfig`.
+        portions: the data sets that the images come from; by default one.
         unreadable: the URIs of images that could not be read or decoded. They stay in the plan of
             batches, so that it is the same for all workers and after a resume.
     """
@@ -121,9 +139,12 @@ class TrainingImages:
     vocabulary: Vocabulary
     captions: str = "all"
     augmentation: str = "crops"
+    portions: Sequence[Portion] = ()
     unreadable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        if not self.portions:
+            self.portions = [Portion("", 1.0, len(self.examples), len(self.examples))]
         chosen = [e.captions[:1] if self.captions == "first" else e.captions for e in self.examples]
         encode = partial(self.vocabulary.encode, max_length=self.model.max_length)
         given = partial(captions_to_encode, which=self.captions, kind=self.vocabulary.kind)

@@ -224,7 +224,9 @@ def _differing(earlier: dict[str, Any], settings: dict[str, Any], done: int) -> 
     }
     if "preset" in differing:  # it brings all of these
         differing -= set(_OPTIONS.values())
-    differing |= {name for name in now.keys() - {"model", "train"} if earlier[name] != now[name]}
+    differing |= {
+        name for name in now.keys() - {"model", "train"} if earlier.get(name) != now[name]
+    }
     if "initial_model" in differing:  # it brings the architecture
         differing -= {"preset", *_OPTIONS.values()}
     return sorted(_SHOWN.get(name, "--" + name.replace("_", "-")) for name in differing)

@@ -8,7 +8,7 @@ import io
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,9 @@ class Epoch:
     ``train_loss`` and ``validation_loss`` are nats a word; a self-critical epoch has
     ``train_cider``, the mean of its samples, in place of the first. CIDEr is as pycocoevalcap
     computes it, times 100. ``samples`` are the captions of the first validation images, empty for
-    one that could not be read.
+    one that could not be read. Of several data sets, ``validation_loss`` and ``validation_cider``
+    are means by the weights of the data sets, and ``validation_by_data`` has the ``loss`` and the
+    ``cider`` of each.
     """
 
     epoch: int
@@ -42,6 +44,7 @@ class Epoch:
     seconds: float
     images_per_second: float
     samples: list[str]
+    validation_by_data: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def describe(self) -> str:
         """The figures in a line, for a person."""
@@ -50,18 +53,28 @@ class Epoch:
             if self.train_loss is not None
             else f"CIDEr of samples {self.train_cider:.1f}"
         )
+        each = ", ".join(
+            f"{name} {figures['cider']:.1f}" for name, figures in self.validation_by_data.items()
+        )
         return (
             f"{trained}; validation loss {self.validation_loss:.3f}, "
-            f"CIDEr {self.validation_cider:.1f}; {self.images_per_second:.1f} images/s"
+            f"CIDEr {self.validation_cider:.1f}{f' ({each})' if each else ''}; "
+            f"{self.images_per_second:.1f} images/s"
         )
 
     def figures(self) -> dict[str, float]:
-        """All figures by name, those that this epoch has not left out."""
-        return {
+        """All figures by name, those that this epoch has not left out.
+
+        Those of a data set are called ``validation_cider/NAME``.
+        """
+        figures = {
             name: value
             for name, value in vars(self).items()
-            if name != "samples" and value is not None
+            if name not in ("samples", "validation_by_data") and value is not None
         }
+        for data, values in self.validation_by_data.items():
+            figures |= {f"validation_{name}/{data}": value for name, value in values.items()}
+        return figures
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,10 @@ class StepLog:
 
 
 def best_of(epochs: Sequence[Epoch]) -> Epoch:
-    """The epoch whose model is saved: the highest CIDEr, and the lowest loss among equals."""
+    """The epoch whose model is saved: the highest CIDEr, and the lowest loss among equals.
+
+    Of several data sets, both are the means by their weights.
+    """
     return max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
 
 

@@ -59,6 +59,7 @@ class _Loop:
     ):
         self._job, self._worker, self._trainer = job, worker, trainer
         self._training, self._validation = training, Validation(trainer, validation)
+        self._portions = job.split.portions
         self._self_critical = None
         if job.config.scst_epochs:
             self._self_critical = SelfCriticalTraining(trainer, training.examples)
@@ -94,24 +95,26 @@ class _Loop:
             step = self._self_critical.step
             if number == self._job.config.epochs + 1:
                 self._self_critical.begin()
-        images = len(self._training.examples)
+        images = sum(portion.images_per_epoch for portion in self._portions)
         begin = time.monotonic()
         with self._progress(images, f"epoch {number}/{self._last}") as progress:
             report = partial(self._report_step, progress)
             value = self._trainer.train_epoch(self._training, number, report, step=step)
         seconds = time.monotonic() - begin
-        loss, captions = self._validate(number)
+        losses, captions = self._validate(number)
         if self._worker.rank != 0:
             return None
+        validated = self._validation.figures(losses, captions)
         return Epoch(
             epoch=number,
             train_loss=None if critical else value,
             train_cider=100 * value if critical else None,
-            validation_loss=loss,
-            validation_cider=self._validation.cider(captions),
+            validation_loss=validated.loss,
+            validation_cider=validated.cider,
             seconds=seconds,
             images_per_second=images / seconds,
-            samples=[captions.get(i, "") for i in range(len(self._examples))],
+            samples=[captions.get(i, "") for i in self._shown],
+            validation_by_data=validated.by_data,
         )
 
     def _report_step(self, progress: Progress, images: int, figures: StepFigures) -> None:
@@ -120,11 +123,11 @@ class _Loop:
         if self._worker.rank == 0:
             self._steps.append(figures)
 
-    def _validate(self, number: int) -> tuple[float, dict[int, str]]:
-        """The validation loss, and the captions of all workers by the index of their image."""
+    def _validate(self, number: int) -> tuple[list[float], dict[int, str]]:
+        """The loss on each data set, and all workers' captions by the index of their image."""
         shared = len(self._validation.images.examples) // self._worker.workers
         with self._progress(shared, f"validation {number}/{self._last}") as progress:
-            loss, own = self._validation.run(progress.update)
+            losses, own = self._validation.run(progress.update)
         gathered = self._worker.gather(own)
         captions = {image: text for each in gathered for image, text in each.items()}
         found = self._training.unreadable | self._validation.images.unreadable
@@ -132,19 +135,27 @@ class _Loop:
         if self._worker.rank == 0:
             _report_unreadable(unreadable - self._reported)
         self._reported |= unreadable
-        if not captions:
-            raise InputError("none of the images to validate on can be read or decoded")
-        if not math.isfinite(loss):
+        for portion, indices in zip(self._portions, self._validation.ranges, strict=True):
+            if not any(i in captions for i in indices):
+                of = f" of {portion.name}" if portion.name else ""
+                raise InputError(f"none of the images{of} to validate on can be read or decoded")
+        if not all(map(math.isfinite, losses)):
             raise CaptionerError(
                 f"the validation loss is not finite after epoch {number}: run the same command "
                 "again with a lower --learning-rate"
             )
-        return loss, captions
+        return losses, captions
+
+    @property
+    def _shown(self) -> list[int]:
+        """The validation images whose captions the journal keeps: the first of each data set."""
+        ranges = self._validation.ranges
+        return [i for each in ranges for i in each[: max(1, _SAMPLES // len(ranges))]]
 
     @property
     def _examples(self) -> list[tuple[str, list[str]]]:
         """The names and references of the images whose captions the journal keeps."""
-        shown = self._validation.images.examples[:_SAMPLES]
+        shown = [self._validation.images.examples[i] for i in self._shown]
         return [(each.uri.rsplit("/", 1)[-1], each.captions) for each in shown]
 
     def _finish(self, epoch: Epoch) -> None:
@@ -181,6 +192,7 @@ def _load_images(job: Job, trainer: Trainer, worker: Worker, which: str) -> Trai
         vocabulary=trainer.vocabulary,
         captions=config.captions,
         augmentation=config.augmentation,
+        portions=job.split.portions,
     )
     if not model.encoder.frozen:
         return make(views=None)

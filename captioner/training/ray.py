@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,10 @@ def _report(checkpoint: str, number: int, epoch: Epoch | None) -> None:
     if epoch is None:
         ray.train.report({"epoch": number})
         return
-    figures = {name: value for name, value in asdict(epoch).items() if name != "samples"}
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "checkpoint.json").write_text(json.dumps({"uri": checkpoint}))
         ray.train.report(
-            figures,
+            epoch.figures(),
             checkpoint=ray.train.Checkpoint.from_directory(directory),
             checkpoint_dir_name=f"epoch-{number:04d}",
         )

@@ -92,6 +92,8 @@ def train(
                 "initial_model": earlier and earlier.digests["model.safetensors"],
                 "captions": _digest(split),
             }
+            if len(split.portions) > 1:
+                settings["data"] = {each.name: each.weight for each in split.portions}
             run = _Run(job, settings, overwrite=overwrite)
             run.prepare(model_config, encoder_weights, earlier)
             return run.execute(launch)
@@ -155,8 +157,9 @@ def _load_start(model: str) -> Bundle:
 def _check_batches(split: Split, config: TrainConfig, workers: int) -> None:
     if not config.epochs + config.scst_epochs:
         raise InputError("there is nothing to train: --epochs and --scst-epochs are 0")
-    batches = math.ceil(len(split.train) / config.batch_size)
-    if len(split.train) < workers * batches:  # the batches' sizes differ by one at most
+    images = sum(portion.images_per_epoch for portion in split.portions)
+    batches = math.ceil(images / config.batch_size)
+    if images < workers * batches:  # the batches' sizes differ by one at most
         raise InputError(
             f"--workers {workers}: some batches would have fewer images than workers; "
             "use fewer workers or a larger --batch-size"

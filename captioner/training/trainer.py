@@ -155,7 +155,7 @@ class Trainer:
         *,
         step: "Callable[[Sequence[Batch]], tuple[float, float]] | None" = None,
     ) -> float:
-        """Trains on every image once.
+        """Trains on every image, as often as the weight of its data set says.
 
         Args:
             images: what to train on.
@@ -175,7 +175,7 @@ class Trainer:
         torch.manual_seed((self.config.seed * 1_000 + epoch) * 1_000 + self.rank)
         # Samples come from the model without dropout, and so must their gradient.
         self.model.train(step is None)
-        plan = plan_batches(images.lengths, self.config, epoch)
+        plan = plan_batches(images.lengths, self.config, epoch, images.portions)
         views = random.Random(f"{self.config.seed} {epoch} views")  # noqa: S311
         chosen = [[(i, views.randrange(self.config.views)) for i in batch] for batch in plan]
         first_step, steps = (epoch - 1) * len(plan), self.config.epochs * len(plan)

@@ -104,7 +104,7 @@ def _take_steps(rank: int, workers: int, port: int, data: Path, result: Path) ->
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         gradients.append([p.grad.clone() for p in trained])
     validation = TrainingImages(split.validation, None, model_config, vocabulary)
-    loss, captions = Validation(trainer, validation).run(lambda _: None)
+    [loss], captions = Validation(trainer, validation).run(lambda _: None)
     torch.save(
         {
             "gradients": gradients,
