@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 from PIL import Image, TiffImagePlugin
 
-from captioner.data.formats import tiff
 from captioner.data.formats.limits import OverLimitError
 from captioner.data.formats.orientation import xmp_orientation
 from captioner.data.formats.pictures import Picture
+from captioner.data.formats.tiff_colours import Colours
 from captioner.data.formats.tiff_directory import Directory, Tag, read_directory, rewritten
+from captioner.data.formats.tiff_layout import Layout, check_is_read, layout
+from captioner.data.formats.tiff_samples import SampledTiff
 
 __all__ = ["open_tiff"]
 
@@ -22,8 +24,8 @@ def open_tiff(data: bytes) -> Picture:
         ValueError: it is broken, or of a kind that is not read.
     """
     directory = read_directory(data)
-    form = tiff.layout(directory)
-    if tiff.check_is_read(directory, form):
+    form = layout(directory)
+    if check_is_read(directory, form):
         return _TiffPicture(data, directory, form)
     return _SampledTiffPicture(data, directory, form)
 
@@ -31,7 +33,7 @@ def open_tiff(data: bytes) -> Picture:
 class _TiffPicture(Picture):
     """A TIFF whose layout Pillow reads rightly."""
 
-    def __init__(self, data: bytes, directory: Directory, form: tiff.Layout) -> None:
+    def __init__(self, data: bytes, directory: Directory, form: Layout) -> None:
         # Where other tags are broken or huge, Pillow sees the essential tags alone.
         file = io.BytesIO(data) if directory.is_plain else rewritten(data, directory, {})
         super().__init__(file, data)
@@ -55,15 +57,15 @@ class _TiffPicture(Picture):
 class _SampledTiffPicture(Picture):
     """A TIFF whose samples are read here, since Pillow does not know them or mistakes them."""
 
-    def __init__(self, data: bytes, directory: Directory, form: tiff.Layout) -> None:
+    def __init__(self, data: bytes, directory: Directory, form: Layout) -> None:
         self.width, self.height = self.size = form.width, form.height
         self.box = None
         self._form, self._directory, self._bytes = form, directory, len(data)
         self._orientation = directory.integer(Tag.ORIENTATION, 0) or xmp_orientation(directory.xmp)
         if self._orientation is None:
             self._orientation = 1
-        self._file = tiff.SampledTiff(data, directory, form)
-        self._pixels = tiff.Colours(self._file, directory, form)
+        self._file = SampledTiff(data, directory, form)
+        self._pixels = Colours(self._file, directory, form)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -101,7 +103,7 @@ def _check_tiles(directory: Directory, max_pixels: int) -> None:
         raise OverLimitError(f"its tiles have more than {max_pixels} pixels")
 
 
-def _unpacked_at_once(directory: Directory, form: tiff.Layout, bits: int) -> int:
+def _unpacked_at_once(directory: Directory, form: Layout, bits: int) -> int:
     """Bytes of the strip or tile that libtiff unpacks at once; a tile may be the larger."""
     rows = min(directory.integer(Tag.ROWS_PER_STRIP, form.height), form.height)
     tile = directory.integer(Tag.TILE_WIDTH, 0) * directory.integer(Tag.TILE_LENGTH, 0)
