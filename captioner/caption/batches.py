@@ -1,8 +1,8 @@
 """Captions batches and contains the model's faults: a bad image costs only its own row.
 
 An image on which the model raises is found by halving its batch. An image that kills its process
-cannot be caught: :mod:`captioner.caption.crash_log` records it, and its shard is then captioned
-image by image.
+cannot be caught: :mod:`captioner.caption.crash_log` records it, and
+:mod:`captioner.caption.suspects` then finds it.
 """
 
 import logging
@@ -14,19 +14,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from captioner.caption.crash_log import Crashes, CrashLog
-from captioner.caption.steps import CaptionJob, Loaded, load_images
+from captioner.caption.steps import CaptionJob, Loaded
 from captioner.caption.timing import Timing
 from captioner.config import DecodeConfig
 from captioner.data.preparation import Preparation
 from captioner.errors import DeviceError, one_line
 from captioner.model.base import Caption, Model
 from captioner.output import attention
-from captioner.output.manifest import Shard
 from captioner.runtime.device import identify
-from captioner.schema import CaptionRow
 
-__all__ = ["BatchCaptioner", "caption_alone"]
+__all__ = ["BatchCaptioner"]
 
 _FIRST_BATCH_SIZE = 8  # images, for --batch-size auto
 _TRIALS = 3  # batches of each size
@@ -186,33 +183,3 @@ def _is_out_of_memory(problem: Exception) -> bool:
         return True
     message = str(problem).lower()
     return isinstance(problem, RuntimeError) and any(each in message for each in _OUT_OF_MEMORY)
-
-
-def caption_alone(
-    job: CaptionJob, captioner: BatchCaptioner, shard: Shard, crash_log: CrashLog
-) -> list[CaptionRow]:
-    """Captions a shard that a process died on image by image, to find the image at fault.
-
-    Raises:
-        DeviceError: the device seems to be broken.
-    """
-    crashes = crash_log.crashes(shard.number) or Crashes()
-    crash_log.begin(shard.number, crashes)  # names no image while the device is probed
-    crash_log.begin_probe(captioner.device)
-    captioner.probe(job.preparation)
-    crash_log.end_probe(captioner.device)
-    crashes.count_deaths_on(captioner.device)
-    rows = []
-    for number, uri in enumerate(shard.uris):
-        listed = shard.images.slice(number, 1)
-        if crashes.sets_aside(uri):
-            error = "the process that captioned this image died more than once"
-            size = listed["size"][0].as_py()
-            rows.append(CaptionRow(uri=uri, bytes=size, status="failed", error=error))
-            continue
-        crash_log.begin(shard.number, crashes, alone=(uri, captioner.device))
-        [image] = load_images(job, listed)
-        captioner([image])
-        rows.append(image.row)
-    crash_log.end(shard.number)
-    return rows

@@ -2,8 +2,9 @@
 
 A crash in a decoder's C code or the kernel's out-of-memory killer cannot be caught. A process
 therefore writes a small file when it begins a shard, and deletes the file when the shard is
-finished. A file that remains shows that its process died. The shard is then captioned image by
-image, and the file names each image before it is read.
+finished. A file that remains shows that its process died. When the shard is then captioned, the
+file names each image before it is read, and each batch before the model captions it. The images of
+a batch that a process died with are captioned image by image.
 
 A broken device kills its processes on any image. Before a process reads an image that another
 process may have crashed on, it therefore captions a plain grey image, the probe:
@@ -20,6 +21,7 @@ process may have crashed on, it therefore captions a plain grey image, the probe
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,10 +45,12 @@ class Crashes:
         deaths: counted deaths on a single image, by URI.
         unproven: uncounted deaths on a single image, as URI and device: the device has captioned
             nothing since.
+        singles: URIs of the images of batches that processes died with.
     """
 
     deaths: dict[str, int] = field(default_factory=dict)
     unproven: list[tuple[str, str]] = field(default_factory=list)
+    singles: list[str] = field(default_factory=list)
 
     def count_deaths_on(self, device: str) -> None:
         """Counts the deaths on a device once it has captioned an image and thus works."""
@@ -54,6 +58,11 @@ class Crashes:
             if where == device:
                 self.deaths[uri] = self.deaths.get(uri, 0) + 1
         self.unproven = [(uri, where) for uri, where in self.unproven if where != device]
+
+    def names(self, uri: str) -> bool:
+        """Whether a process died with an image, or with a batch that it was in."""
+        unproven = any(image == uri for image, _ in self.unproven)
+        return unproven or uri in self.deaths or uri in self.singles
 
     def sets_aside(self, uri: str) -> bool:
         """Whether an image is to be set aside."""
@@ -64,19 +73,24 @@ class Crashes:
 class CrashLog:
     """The files that record which shards are in progress: ``__captioner/attempts/N.json``.
 
-    A file holds a shard's :class:`Crashes` and ``alone``: the URI of the single image in progress
-    and the process's device, or null. ``device-….json`` counts the consecutive processes that died
-    with the probe on a device.
+    A file holds a shard's :class:`Crashes` and what is in progress: ``alone``, the URI of a single
+    image and the process's device, or null; ``batch``, the URIs of a batch. ``device-….json``
+    counts the consecutive processes that died with the probe on a device.
     """
 
     def __init__(self, output: str):
         self._directory = storage.join(storage.join(output, PRIVATE), "attempts")
 
     def begin(
-        self, shard: int, crashes: Crashes | None = None, *, alone: tuple[str, str] | None = None
+        self,
+        shard: int,
+        crashes: Crashes | None = None,
+        *,
+        alone: tuple[str, str] | None = None,
+        batch: Sequence[str] = (),
     ) -> None:
-        """Records that this process begins a shard, or a single image of it on a device."""
-        values = {"alone": alone, **asdict(crashes or Crashes())}
+        """Records that this process begins a shard, a single image on a device, or a batch."""
+        values = {"alone": alone, "batch": [*batch], **asdict(crashes or Crashes())}
         storage.write(self._shard(shard), json.dumps(values).encode())
 
     def end(self, shard: int) -> None:
@@ -98,6 +112,7 @@ class CrashLog:
             return Crashes(
                 deaths={str(uri): int(count) for uri, count in values["deaths"].items()},
                 unproven=[(str(uri), str(where)) for uri, where in unproven],
+                singles=[str(uri) for uri in [*values["singles"], *values["batch"]]],
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             # A power cut or a copy of the folder may leave the file empty or cut off. It still
@@ -142,7 +157,8 @@ class CrashLog:
         for shard in self.shards():
             values = self._read(self._shard(shard))
             if values and (values.get("deaths") or values.get("unproven")):
-                storage.write(self._shard(shard), json.dumps(values | {"alone": None}).encode())
+                cleared = values | {"alone": None, "batch": []}
+                storage.write(self._shard(shard), json.dumps(cleared).encode())
             else:
                 self.end(shard)
         for name in self._names():

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pyarrow as pa
 import torch
 
-from captioner.caption.batches import BatchCaptioner, caption_alone
+from captioner.caption.batches import BatchCaptioner
 from captioner.caption.crash_log import CrashLog
 from captioner.caption.profiling import Profiler
 from captioner.caption.steps import (
@@ -23,6 +23,7 @@ from captioner.caption.steps import (
     finish_shard,
     load_images,
 )
+from captioner.caption.suspects import caption_suspects
 from captioner.caption.timing import Timing
 from captioner.data.reading import groups
 from captioner.errors import DeviceError
@@ -83,7 +84,7 @@ class _Engine:
         suspects = self._crash_log.shards()
         for shard in shards:
             if shard.number in suspects:  # first, while no other image is in progress
-                rows = caption_alone(self._job, self._captioner, shard, self._crash_log)
+                rows = caption_suspects(self._job, self._captioner, shard, self._crash_log)
                 yield finish_shard(self._job, shard, rows, self._captioner.take_timing())
         readers = ThreadPoolExecutor(self._decoders, thread_name_prefix="decode")
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")

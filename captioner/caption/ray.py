@@ -231,7 +231,7 @@ class CaptionStage:
         """A shard in, its images loaded or not loaded yet; the shard with its captions out."""
         import torch
 
-        from captioner.caption.batches import caption_alone
+        from captioner.caption.suspects import caption_suspects
 
         if self.error is not None:
             raise self.error
@@ -239,7 +239,7 @@ class CaptionStage:
         shard, loaded = _unpack(table, self.job)
         try:
             if loaded is None or self.crash_log.crashes(shard.number) is not None:
-                rows = caption_alone(self.job, self.captioner, shard, self.crash_log)
+                rows = caption_suspects(self.job, self.captioner, shard, self.crash_log)
                 loaded = [Loaded(row, None) for row in rows]
             else:
                 self.crash_log.begin(shard.number)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner.caption.batches import BatchCaptioner, caption_alone
+from captioner.caption import suspects
+from captioner.caption.batches import BatchCaptioner
 from captioner.caption.crash_log import Crashes, CrashLog
 from captioner.caption.job import caption_images
 from captioner.caption.steps import CaptionJob
+from captioner.caption.suspects import caption_suspects
 from captioner.config import DecodeConfig, RunConfig
 from captioner.data.preparation import Preparation
 from captioner.data.source import list_files
@@ -65,7 +67,7 @@ def log(tmp_path: Path) -> CrashLog:
 
 def _alone(log: CrashLog, shard: Shard, model: _Model, device: str = "GPU 1") -> list[CaptionRow]:
     captioner = BatchCaptioner(model, DecodeConfig(), 4, device=device)
-    return caption_alone(JOB, captioner, shard, log)
+    return caption_suspects(JOB, captioner, shard, log)
 
 
 def test_an_image_with_which_two_processes_died_alone_is_set_aside(shard, log):
@@ -145,13 +147,17 @@ def test_an_orderly_end_leaves_only_what_crashes_have_left(tmp_path):
     log.begin(1)
     log.begin(2, Crashes({"a.jpg": 1}), alone=("b.jpg", "GPU 1"))
     log.begin(3, Crashes({}, [("c.jpg", "GPU 2")]))
+    log.begin(4, batch=["d.jpg", "e.jpg"])
+    log.begin(5, Crashes({"f.jpg": 1}), batch=["f.jpg", "g.jpg"])
     log.begin_probe("GPU 1")
     log.clear_after_orderly_end()
-    assert log.shards() == {2, 3}
+    assert log.shards() == {2, 3, 5}
     assert log.crashes(2) == Crashes({"a.jpg": 1}, [])
     assert log.crashes(3) == Crashes({}, [("c.jpg", "GPU 2")])
+    assert log.crashes(5) == Crashes({"f.jpg": 1})
     folder = tmp_path / "__captioner" / "attempts"
-    assert {path.name for path in folder.iterdir()} == {"000002.json", "000003.json"}
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"000002.json", "000003.json", "000005.json"}
     log.delete()
     assert log.shards() == set()
     log.delete()
@@ -193,3 +199,68 @@ def test_an_image_that_loses_the_device_is_set_aside_after_some_runs(
         with pytest.raises(DeviceError, match=r" is lost: CUDA error: device-side ass"):
             caption_images(*arguments, run=run)
     assert caption_images(*arguments, run=run).rows == {"ok": 4, "failed": 1}
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Shard:
+    paths = write_photos(tmp_path / "photos", 12)
+    return Shard(7, list_files(Listed(str(path), path.stat().st_size) for path in paths))
+
+
+def _sizes(model: _Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images of each call that the model gets from here on, the probe's first."""
+    sizes, call = [], type(model).__call__
+
+    def count(self, images):
+        sizes.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(type(model), "__call__", count)
+    return sizes
+
+
+def test_after_a_kill_from_outside_a_shard_is_captioned_in_batches(large, log, monkeypatch):
+    model = _Model()
+    sizes = _sizes(model, monkeypatch)
+    assert [row.status for row in _alone(log, large, model)] == ["ok"] * 12
+    assert sizes == [1, 4, 4, 4]
+
+
+def test_only_the_batch_that_a_process_died_with_is_captioned_image_by_image(
+    large, log, monkeypatch
+):
+    with pytest.raises(_Killed):
+        _alone(log, large, _Model(2))  # the second batch
+    assert log.crashes(7) == Crashes(singles=large.uris[4:8])  # counts against no image
+    model = _Model()
+    sizes = _sizes(model, monkeypatch)
+    rows = _alone(log, large, model)
+    assert [row.uri for row in rows] == large.uris
+    assert sizes == [1, 4, 1, 1, 1, 1, 4]
+
+
+def test_an_image_that_kills_its_batch_is_set_aside_after_two_deaths_alone(large, log):
+    with pytest.raises(_Killed):
+        _alone(log, large, _Model(2))
+    for _ in range(2):  # the probe, a batch, then the batch's second image
+        with pytest.raises(_Killed):
+            _alone(log, large, _Model(3))
+    rows = _alone(log, large, _Model())
+    assert [number for number, row in enumerate(rows) if row.status == "failed"] == [5]
+
+
+def test_an_image_that_kills_its_decoder_is_the_only_one_at_fault(large, log, monkeypatch):
+    load = suspects.load_images
+
+    def die(job, listed):
+        if listed["uri"][0].as_py() == large.uris[5]:
+            raise _Killed
+        return load(job, listed)
+
+    monkeypatch.setattr(suspects, "load_images", die)
+    for _ in range(2):
+        with pytest.raises(_Killed):
+            _alone(log, large, _Model())
+        assert log.crashes(7).singles == []
+    rows = _alone(log, large, _Model())
+    assert [number for number, row in enumerate(rows) if row.status == "failed"] == [5]
