@@ -74,7 +74,7 @@ def run_on_ray(
     context = _context(job, shards, pool)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     one_shard = {"batch_size": 1, "batch_format": "pyarrow"}
-    constructor = {"job": job, "model": ray.put(model), "threads": pool.threads}
+    constructor = {"job": job, "model": model, "threads": pool.threads}
     for_job: dict[str, Any] = {"fn_kwargs": {"job": job}, **one_shard}
     items = [_as_values(shard) for shard in shards]
     with DataContext.current(context):  # the process's other uses of Ray keep their own settings
@@ -221,7 +221,7 @@ class CaptionStage:
                     "Ray reserved a GPU, but torch cannot use it: nvidia-smi shows the driver, "
                     f"torch.version.cuda is {torch.version.cuda}"
                 )
-            self.captioner = BatchCaptioner.load(job, ray.get(model))
+            self.captioner = BatchCaptioner.load(job, model)
         except CaptionerError as error:  # raised here, it would come as pages of Ray's frames
             self.error = error
         self.ended: float | None = None  # when the last shard did

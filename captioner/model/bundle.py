@@ -25,6 +25,7 @@ from captioner.model.vocabulary import Vocabulary
 
 __all__ = [
     "DEFAULT",
+    "FILES",
     "IMAGES",
     "Bundle",
     "SeenImages",
@@ -43,6 +44,10 @@ IMAGES = "images.json"
 _FORMAT = "captioner-bundle-1"
 _HEAD = "decoder.head.weight"  # the embedding's weight where the two are tied: stored once
 _WEIGHTS = "model.safetensors"
+
+#: The files of a model.
+FILES = ("config.json", _WEIGHTS, "tokenizer.json")
+
 _FLOATING = {"F16": 2, "BF16": 2, "F32": 4}  # bytes of a weight
 _LARGEST_CONFIG = 1 << 20
 _LARGEST_TOKENIZER = 1 << 24

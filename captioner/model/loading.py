@@ -1,9 +1,9 @@
 """Finds a model by its URI: one that captioner trained, or a pretrained one."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +11,10 @@ import numpy as np
 from captioner import storage
 from captioner.config import PRETRAINED_SETTINGS, DecodeConfig
 from captioner.data.preparation import Preparation
-from captioner.errors import InputError
+from captioner.errors import BundleError, InputError
 from captioner.model import bundle
 from captioner.model.base import Caption, Model
-from captioner.model.huggingface.hub import is_hub_name
+from captioner.model.huggingface.hub import Location, is_hub_name
 from captioner.model.huggingface.model import find_model
 from captioner.model.native import Captioner
 
@@ -38,7 +38,7 @@ def load_model(uri: str) -> Model:
     """
     if is_pretrained(uri):
         return find_model(uri)
-    return NativeModel(bundle.load(uri))
+    return NativeModel.read(uri)
 
 
 def is_pretrained(uri: str) -> bool:
@@ -53,21 +53,50 @@ def is_pretrained(uri: str) -> bool:
     return isinstance(config, dict) and "format" not in config and "model_type" in config
 
 
-@dataclass(frozen=True)
 class NativeModel:
-    """A model that captioner trained: its bundle."""
+    """A model that captioner trained.
 
-    bundle: bundle.Bundle
+    The weights are read to check them. Pickled, the model is small: it holds where the weights are,
+    and :meth:`load` reads them again on the machine where it runs.
+
+    Args:
+        uri: the model's directory.
+        read: the model as it was read from there.
+    """
+
+    def __init__(self, uri: str, read: bundle.Bundle):
+        self.uri, self.config, self.digests = uri, read.config, read.digests
+        self._read: bundle.Bundle | None = read
+
+    @classmethod
+    def read(cls, uri: str) -> "NativeModel":
+        """Reads a model's directory, local or in a bucket.
+
+        Raises:
+            BundleError: the model does not exist, or cannot be used.
+        """
+        return cls(storage.absolute(uri), bundle.load(uri))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model without its weights."""
+        # The bundled model may be at another path on another machine.
+        uri = None if self.uri == bundle.DEFAULT else self.uri
+        return vars(self) | {"uri": uri, "_read": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The model of another process."""
+        vars(self).update(state)
+        self.uri = self.uri or bundle.DEFAULT
 
     @property
     def preparation(self) -> Preparation:
         """A square of the model's image size."""
-        return Preparation.of(self.bundle.config)
+        return Preparation.of(self.config)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The digests of the bundle's files."""
-        digests = self.bundle.digests
+        digests = self.digests
         return {
             "model": digests["model.safetensors"],
             "model settings": digests["config.json"],
@@ -87,7 +116,7 @@ class NativeModel:
                     f"{option} is for pretrained models, and this model was trained by captioner: "
                     f"remove {option}"
                 )
-        decode = dataclasses.replace(decode, seed=0).with_model_defaults(self.bundle.config)
+        decode = dataclasses.replace(decode, seed=0).with_model_defaults(self.config)
         if decode.attention == "auto":
             decode = dataclasses.replace(decode, attention="tokens")
         return decode
@@ -95,10 +124,30 @@ class NativeModel:
     def load(
         self, decode: DecodeConfig, *, device: str, precision: str, compiled: bool = False
     ) -> "_LoadedNative":
-        """Moves the bundle's model to a device."""
+        """Moves the model to a device.
+
+        Raises:
+            BundleError: the model is not on this machine, or has changed since it was found.
+        """
+        read, self._read = self._read or self._read_here(), None  # a captioner changes its weights
         return _LoadedNative(
-            Captioner(self.bundle, decode, device=device, precision=precision, compiled=compiled)
+            Captioner(read, decode, device=device, precision=precision, compiled=compiled)
         )
+
+    def _read_here(self) -> bundle.Bundle:
+        """Reads the weights on this machine; those of a bucket are fetched once to its cache."""
+        location = Location(
+            uri=self.uri,
+            kind="local" if storage.is_local(self.uri) else "bucket",
+            files=bundle.FILES,
+            identity=hashlib.sha256("".join(self.digests.values()).encode()).hexdigest(),
+        )
+        read = bundle.load(str(location.fetch()))
+        if read.digests != self.digests:
+            raise BundleError(
+                f"the model {self.uri} has changed since the job began; run the same command again"
+            )
+        return read
 
 
 class _LoadedNative:

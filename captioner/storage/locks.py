@@ -16,13 +16,18 @@ __all__ = ["locked"]
 
 
 @contextmanager
-def locked(uri: str) -> Iterator[None]:
+def locked(uri: str, *, wait: bool = False) -> Iterator[None]:
     """Holds a lock on a file: no other process can hold it meanwhile. A bucket has no locks.
 
     The kernel releases the lock when the process ends, however it ends.
 
+    Args:
+        uri: the file; created if it does not exist.
+        wait: wait until no other process holds the lock.
+
     Raises:
-        OutputError: another process holds the lock, or the file cannot be written.
+        OutputError: the file cannot be written, or another process holds the lock and ``wait`` is
+            not given.
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
@@ -35,7 +40,7 @@ def locked(uri: str) -> Iterator[None]:
         raise OutputError(f"cannot write {uri}: {reason(error)}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
         except BlockingIOError as error:

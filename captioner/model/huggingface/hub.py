@@ -269,7 +269,7 @@ def _fetch_bucket(location: Location) -> Path:
     if path.is_dir():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with storage.locked(str(path) + ".lock"):
+    with storage.locked(str(path) + ".lock", wait=True):  # another process may fetch it
         if path.is_dir():
             return path
         part = path.with_name(path.name + ".part")
