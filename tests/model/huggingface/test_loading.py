@@ -193,7 +193,6 @@ def find_spec(name, *rest):
     return None if name.split(".")[0] in ("transformers", "huggingface_hub") else find(name, *rest)
 PathFinder.find_spec = staticmethod(find_spec)
 from captioner.errors import CaptionerError
-from captioner.model.huggingface.captioner import PretrainedCaptioner
 from captioner.model.loading import load_model
 for model in sys.argv[1:]:
     try:
