@@ -41,22 +41,25 @@ def install() -> None:
 
     broken = os.environ.get("BROKEN_DEVICE", "")
 
-    def poison_model(captioner: type) -> None:
-        call = captioner.__call__
+    def poison(captioner: type, method: str) -> None:
+        call = getattr(captioner, method)
 
-        def poisoned_call(self, images_BHW3):
-            magenta = (images_BHW3 == (255, 0, 255)).all((1, 2, 3)).any()
+        def poisoned_call(self, images, *arguments):
+            magenta = any((image == (255, 0, 255)).all() for image in images)
             if os.path.exists(broken) or ("KILL_MODEL" in os.environ and magenta):
                 die()
-            return call(self, images_BHW3)
+            return call(self, images, *arguments)
 
-        captioner.__call__ = poisoned_call
+        setattr(captioner, method, poisoned_call)
 
     class Poisoner(importlib.abc.MetaPathFinder):
-        """Poisons the model's module when it is imported."""
+        """Poisons a model's module when it is imported."""
+
+        def __init__(self, module: str, captioner: str, method: str):
+            self.module, self.captioner, self.method = module, captioner, method
 
         def find_spec(self, name, path, target=None):
-            if name != "captioner.model.native":
+            if name != self.module:
                 return None
             sys.meta_path.remove(self)
             spec = importlib.util.find_spec(name)
@@ -64,14 +67,18 @@ def install() -> None:
 
             def execute_and_poison(module) -> None:
                 execute(module)
-                poison_model(module.Captioner)
+                poison(getattr(module, self.captioner), self.method)
 
             spec.loader.exec_module = execute_and_poison
             return spec
 
     images.decode = poisoned_decode
     if "KILL_MODEL" in os.environ or broken:
-        sys.meta_path.insert(0, Poisoner())
+        native = Poisoner("captioner.model.native", "Captioner", "__call__")
+        pretrained = Poisoner(
+            "captioner.model.huggingface.captioner", "PretrainedCaptioner", "caption"
+        )
+        sys.meta_path[:0] = [native, pretrained]
     if once:
         sys.addaudithook(audit)
 
