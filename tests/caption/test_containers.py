@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
@@ -53,8 +54,21 @@ def make_tars(photos: Path, folder: Path) -> str:
     return str(folder)
 
 
+def make_parquet(photos: Path, folder: Path) -> str:
+    """Puts photos into two Parquet files as datasets writes them, each with a number."""
+    folder.mkdir()
+    paths = sorted(photos.iterdir())
+    features = datasets.Features({"image": datasets.Image(), "number": datasets.Value("int32")})
+    for begin, end in ((0, 7), (7, len(paths))):
+        cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths[begin:end]]
+        data = {"image": cells, "number": [*range(begin, end)]}
+        written = datasets.Dataset.from_dict(data, features=features)
+        written.to_parquet(folder / f"train-{begin:05d}.parquet")
+    return str(folder)
+
+
 #: What puts photos into containers in a folder, each with its number in the column ``number``.
-MAKERS: dict[str, Callable[[Path, Path], str]] = {"tar": make_tars}
+MAKERS: dict[str, Callable[[Path, Path], str]] = {"tar": make_tars, "parquet": make_parquet}
 
 
 def rows(output: Path) -> list[dict[str, Any]]:

@@ -188,7 +188,8 @@ def _find_excess(pages: Sequence[Page], limit: int) -> pa.ChunkedArray | Excepti
     for page in pages:
         # Each value may repeat the begin of the one before.
         largest = page.size * (page.values if page.encoding == DELTA_BYTE_ARRAY else 1)
-        if page.size > page.values * (limit + _OVERHEAD) or largest > _LARGEST:
+        most = max(_LARGE, page.values * (limit + _OVERHEAD))
+        if page.size > most or largest > _LARGEST:
             if all(each.values == 1 for each in pages):  # longer than the limit, whatever it is
                 return pa.chunked_array([pa.array([bytes(limit + 1)], pa.large_binary())])
             return OSError(

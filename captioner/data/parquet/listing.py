@@ -100,6 +100,8 @@ def list_parquet(
         if listing.limit is not None and listing.sample is None and count >= listing.limit:
             break
     images = pa.concat_tables([rows.listing for rows in tables])
+    if len(images) and not images["problem"].null_count:
+        raise InputError(f"{images['uri'][0]}: {images['problem'][0]}")
     if not len(images):
         raise InputError(f"{source} lists no images: its Parquet files have no rows")
     if wanted.is_images:

@@ -104,7 +104,7 @@ def test_only_the_begin_of_an_image_over_the_limit_is_returned(tmp_path):
 
 
 def test_an_image_far_over_the_limit_is_not_decompressed(tmp_path, monkeypatch):
-    path = _write(tmp_path / "a.parquet", [bytes(50_000_000)], compression="zstd")
+    path = _write(tmp_path / "a.parquet", [bytes(70_000_000)], compression="zstd")
     images = _list(path)
     monkeypatch.setattr(cells._Chunk, "_decode_now", None)
     assert _read(images, 1000) == [bytes(1001)]
