@@ -25,7 +25,7 @@ class ListingConfig(Settings):
     )
     column: str | None = setting(
         None,
-        "Column of image URIs in a list.",
+        "Column of image URIs in a list, or of images in Parquet files.",
         unset="uri, or the only column with a usual name such as url, image, file_name or path",
     )
     keep: str | None = setting(

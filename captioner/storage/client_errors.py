@@ -30,6 +30,8 @@ _TRANSIENT_NAMES = {
     "botocore.IncompleteReadError",
     "botocore.ResponseParserError",
     "google.TransportError",
+    "httpx.TransportError",
+    "httpx2.TransportError",
     "requests.ConnectionError",
     "requests.Timeout",
 }
@@ -144,6 +146,8 @@ def http_status(error: Exception) -> int | None:
         for name in ("status", "status_code", "code"):
             if isinstance(status := getattr(each, name, None), int):
                 return status
+        if isinstance(status := getattr(response, "status_code", None), int):  # Hugging Face's
+            return status
     return None
 
 

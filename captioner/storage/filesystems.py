@@ -18,6 +18,7 @@ _EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), "s3"),
     **dict.fromkeys(("gs", "gcs"), "gcs"),
     **dict.fromkeys(("abfs", "abfss", "az", "adl"), "azure"),
+    "hf": "hf",
 }
 
 
@@ -49,6 +50,11 @@ def filesystem(uri: str) -> tuple[Any, str]:
 def _open(kind: Any, uri: str, *, is_s3: bool) -> Any:
     # Other processes write meanwhile, and their files must be listed: no cache.
     settings = {**kind._get_kwargs_from_urls(uri), "use_listings_cache": False}
+    if uri.startswith("hf://"):
+        fs = kind(**settings)
+        # Its files would read megabytes ahead of a range.
+        fs.cat_file = partial(kind.cat_file, fs, cache_type="none")
+        return fs
     if not is_s3:
         return kind(**settings)
     # botocore retries a request, in its standard mode three attempts in all unless the

@@ -170,12 +170,13 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def version(uri: str) -> str:
-    """A file's size and modification time or ETag, as text; empty if it does not exist."""
+    """A file's size and modification time, ETag or hash, as text; empty if it does not exist."""
     try:
         info = attempt(uri, lambda fs, path: fs.info(path))
     except OSError:
         return ""
-    return f"{info.get('size')} {info.get('mtime') or info.get('ETag') or info.get('etag')}"
+    marks = (info.get(name) for name in ("mtime", "ETag", "etag", "blob_id"))
+    return f"{info.get('size')} {next(filter(None, marks), None)}"
 
 
 def size(uri: str) -> int | None:
