@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -935,6 +936,31 @@ def test_images_in_tars_of_a_bucket_come_in_ranges_in_spite_of_faults(
     proxy.reset()
     again = [(path.name, each["caption"]) for path, each in _by_name(f"{bucket}/again", images)]
     assert again == expected
+
+
+def test_images_in_parquet_files_of_a_bucket_come_in_ranges_in_spite_of_faults(
+    bucket, proxy, photos, model_directory
+):
+    images = sorted(photos.iterdir())
+    for number in range(2):
+        cells = [{"bytes": path.read_bytes(), "path": path.name} for path in images[number::2]]
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"image": cells}), sink, row_group_size=20)
+        storage.write(f"{bucket}/in/train-{number:05d}.parquet", sink.getvalue())
+    proxy.requests.clear()
+    arguments = f"{bucket}/in", str(model_directory)
+    summary = caption_images(arguments[0], f"{bucket}/out", arguments[1], run=RUN)
+    assert summary.rows == {"ok": 120, "undecodable": 2}
+    gets = [n for (kind, path), n in proxy.requests.items() if kind == "GET" and "/in/" in path]
+    assert sum(gets) < 40, "a few requests for each row group, not one for each image"
+    proxy.rate, proxy.seed = 0.1, 5
+    proxy.kinds = ("500", "503", "reset", "truncated")
+    caption_images(arguments[0], f"{bucket}/again", arguments[1], run=RUN)
+    proxy.reset()
+    first, again = (_rows(f"{bucket}/{name}") for name in ("out", "again"))
+    assert [(row["uri"], row["caption"]) for row in again] == [
+        (row["uri"], row["caption"]) for row in first
+    ]
 
 
 def _by_name(output: str, images: list[Path]) -> list[tuple[Path, dict]]:
