@@ -17,6 +17,11 @@ class TrainConfig(Settings):
     GROUP = "Training"
 
     epochs: int = setting(4, "Passes over the training images.", minimum=0)
+    early_stopping: int | None = setting(
+        None,
+        "Stop after this many epochs in a row without a higher validation CIDEr; none never stops.",
+        minimum=1,
+    )
     batch_size: int = setting(64, "Images per step, over all workers.", minimum=1)
     accumulate: int = setting(
         1,
@@ -66,6 +71,13 @@ class TrainConfig(Settings):
         "Peak learning rate of AdamW, reached after the warm-up.",
         minimum=0,
         group="Optimiser",
+    )
+    encoder_learning_rate: float | None = setting(
+        None,
+        "Peak learning rate of the encoder's weights before self-critical training; none takes "
+        "--learning-rate.",
+        minimum=0,
+        group="Encoder fine-tuning",
     )
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", minimum=0, group="Optimiser")
     weight_decay_of: Literal["all", "matrices"] = setting(
@@ -149,6 +161,11 @@ class TrainConfig(Settings):
         if self.drop_path and self.fine_tune_from is None:
             raise SettingError(
                 "drop_path", "needs an encoder that is trained: give --fine-tune-from too"
+            )
+        if self.encoder_learning_rate is not None and self.fine_tune_from is None:
+            raise SettingError(
+                "encoder_learning_rate",
+                "needs an encoder that is trained: give --fine-tune-from too",
             )
         if self.augmentation == "strong" and self.views < 3:
             raise SettingError(

@@ -48,7 +48,7 @@ _OPTIONS = {
 _ADVICE = "use another directory, or --overwrite"
 
 # What a resumed run may change: it changes how training continues, not what was trained on.
-_FREE = ("epochs", "learning_rate", "schedule", "warmup_steps", "clip_norm")
+_FREE = ("epochs", "early_stopping", "learning_rate", "schedule", "warmup_steps", "clip_norm")
 
 
 class TrainingDirectory:

@@ -11,7 +11,7 @@ from captioner.errors import CaptionerError, InputError, first_of
 from captioner.runtime.progress import Progress, progress_bar
 from captioner.training.batches import TrainingImages
 from captioner.training.features import compute_features
-from captioner.training.journal import Epoch, StepLog
+from captioner.training.journal import Epoch, StepLog, best_of
 from captioner.training.self_critical import SelfCriticalTraining
 from captioner.training.trainer import StepFigures, Trainer
 from captioner.training.validation import Validation
@@ -79,12 +79,29 @@ class _Loop:
             elif len(self._epochs) < self._last:
                 _logger.info("resuming after epoch %d of %d", len(self._epochs), self._last)
         for number in range(len(self._epochs) + 1, self._last + 1):
+            if self._stops_early():
+                break
             epoch = self._run_epoch(number)
             if epoch is not None:
                 self._finish(epoch)
             else:
                 self._epochs.append(None)  # type: ignore[arg-type]  # only their number counts here
             self._worker.report(number, epoch)
+
+    def _stops_early(self) -> bool:
+        """Whether too many epochs have passed since the best; rank 0, which knows all, decides."""
+        patience, stops = self._job.config.early_stopping, False
+        if patience is not None and self._worker.rank == 0 and self._epochs:
+            best = best_of(self._epochs).epoch
+            stops = len(self._epochs) - best >= patience
+            if stops:
+                _logger.info(
+                    "stopped early after epoch %d of %d: epoch %d is the best",
+                    len(self._epochs),
+                    self._last,
+                    best,
+                )
+        return bool(self._worker.gather(stops)[0])
 
     def _run_epoch(self, number: int) -> Epoch | None:
         """Trains and validates; returns the figures on rank 0."""

@@ -36,6 +36,7 @@ from captioner.training.batches import Batch, TrainingImages, plan_batches
 
 __all__ = ["StepFigures", "Trainer", "caption_loss", "learning_rate_factor"]
 
+_GROUPS = 2  # of AdamW: matrices and vectors; the encoder's own follow
 _LOSS_ROWS = 256  # rows of logits whose loss is computed at once on a CPU: they fit its cache
 
 
@@ -122,13 +123,26 @@ class Trainer:
         return self.model if self.average is None else self.average.model
 
     def reset_optimizer(self) -> None:
-        """Makes a new AdamW for the weights as they are."""
+        """Makes a new AdamW for the weights as they are.
+
+        The encoder's weights are groups of their own only where their learning rate is another:
+        the order of the weights decides how the gradient's norm is rounded.
+        """
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        encoder = []
+        if self.config.encoder_learning_rate is not None:
+            own = set(self.model.encoder.parameters())
+            encoder = [p for p in trained if p in own]
+            trained = [p for p in trained if p not in own]
         decay = self.config.weight_decay
         decay_of_vectors = decay if self.config.weight_decay_of == "all" else 0.0
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": decay_of_vectors},
+            group
+            for weights in ([trained, encoder] if encoder else [trained])
+            for group in (
+                {"params": [p for p in weights if p.ndim >= 2], "weight_decay": decay},
+                {"params": [p for p in weights if p.ndim < 2], "weight_decay": decay_of_vectors},
+            )
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, fused=True)
 
@@ -182,12 +196,12 @@ class Trainer:
         total = count = 0.0
         for index, parts in enumerate(self._parts(images, chosen)):
             number = first_step + index
-            rate = self.config.scst_learning_rate
+            rate = encoder_rate = self.config.scst_learning_rate
             if step is None:
                 factor = learning_rate_factor(number, steps, self.config)
-                rate = self.config.learning_rate * factor
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                rate, own = self.config.learning_rate * factor, self.config.encoder_learning_rate
+                encoder_rate = rate if own is None else own * factor
+            self._set_rates(rate, encoder_rate)
             value, weight = (step or self._step)(parts)
             if not (math.isfinite(value) and math.isfinite(self.gradient_norm)):
                 option = "--learning-rate" if step is None else "--scst-learning-rate"
@@ -201,6 +215,11 @@ class Trainer:
         if not count:
             raise InputError("none of the images to train on can be read or decoded")
         return total / count
+
+    def _set_rates(self, rate: float, encoder_rate: float) -> None:
+        """Sets the learning rates of the groups that :meth:`reset_optimizer` makes."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = rate if index < _GROUPS else encoder_rate
 
     def _parts(
         self, images: TrainingImages, chosen: Sequence[Sequence[tuple[int, int]]]
