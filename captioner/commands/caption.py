@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from captioner.commands.importing import importing
+from captioner.commands.settings_file import config_options, format_config
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.errors import InputError, printable
 from captioner.options import BUNDLED_DEFAULT, GroupedCommand, configure, option, options_of
@@ -44,6 +45,7 @@ __all__ = ["caption"]
     help="First delete what an earlier job wrote to OUTPUT.  [default: off, which resumes]",
 )
 @options_of(RunConfig)
+@config_options
 def caption(
     source: str,
     output: str,
@@ -51,6 +53,7 @@ def caption(
     prompt_file: str | None,
     overwrite: bool,
     dry_run: bool,
+    print_config: bool,
     **options: Any,
 ) -> None:
     """Caption every image of SOURCE into Parquet files in OUTPUT.
@@ -64,6 +67,13 @@ def caption(
         options["prompt"] = _read_prompt(prompt_file, options["prompt"])
     decode = configure(DecodeConfig(), options)
     run = configure(RunConfig(), options)
+    if print_config:
+        click.echo(
+            format_config(
+                click.get_current_context(), [listing, decode, run], replaced=["prompt_file"]
+            )
+        )
+        return
     with importing():
         from captioner.caption.job import caption_images, plan_captioning
         from captioner.model import bundle

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from captioner.commands.importing import importing
+from captioner.commands.settings_file import config_options, format_config
 from captioner.config import PRESETS, LaunchConfig, ModelConfig, TrainConfig
 from captioner.errors import InputError, printable
 from captioner.options import GroupedCommand, allow_missing_option, configure, option, options_of
@@ -94,6 +95,7 @@ _ARCHITECTURE = ("backbone", "image_size", "width", "layers", "heads")  # with o
 @allow_missing_option
 @options_of(TrainConfig, presets=_PRESETS)
 @options_of(LaunchConfig)
+@config_options
 def train(
     data: str,
     output: str,
@@ -108,6 +110,7 @@ def train(
     encoder_weights: str | None,
     model: str | None,
     overwrite: bool,
+    print_config: bool,
     **options: Any,
 ) -> None:
     """Train a model on DATA and write it to the directory OUTPUT.
@@ -136,6 +139,9 @@ def train(
         raise InputError(f"give --model or {shown}, not both: a model keeps its architecture")
     config = configure(PRESETS[preset].train, options)
     launch = configure(LaunchConfig(), options)
+    if print_config:
+        click.echo(format_config(click.get_current_context(), [config, launch]))
+        return
     with importing():
         from captioner import storage
         from captioner.data.mixing import data_places, read_split
