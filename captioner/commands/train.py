@@ -1,5 +1,6 @@
 """``captioner train``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -130,13 +131,9 @@ def train(
 
     Run the same command again to resume.
     """
-    if model and encoder_weights:
-        raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
-    architecture = {name: options.pop(name) for name in _ARCHITECTURE}
-    given = architecture | {"dropout": dropout}
-    if model and (names := [name for name in given if given[name] is not None]):
-        shown = "--encoder" if names[0] == "backbone" else "--" + names[0].replace("_", "-")
-        raise InputError(f"give --model or {shown}, not both: a model keeps its architecture")
+    architecture = {name: options.pop(name) for name in _ARCHITECTURE} | {"dropout": dropout}
+    if model:
+        _refuse_beside_model(encoder_weights, architecture)
     config = configure(PRESETS[preset].train, options)
     launch = configure(LaunchConfig(), options)
     if print_config:
@@ -145,16 +142,10 @@ def train(
     with importing():
         from captioner import storage
         from captioner.data.mixing import data_places, read_split
-        from captioner.model.backbone import with_encoder
         from captioner.training import journal
         from captioner.training import run as training
 
-    model_config = PRESETS[preset].model
-    if architecture["backbone"] is not None:
-        model_config = with_encoder(model_config, architecture["backbone"])
-    if dropout is not None:
-        model_config = model_config.with_dropout(dropout)
-    model_config = configure(model_config, architecture)
+    model_config = _model_config(preset, architecture)
     output = storage.absolute(output)
     places = data_places(
         data,
@@ -179,3 +170,24 @@ def train(
     best = journal.best_of(epochs)
     text = f"{output}: CIDEr {best.validation_cider:.1f} on the validation images"
     click.echo(printable(f"{text} after epoch {best.epoch}"))
+
+
+def _refuse_beside_model(encoder_weights: str | None, architecture: Mapping[str, Any]) -> None:
+    """Refuses options that a model to continue from already decides."""
+    if encoder_weights:
+        raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
+    if names := [name for name, value in architecture.items() if value is not None]:
+        shown = "--encoder" if names[0] == "backbone" else "--" + names[0].replace("_", "-")
+        raise InputError(f"give --model or {shown}, not both: a model keeps its architecture")
+
+
+def _model_config(preset: str, architecture: Mapping[str, Any]) -> ModelConfig:
+    """The settings of a new model: a preset's, changed by the options."""
+    from captioner.model.backbone import with_encoder
+
+    config = PRESETS[preset].model
+    if architecture["backbone"] is not None:
+        config = with_encoder(config, architecture["backbone"])
+    if architecture["dropout"] is not None:
+        config = config.with_dropout(architecture["dropout"])
+    return configure(config, architecture)
