@@ -31,6 +31,11 @@ class Keep:
         """Whether any column is to come along."""
         return bool(self._names or self._needed or self._id)
 
+    def may_keep(self, column: str) -> bool:
+        """Whether a column of this name may be one to keep; ``choose`` decides."""
+        names = {each for name in self._names for each in (name, name.partition("=")[0])}
+        return bool({"all", column} & names) or column in (*self._needed, self._id)
+
     def choose(self, columns: Sequence[str], source: str, images: str) -> dict[str, str]:
         """The columns of a table to keep, each with its new name, in the order of the option.
 

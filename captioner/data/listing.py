@@ -16,7 +16,7 @@ from captioner.data.lists import is_list, is_parquet, read_list
 from captioner.data.parquet.listing import holds_images, list_parquet
 from captioner.data.source import list_files
 from captioner.data.tar.listing import list_tars
-from captioner.data.tar.names import expand, is_tar, refuse_compressed
+from captioner.data.tar.names import COMPRESSED, expand, is_tar, refuse_compressed
 from captioner.errors import InputError, first_of, one_line
 from captioner.storage import FolderError, Listed, PassedOver
 
@@ -83,8 +83,17 @@ def _list_rows(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
         raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
     if source.lower().endswith(".txt"):
         uris: list[str] = read_list(source, listing.column)["uri"].to_pylist()
-        if all(is_tar(uri) for uri in uris):
-            return _list_tars(uris, listing, keep)
+        for uri in uris:
+            refuse_compressed(uri)
+        tars = [uri for uri in uris if is_tar(uri)]
+        if 0 < len(tars) < len(uris):
+            raise InputError(
+                f"{source} lists {len(tars)} tar files and {len(uris) - len(tars)} others: make a "
+                "list of each"
+            )
+        if tars:
+            expanded = (name for pattern in tars for name in expand(pattern))
+            return _list_tars([*dict.fromkeys(expanded)], listing, keep)
     if is_parquet(source) and holds_images(source, listing.column):
         return list_parquet(source, [Listed(source, None)], listing, keep)
     return read_list(source, listing.column, keep)
@@ -108,7 +117,10 @@ def _list_folder(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
     keep.refuse(source)
     _log_passed_over(passed_over, listing.exclude)
     if not images:
-        raise InputError(f"{source} holds no images ({listing.extensions})")
+        problem = f"{source} holds no images ({listing.extensions})"
+        if tars := _find(source, COMPRESSED, listing.exclude, passed_over):
+            problem += f", but compressed tar files, {len(tars)}: decompress them to .tar"
+        raise InputError(problem)
     return list_files(images)
 
 

@@ -19,7 +19,15 @@ from captioner.storage.filesystems import arrow_filesystem, is_local
 from captioner.storage.finding import FolderError, Listed, PassedOver, find
 from captioner.storage.listing import is_directory, names, sizes
 from captioner.storage.locks import locked
-from captioner.storage.reading import Ranges, open_binary, read, read_range, size, version
+from captioner.storage.reading import (
+    Ranges,
+    identify,
+    open_binary,
+    read,
+    read_range,
+    size,
+    version,
+)
 from captioner.storage.retries import RETRIES
 from captioner.storage.uris import (
     absolute,
@@ -48,6 +56,7 @@ __all__ = [
     "find",
     "from_operating_system",
     "has_scheme",
+    "identify",
     "inspect_cache",
     "is_directory",
     "is_local",

@@ -13,7 +13,7 @@ from captioner.storage.client_errors import http_status
 from captioner.storage.filesystems import filesystem
 from captioner.storage.retries import RETRIES, attempt
 
-__all__ = ["Ranges", "open_binary", "read", "read_range", "size", "version"]
+__all__ = ["Ranges", "identify", "open_binary", "read", "read_range", "size", "version"]
 
 _SMALLEST_READ = 1 << 16  # bytes
 _REQUESTS = 16  # ranges of an object requested at a time
@@ -172,11 +172,21 @@ def _without_waiting(path: str, flags: int) -> int:
 def version(uri: str) -> str:
     """A file's size and modification time, ETag or hash, as text; empty if it does not exist."""
     try:
-        info = attempt(uri, lambda fs, path: fs.info(path))
+        return identify(uri)[1]
     except OSError:
         return ""
+
+
+def identify(uri: str, *, retries: int = RETRIES) -> tuple[int | None, str]:
+    """A file's size in bytes, None if it is unknown, and its version as :func:`version` has it.
+
+    Raises:
+        StorageError: the whole store cannot be used.
+        OSError: the file does not exist, or the store does not answer.
+    """
+    info = attempt(uri, lambda fs, path: fs.info(path), retries=retries)
     marks = (info.get(name) for name in ("mtime", "ETag", "etag", "blob_id"))
-    return f"{info.get('size')} {next(filter(None, marks), None)}"
+    return info.get("size"), f"{info.get('size')} {next(filter(None, marks), None)}"
 
 
 def size(uri: str) -> int | None:

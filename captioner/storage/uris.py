@@ -43,6 +43,8 @@ def has_scheme(uri: str) -> bool:
 
 def refuse_credentials(uri: str) -> None:
     """Raises InputError, without repeating them, where a URI contains credentials."""
+    if uri.startswith("tar://"):  # an image in a tar file, whose URI follows
+        uri = uri.partition("::")[2]
     if match := _CREDENTIALS.match(uri):
         redacted = f"{match[1]}…@{uri[match.end() :]}"
         raise InputError(f"{redacted} has credentials in it: give them by the environment")

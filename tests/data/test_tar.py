@@ -156,7 +156,7 @@ def test_links_and_sparse_files_are_rows_and_folders_are_not(tmp_path):
 def test_a_tar_that_is_cut_off_keeps_what_is_before_and_tells_of_the_rest(place):
     data = make(f"{place}/a.tar", {f"{n}.jpg": bytes(1000) for n in range(4)})
     # each member takes 1,536 bytes: a header of 512 and two blocks of data
-    for length, images in ((1536 * 3 + 700, 3), (1536 * 2 + 100, 2), (1536 + 512, 1), (200, 0)):
+    for length, images in ((1536 * 3 + 700, 3), (1536 * 2 + 100, 2), (1536 + 512, 1)):
         storage.write(f"{place}/a.tar", data[:length])
         rows = listed(f"{place}/a.tar")
         assert [row["problem"] for row in rows[:-1]] == [None] * images

@@ -1,21 +1,20 @@
 """Lists the images in tar files, with the columns that come along."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.data.columns import Keep, infer_column, with_kept
+from captioner.data.columns import Keep, with_kept
+from captioner.data.tar.columns import TEXTS, columns_of_tar, join_columns, parse_text
 from captioner.data.tar.members import Damage, Member, open_tar, read_members
 from captioner.data.tar.names import key_of, member_uri, rest_uri
 from captioner.errors import CaptionerError, InputError, first_of, one_line
+from captioner.runtime.prefetch import map_ahead
 from captioner.runtime.progress import progress_bar
 from captioner.schema import LISTING
 
@@ -23,10 +22,11 @@ __all__ = ["list_tars"]
 
 _THREADS = 16  # tar files that are listed at a time: mostly waiting, for a bucket
 _SHOWN = 5  # names in a message
-_LARGEST_TEXT = 1 << 20  # bytes of a member that has an image's columns
-_TEXTS = ("json", "txt", "caption", "cls")  # extensions of such members
 
 _logger = logging.getLogger(__name__)
+
+#: Says of a member's name which pattern excludes it, or None.
+_Exclude = Callable[[str], str | None]
 
 
 @dataclass
@@ -36,21 +36,35 @@ class _Contents:
     Attributes:
         images: the members to caption, each with what is wrong with it, or None.
         texts: the columns of each key, from members that are text or JSON.
+        bad_texts: names of such members that are not valid JSON or too long.
         others: the number of other members, by extension.
         damage: why the rest cannot be listed.
     """
 
     images: list[tuple[Member, str | None]] = field(default_factory=list)
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bad_texts: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     damage: Damage | None = None
+
+
+@dataclass
+class _Listed:
+    """The listing of a tar file, small enough to keep that of each until all are done."""
+
+    images: pa.Table
+    columns: pa.Table | None
+    others: Counter[str]
+    repeated: int
+    bad_texts: list[str]
+    damage: Damage | None
 
 
 def list_tars(
     tars: Sequence[str],
     endings: tuple[str, ...],
     keep: Keep,
-    exclude: Callable[[str], str | None] = lambda path: None,
+    exclude: _Exclude = lambda path: None,
 ) -> pa.Table:
     """The images in tar files, in their order: :data:`captioner.schema.LISTING`.
 
@@ -68,72 +82,77 @@ def list_tars(
         InputError: a tar file cannot be read, none holds an image, or the columns cannot be kept.
     """
 
-    def list_one(tar: str) -> tuple[pa.Table, _Contents]:
+    def list_one(tar: str) -> _Listed:
         return _list_tar(tar, endings, keep, exclude)
 
-    tables: list[pa.Table] = []
-    others: Counter[str] = Counter()
-    repeated = 0
-    with (
-        ThreadPoolExecutor(_THREADS) as pool,
-        progress_bar(len(tars), unit="tar", description="listing") as progress,
-    ):
-        for tar, (table, contents) in zip(tars, pool.map(list_one, tars), strict=True):
-            tables.append(table)
-            others += contents.others
-            names = Counter(member.name for member, _ in contents.images)
-            repeated += sum(count - 1 for count in names.values())
-            if contents.damage is not None:
-                _logger.warning("%s: %s", tar, contents.damage.problem)
+    listed: list[_Listed] = []
+    with progress_bar(len(tars), unit="tar", description="listing") as progress:
+        for tar, each in zip(tars, map_ahead(list_one, tars, _THREADS), strict=True):
+            listed.append(each)
+            if each.damage is not None:
+                _logger.warning("%s: %s", tar, each.damage.problem)
             progress.update()
-    images = _joined(tables)
-    if not len(images):
-        found = first_of([f"{count} {name}" for name, count in others.most_common()], _SHOWN)
-        raise InputError(f"{first_of(tars, _SHOWN)}: no images, but {found or 'nothing'}")
-    if others:
-        counts = [f"{count} {name or 'without one'}" for name, count in others.most_common()]
+    _report(tars, listed)
+    images = pa.concat_tables([each.images for each in listed]).combine_chunks()
+    columns = [each.columns for each in listed if each.columns is not None]
+    if not columns:
+        return images
+    source = tars[0] if len(tars) == 1 else f"{tars[0]} and {len(tars) - 1} others"
+    return with_kept(images, join_columns(columns, keep, source))
+
+
+def _report(tars: Sequence[str], listed: Sequence[_Listed]) -> None:
+    """Says what was not listed, and what is odd.
+
+    Raises:
+        InputError: there is no image.
+    """
+    others: Counter[str] = sum((each.others for each in listed), Counter())
+    counts = [f"{count} {name or 'without one'}" for name, count in others.most_common()]
+    if not sum(each.images["size"].null_count < len(each.images) for each in listed):
+        damaged = next((each.damage for each in listed if each.damage is not None), None)
+        found = f"but {first_of(counts, _SHOWN) or 'nothing'}"
+        problem = found if damaged is None or counts else damaged.problem
+        raise InputError(f"{first_of(tars, _SHOWN)}: no images, {problem}")
+    if counts:
         _logger.info("members of other extensions passed over: %s", first_of(counts, _SHOWN))
-    if repeated:
+    if repeated := sum(each.repeated for each in listed):
         _logger.warning("names that their tar file has already, told apart by offset: %d", repeated)
-    return images
+    if bad := [name for each in listed for name in each.bad_texts]:
+        _logger.warning(
+            "columns left empty, as their member is not valid JSON or too long: %d: %s",
+            len(bad),
+            first_of(bad, _SHOWN),
+        )
 
 
-def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+def _list_tar(tar: str, endings: tuple[str, ...], keep: Keep, exclude: _Exclude) -> _Listed:
     try:
-        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    except pa.ArrowException as error:
-        raise InputError(f"the columns of the tar files differ: {one_line(error)}") from error
-
-
-def _list_tar(
-    tar: str,
-    endings: tuple[str, ...],
-    keep: Keep,
-    exclude: Callable[[str], str | None],
-) -> tuple[pa.Table, _Contents]:
-    try:
-        size, version = storage.size(tar), storage.version(tar)
+        size, version = storage.identify(tar)
         if size is None:
-            raise FileNotFoundError("it does not exist, or its size is unknown")
+            raise OSError("its size is unknown")
         with open_tar(tar, size) as file:
             contents = _read(file, size, endings, exclude, texts=bool(keep))
     except CaptionerError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"cannot list {tar}: it does not exist") from error
     except OSError as error:
         raise InputError(f"cannot list {tar}: {one_line(error)}") from error
-    listing = _as_listing(tar, version, contents)
-    if not keep or not len(listing):
-        return listing, contents
-    keys = [key_of(member.name)[0] for member, _ in contents.images]
-    keys += [""] * (len(listing) - len(keys))  # the rest that cannot be listed
-    return with_kept(listing, _columns(tar, keys, contents, keep)), contents
+    images, repeated = _as_listing(tar, version, contents)
+    columns = None
+    if keep:
+        keys = [key_of(member.name)[0] for member, _ in contents.images]
+        keys += [""] * (len(images) - len(keys))  # the rest that cannot be listed
+        columns = columns_of_tar(tar, keys, contents.texts, keep)
+    return _Listed(images, columns, contents.others, repeated, contents.bad_texts, contents.damage)
 
 
 def _read(
     file: BinaryIO,
     size: int,
     endings: tuple[str, ...],
-    exclude: Callable[[str], str | None],
+    exclude: _Exclude,
     *,
     texts: bool,
 ) -> _Contents:
@@ -147,8 +166,11 @@ def _read(
             continue
         if member.name.lower().endswith(endings):
             contents.images.append((member, _PROBLEMS.get(member.kind)))
-        elif texts and member.kind == "file" and extension.lower() in _TEXTS:
-            contents.texts.setdefault(key, {}).update(_parse(file, member, extension.lower()))
+        elif texts and member.kind == "file" and extension.lower() in TEXTS:
+            columns = parse_text(file, member, extension.lower())
+            if columns is None:
+                contents.bad_texts.append(member.name)
+            contents.texts.setdefault(key, {}).update(columns or {})
         else:
             contents.others[f".{extension}" if extension else ""] += 1
     return contents
@@ -160,80 +182,40 @@ _PROBLEMS = {
 }
 
 
-def _is_excluded(name: str, exclude: Callable[[str], str | None]) -> bool:
+def _is_excluded(name: str, exclude: _Exclude) -> bool:
     parts = name.strip("/").split("/")
     return any(exclude("/".join(parts[:count])) for count in range(1, len(parts) + 1))
 
 
-def _parse(file: BinaryIO, member: Member, extension: str) -> dict[str, Any]:
-    """The columns that a member of text has: the fields of an object, or one of its own."""
-    if member.size > _LARGEST_TEXT:
-        return {}
-    file.seek(member.position)
-    text = file.read(member.size).decode("utf-8", "replace").lstrip("\ufeff")
-    if extension != "json":
-        return {extension: text.strip()}
-    try:
-        parsed = json.loads(text)
-    except ValueError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {"json": parsed}
-
-
-def _as_listing(tar: str, version: str, contents: _Contents) -> pa.Table:
-    counts = Counter(member.name for member, _ in contents.images)
-    rows: list[dict[str, Any]] = [
-        {
-            "uri": member_uri(
-                member.name, tar, position=member.position if counts[member.name] > 1 else None
-            ),
-            "size": member.size,
-            "position": member.position,
-            "problem": problem,
-        }
-        for member, problem in contents.images
+def _as_listing(tar: str, version: str, contents: _Contents) -> tuple[pa.Table, int]:
+    """The listing of a tar file, and the number of names in it that come again."""
+    members = [member for member, _ in contents.images]
+    uris = [member_uri(member.name, tar) for member in members]
+    counts = Counter(uris)  # not of the names: /a.jpg and a.jpg are one URI
+    uris = [
+        uri if counts[uri] == 1 else member_uri(member.name, tar, position=member.position)
+        for uri, member in zip(uris, members, strict=True)
     ]
+    sizes: list[int | None] = [member.size for member in members]
+    positions = [member.position for member in members]
+    problems = [problem for _, problem in contents.images]
     if (damage := contents.damage) is not None and damage.is_certain:
-        rows.append(
-            {
-                "uri": rest_uri(tar, damage.position),
-                "position": damage.position,
-                "problem": f"the rest of the tar file cannot be listed: {damage.problem}",
-            }
-        )
-    place = {"container": tar, "version": version}
-    return pa.Table.from_pylist([row | place for row in rows], schema=LISTING)
-
-
-def _columns(tar: str, keys: Sequence[str], contents: _Contents, keep: Keep) -> pa.Table:
-    """The columns that come along: of the Parquet file beside the tar file, or of its members."""
-    beside = tar[: -len(".tar")] + ".parquet"
-    if (table := _read_beside(beside)) is not None:
-        chosen = keep.choose(table.column_names, beside, "")
-        rows = {key: number for number, key in enumerate(map(str, table["key"].to_pylist()))}
-        places = pa.array([rows.get(key) for key in keys], pa.int64())
-        return table.select([*chosen]).take(places).rename_columns([*chosen.values()])
-    texts = [{"key": key, **contents.texts.get(key, {})} if key else {} for key in keys]
-    names = list(dict.fromkeys(name for row in texts for name in row))
-    return pa.table(
-        {
-            new: infer_column(
-                [row.get(old) for row in texts],
-                lambda place: f"the member {keys[place]}",
-                f"{tar}, {old}",
-            )
-            for old, new in keep.choose(names, tar, "").items()
-        }
-    )
-
-
-def _read_beside(uri: str) -> pa.Table | None:
-    """The table that img2dataset writes beside a tar file; None if there is none."""
-    if not storage.version(uri):
-        return None
-    try:
-        with storage.open_binary(uri) as file:
-            table = pq.ParquetFile(file, pre_buffer=False).read(use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {uri}: {one_line(error)}") from error
-    return table if "key" in table.column_names else None
+        uris.append(rest_uri(tar, damage.position))
+        sizes.append(None)
+        positions.append(damage.position)
+        problems.append(f"the rest of the tar file cannot be listed: {damage.problem}")
+    columns = {
+        "uri": uris,
+        "size": sizes,
+        "container": [tar] * len(uris),
+        "version": [version] * len(uris),
+        "position": positions,
+        "problem": problems,
+    }
+    arrays = [
+        pa.array(columns[each.name], each.type)
+        if each.name in columns
+        else pa.nulls(len(uris), each.type)
+        for each in LISTING
+    ]
+    return pa.table(arrays, schema=LISTING), sum(counts.values()) - len(counts)

@@ -9,9 +9,20 @@ from collections.abc import Iterator
 from captioner import storage
 from captioner.errors import InputError
 
-__all__ = ["expand", "is_tar", "key_of", "member_uri", "refuse_compressed", "rest_uri"]
+__all__ = [
+    "COMPRESSED",
+    "expand",
+    "is_tar",
+    "key_of",
+    "member_uri",
+    "refuse_compressed",
+    "rest_uri",
+]
 
-_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
+#: Ends of the names of compressed tar files, in lower case.
+COMPRESSED = tuple(
+    ".tgz .tbz .tbz2 .txz .tzst .tar.gz .tar.bz2 .tar.xz .tar.zst .tar.lz4".split()  # noqa: SIM905
+)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST = 1_000_000  # names of a pattern
@@ -28,7 +39,7 @@ def refuse_compressed(uri: str) -> None:
     Raises:
         InputError: it is one.
     """
-    if _COMPRESSED.search(uri):
+    if uri.lower().endswith(COMPRESSED):
         raise InputError(
             f"{uri} is a compressed tar file, whose images cannot be read one by one: decompress "
             "it to a .tar"
@@ -36,7 +47,7 @@ def refuse_compressed(uri: str) -> None:
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern stands for, in order; a name without one stands for itself.
+    """The names that a pattern stands for, in order; the name of a file stands for itself.
 
     ``{000..099}`` counts, with leading zeros where they are given; ``{a,b}`` lists; ``*``, ``?``
     and ``[…]`` in the last part of the path match names in its folder.
@@ -44,6 +55,8 @@ def expand(pattern: str) -> list[str]:
     Raises:
         InputError: the braces cannot be expanded, or no name matches.
     """
+    if not any(character in pattern for character in "{*?[") or storage.version(pattern):
+        return [pattern]
     pieces: list[list[str]] = []
     end = 0
     for match in _BRACES.finditer(pattern):
@@ -104,6 +117,7 @@ def member_uri(name: str, tar: str, *, position: int | None = None) -> str:
         name.encode()
     except UnicodeEncodeError:
         name = urllib.parse.quote(name.encode("utf-8", "surrogateescape"))
+    name = name.replace("::", "%3A%3A").replace("#offset=", "%23offset=")
     place = "" if position is None else f"#offset={position}"
     return f"tar://{name.lstrip('/')}{place}::{_with_scheme(tar)}"
 

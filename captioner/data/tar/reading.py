@@ -38,11 +38,7 @@ def _read_span(span: list[dict[str, Any]], retries: int) -> Iterator[bytes | Exc
     tar, begin = span[0]["container"], span[0]["position"]
     end = span[-1]["position"] + span[-1]["size"]
     try:
-        version = storage.version(tar)
-        if version != span[0]["version"]:
-            what = "has changed since it was listed" if version else "is gone or cannot be reached"
-            raise OSError(f"the tar file {what}")
-        data = memoryview(storage.read_range(tar, begin, end, retries=retries))
+        data = memoryview(_read_version(tar, begin, end, span[0]["version"], retries))
     except CaptionerError:
         raise
     except Exception as problem:  # a bucket's client raises errors of many types
@@ -51,3 +47,24 @@ def _read_span(span: list[dict[str, Any]], retries: int) -> Iterator[bytes | Exc
     for row in span:
         first = row["position"] - begin
         yield bytes(data[first : first + row["size"]])
+
+
+def _read_version(tar: str, begin: int, end: int, version: str, retries: int) -> bytes:
+    """Reads a range of a version of a tar file.
+
+    Raises:
+        OSError: the range cannot be read, or the tar file has another version.
+    """
+    data, problem = b"", None
+    try:
+        data = storage.read_range(tar, begin, end, retries=retries)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # perhaps because the tar file is shorter now
+        problem = error
+    # Asked after the read: the tar file may be replaced at any moment before.
+    if storage.identify(tar, retries=retries)[1] != version:
+        raise OSError("the tar file has changed since it was listed")
+    if problem is not None:
+        raise problem
+    return data
