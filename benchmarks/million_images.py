@@ -3,15 +3,18 @@
 python benchmarks/million_images.py
 
 The images are in a file system that only lists, the captions come from a captioner that only fills
-rows. Each stage runs in a process of its own, with the job's own code for everything else. What a
+rows. The same number of images is also planned in tar files with a thousand members each: links to
+one tar file whose images are holes. Each stage runs in a process of its own, with the job's own code for everything else. What a
 hundred times as many would take is the line through these figures and those of a quarter.
 """
 
+import io
 import json
 import math
 import resource
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +39,7 @@ from captioner.schema import part_schema
 
 SETTINGS = {"model": "none"}
 SHARD = 256
+MEMBERS = 1000  # of a tar file
 PAGE = 1000  # names that a bucket lists at a request
 # On Ray, of a shard: its part is written; twice, when its images are loaded and when they are
 # captioned, a file in __captioner/attempts is looked for, written, and deleted with two requests.
@@ -76,10 +80,25 @@ def plan(source: str, directory: OutputDirectory) -> dict[str, object]:
     return {"seconds": seconds, "shards to do": len(shards)}
 
 
+def tars(source: str, directory: OutputDirectory) -> dict[str, object]:
+    """What a job of images in tar files does before its first image."""
+    folder = Path(f"{directory.uri}-tars")
+    folder.mkdir()
+    first = folder / "00000.tar"
+    with first.open("wb") as file:
+        for number in range(MEMBERS):
+            info = tarfile.TarInfo(f"{number:09d}.jpg")
+            info.size = 100_000
+            file.write(info.tobuf())
+            file.seek(-(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, io.SEEK_CUR)
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+    for number in range(1, int(source.removeprefix("listing://")) // MEMBERS):
+        (folder / f"{number:05d}.tar").hardlink_to(first)
+    return plan(str(folder), OutputDirectory(f"{directory.uri}-of-tars"))
+
+
 def caption(source: str, directory: OutputDirectory) -> dict[str, object]:
     """Writes all parts; not part of what is measured."""
-    import io
-
     import pyarrow.parquet as pq
 
     maps, words = np.zeros(11 * 81, np.uint8).tobytes(), ["word"] * 11
@@ -125,7 +144,7 @@ def read(source: str, directory: OutputDirectory) -> dict[str, object]:
     return {"seconds": {"report": time.monotonic() - begin}, "lines": lines}
 
 
-STAGES = {stage.__name__: stage for stage in (plan, caption, resume, read)}
+STAGES = {stage.__name__: stage for stage in (plan, caption, resume, read, tars)}
 
 
 @click.command()
@@ -166,7 +185,7 @@ def run_stages(images: int) -> dict[str, Any]:
                     f"{images} images, {name}: {total:.1f} s, {done['largest MiB']} MiB: "
                     f"{done['seconds']}"
                 )
-        size = sum(path.stat().st_size for path in Path(directory).rglob("manifest-*"))
+        size = sum(path.stat().st_size for path in Path(directory, "out").rglob("manifest-*"))
         results["manifest bytes an image"] = round(size / images, 1)
     del results["caption"]
     return results
