@@ -4,8 +4,9 @@ python benchmarks/million_images.py
 
 The images are in a file system that only lists, the captions come from a captioner that only fills
 rows. The same number of images is also planned in tar files with a thousand members each: links to
-one tar file whose images are holes. Each stage runs in a process of its own, with the job's own code for everything else. What a
-hundred times as many would take is the line through these figures and those of a quarter.
+one tar file whose images are holes. Each stage runs in a process of its own, with the job's own
+code for everything else. What a hundred times as many would take is the line through these figures
+and those of a quarter.
 """
 
 import io
