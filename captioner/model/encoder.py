@@ -62,19 +62,31 @@ class ImageEncoder(nn.Module):
         """The names of the backbone's parameters in the stages from ``from_stage`` on."""
         if from_stage == 0:
             return {name for name, _ in self.backbone.named_parameters()}
-        try:
-            stages = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True))
-        except (AttributeError, AssertionError) as error:
+        stages = self._stages()
+        if not stages:
             raise InputError(
                 f"--fine-tune-from {from_stage}: {self.config.backbone} has no stages; use 0, "
                 "which trains all of it, or none"
-            ) from error
+            )
         if from_stage > max(stages):
             raise InputError(
                 f"--fine-tune-from {from_stage}: the last stage of {self.config.backbone} is "
                 f"{max(stages)}"
             )
         return {name for stage, names in stages.items() if stage >= from_stage for name in names}
+
+    @property
+    def last_stage(self) -> int:
+        """The number of the backbone's last stage; 0 where timm knows no stages of it."""
+        return max(self._stages(), default=0)
+
+    def _stages(self) -> dict[int, list[str]]:
+        """The names of the parameters of each stage."""
+        try:
+            matcher = self.backbone.group_matcher(coarse=True)
+        except (AttributeError, AssertionError):  # a backbone has none
+            return {}
+        return group_parameters(self.backbone, matcher)  # type: ignore[no-any-return]
 
     def _freeze_unused(self) -> None:
         """Freezes parameters that the features do not depend on: they would never get gradients."""
