@@ -27,12 +27,12 @@ from captioner.training import run as training
 
 #: A backbone of each family, its weights' tag left to timm, and a size that its patches divide.
 FAMILIES = {
-    "DINOv2": ("vit_small_patch14_reg4_dinov2", 112),
-    "SigLIP": ("vit_base_patch16_siglip_224", 112),
-    "CLIP": ("vit_xsmall_patch16_clip_224", 112),
-    "ViT": ("vit_tiny_patch16_224", 112),
-    "ConvNeXt": ("convnext_atto", 128),
-    "ResNet": ("resnet50.tv_in1k", 128),
+    "DINOv2": ("vit_small_patch14_reg4_dinov2", 70),
+    "SigLIP": ("vit_base_patch32_siglip_256", 128),
+    "CLIP": ("vit_xsmall_patch16_clip_224", 80),
+    "ViT": ("vit_tiny_patch16_224", 80),
+    "ConvNeXt": ("convnext_atto", 96),
+    "ResNet": ("resnet50.tv_in1k", 96),
     "EfficientNet": ("tf_efficientnet_lite2", 128),
 }
 
@@ -130,7 +130,7 @@ def train(
 @click.option("--val-list", help="Names of the images to validate on.")
 @click.option("--images", default=300, show_default=True, help="Of those to train on.")
 @click.option("--family", "families", type=click.Choice(list(FAMILIES)), multiple=True)
-@click.option("--image-size", type=int, help="Of all encoders.  [default: 112 or 128]")
+@click.option("--image-size", type=int, help="Of all encoders.  [default: 70 to 128]")
 @click.option("--weights", multiple=True, metavar="ENCODER=FILE", help="Published weights.")
 @click.option("--learning-rate", default=1e-3, show_default=True)
 @click.option("--json", "json_file", type=click.Path(), help="Write the last line there too.")
@@ -153,6 +153,7 @@ def main(
         PRESETS["small"].train,
         epochs=1,
         batch_size=10,
+        captions="first",
         views=1,
         warmup_steps=2,
         minimum_count=2,
