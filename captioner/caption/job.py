@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner import storage
 from captioner.caption.crash_log import CrashLog
 from captioner.caption.early_failures import EarlyFailures
 from captioner.caption.inputs import Inputs
@@ -63,7 +64,9 @@ def plan_captioning(
     Raises:
         CaptionerError: what :func:`caption_images` would raise before its first image.
     """
-    inputs = Inputs.read(source, output, model, decode, run, listing)
+    run = run or RunConfig()
+    with storage.web_access(run.web):
+        inputs = Inputs.read(source, output, model, decode, run, listing)
     directory = inputs.directory
     with placed(inputs.run, dry=True) as placement:
         begun = directory.check(inputs.fingerprint(placement), overwrite=overwrite)
@@ -107,7 +110,8 @@ def caption_images(
         StoppedError: SIGTERM or Ctrl-C ended the job.
     """
     keep_few_kernels()
-    with catch_signals() as signals:
+    run = run or RunConfig()
+    with storage.web_access(run.web), catch_signals() as signals:
         directory = None
         try:
             inputs = Inputs.read(source, output, model, decode, run, listing)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from captioner import storage
 from captioner.caption.crash_log import CrashLog
 from captioner.caption.steps import (
     CaptionJob,
@@ -189,6 +190,7 @@ def _unpack(table: pa.Table, job: CaptionJob) -> tuple[Shard, list[Loaded] | Non
 @_errors_as_rows
 def load_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
     """A shard in; its images loaded out, unless a process died with it."""
+    storage.set_web_access(job.run.web)
     shard = _as_shard(table)
     crash_log = CrashLog(job.output)
     if crash_log.crashes(shard.number) is not None:
@@ -213,6 +215,7 @@ class CaptionStage:
         if threads is not None:  # Ray sets one thread where an actor reserves less than a CPU
             torch.set_num_threads(threads)
         self.job = job
+        storage.set_web_access(job.run.web)
         self.crash_log = CrashLog(job.output)
         self.error: CaptionerError | None = None
         try:

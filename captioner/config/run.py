@@ -2,9 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from captioner.config.settings import SettingError, Settings, setting
+
+if TYPE_CHECKING:
+    from captioner.storage import WebAccess
 
 __all__ = ["Precision", "RunConfig"]
 
@@ -119,14 +122,55 @@ class RunConfig(Settings):
         group="Limits and failures",
     )
 
+    user_agent: str | None = setting(
+        None,
+        "Header User-Agent for web servers; add how to reach you.",
+        unset="captioner/VERSION",
+        group="Web addresses",
+    )
+    connections_per_host: int = setting(
+        6,
+        "Connections to one web host at a time, per process; a Ray worker is a process.",
+        minimum=1,
+        maximum=1000,
+        group="Web addresses",
+    )
+    http_timeout: float = setting(
+        60.0,
+        "Seconds for one request to a web server, from the connection to the last byte.",
+        minimum=0.1,
+        maximum=86_400,
+        group="Web addresses",
+    )
+    allow_private_hosts: bool = setting(
+        False,
+        "Also read web addresses of this machine and of private networks.",
+        group="Web addresses",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.actors is not None:
             self.actor_range  # noqa: B018
+        agent = self.user_agent
+        if agent is not None and not (agent.strip() and agent.isascii() and agent.isprintable()):
+            raise SettingError("user_agent", f"must be ASCII text on one line, not {agent!r}")
 
     def row_settings(self) -> dict[str, Any]:
         """The settings that can change a row, by name; ``precision`` is not resolved."""
         return {name: getattr(self, name) for name in ("precision", "max_pixels", "max_bytes")}
+
+    @property
+    def web(self) -> "WebAccess":
+        """How each process of the job accesses web servers."""
+        from captioner.storage import WebAccess
+
+        return WebAccess(
+            user_agent=self.user_agent,
+            connections_per_host=self.connections_per_host,
+            timeout=self.http_timeout,
+            allow_private_hosts=self.allow_private_hosts,
+        )
 
     @property
     def actor_range(self) -> tuple[int, int] | None:

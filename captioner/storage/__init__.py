@@ -1,7 +1,8 @@
 """Files by URI, through fsspec: list, read, write atomically, lock.
 
-A URI is a local path, a ``file:`` URI (percent-encoded, RFC 8089) or anything that fsspec has a
-file system for (``s3://``, ``gs://``, ``abfs://``, ``memory://``). Credentials belong to the file
+A URI is a local path, a ``file:`` URI (percent-encoded, RFC 8089), a web address (see
+:mod:`captioner.storage.web`) or anything that fsspec has a file system for (``s3://``, ``gs://``,
+``abfs://``, ``memory://``). Credentials belong to the file
 system: they come from the environment and never appear in a message. Errors of a bucket's client
 become OSErrors after transient errors have been retried.
 """
@@ -37,6 +38,7 @@ from captioner.storage.uris import (
     join,
     readable,
 )
+from captioner.storage.web import WebAccess, set_web_access, web_access
 from captioner.storage.writing import delete, is_temporary, write, writing
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Listed",
     "PassedOver",
     "Ranges",
+    "WebAccess",
     "absolute",
     "arrow_filesystem",
     "as_path",
@@ -69,10 +72,12 @@ __all__ = [
     "read",
     "read_range",
     "readable",
+    "set_web_access",
     "size",
     "sizes",
     "trim",
     "version",
+    "web_access",
     "write",
     "writing",
 ]

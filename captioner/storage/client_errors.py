@@ -9,7 +9,8 @@ __all__ = ["http_status", "is_of_whole_store", "is_transient", "reason"]
 # In a client's message, the query of a URL may hold a signature, and its authority a password.
 _SECRETS = re.compile(r"(?<=://)(?:[^/\s@]*:[^\s@]*|[^/\s@]+)@|(?<=\S)\?[^\s\"'?]*=[^\s\"']*")
 
-_TRANSIENT_STATUSES = {408, 429, 500, 502, 503, 504}
+_TRANSIENT_STATUSES = {408, 425, 429}
+_LASTING_STATUSES = {501, 505, 511}  # of 500 and above
 _TRANSIENT_NUMBERS = {
     errno.EAGAIN,
     errno.EBUSY,
@@ -92,7 +93,7 @@ def is_transient(error: Exception) -> bool:
     if _names(error) & _TRANSIENT_NAMES:
         return True
     if (status := http_status(error)) is not None:
-        return status in _TRANSIENT_STATUSES
+        return status in _TRANSIENT_STATUSES or (status >= 500 and status not in _LASTING_STATUSES)
     return isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS
 
 
@@ -155,8 +156,6 @@ def reason(error: Exception) -> str:
     """The message of an error on one line, without what may be a secret."""
     if "aiohttp.ClientResponseError" in _names(error):  # its own message repeats the URL
         return f"HTTP status {getattr(error, 'status', '')} {getattr(error, 'message', '')}".strip()
-    if isinstance(error, FileNotFoundError) and re.match(r"https?://", str(error)):
-        return "HTTP status 404 Not Found"  # fsspec's message is the URL alone
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
     text = text.split(" RequestId:")[0]  # Azure's own; then all of it again as XML
     return _SECRETS.sub("…", text) or type(error).__name__

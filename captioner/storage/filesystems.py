@@ -33,6 +33,10 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return LocalFileSystem(), to_operating_system(path)
     refuse_credentials(uri)
     scheme = uri.split("://")[0]
+    if scheme in ("http", "https"):
+        from captioner.storage.web.files import web_file_system
+
+        return web_file_system(), uri
     try:
         # Not fsspec.url_to_fs: it would take an object's name with "::" in it for several URIs.
         kind = fsspec.get_filesystem_class(scheme)

@@ -106,7 +106,10 @@ class Ranges(io.RawIOBase):
 
     def __init__(self, uri: str):
         self._uri, self._position = uri, 0
-        self._size: int = attempt(uri, lambda fs, path: fs.info(path)["size"])
+        size: int | None = attempt(uri, lambda fs, path: fs.info(path)["size"])
+        if size is None:
+            raise OSError(f"the server does not tell the size of {uri}")
+        self._size = size
         self._fetched: list[tuple[int, bytes]] = []  # each with its first position
 
     def fetch(self, spans: Sequence[tuple[int, int]]) -> None:

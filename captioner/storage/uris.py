@@ -35,6 +35,9 @@ _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
 # contains colons, and what follows a port is the name of an object.
 _CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)(?!arn:)[^/:@]*:(?!\d+/)[^@]*@")
 
+# Of a web address, even a name alone before the host may be a token.
+_WEB_CREDENTIALS = re.compile(r"(https?://)[^/?#]*@", re.IGNORECASE)
+
 
 def has_scheme(uri: str) -> bool:
     """Whether a URI begins with a scheme; a local path does not."""
@@ -45,7 +48,7 @@ def refuse_credentials(uri: str) -> None:
     """Raises InputError, without repeating them, where a URI contains credentials."""
     if uri.startswith("tar://"):  # an image in a tar file, whose URI follows
         uri = uri.partition("::")[2]
-    if match := _CREDENTIALS.match(uri):
+    if match := _CREDENTIALS.match(uri) or _WEB_CREDENTIALS.match(uri):
         redacted = f"{match[1]}…@{uri[match.end() :]}"
         raise InputError(f"{redacted} has credentials in it: give them by the environment")
 
