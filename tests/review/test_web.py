@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from starlette.testclient import TestClient
 from captioner import storage
 from captioner.caption.job import caption_images
 from captioner.cli import main
-from captioner.config import RunConfig
+from captioner.config import ListingConfig, RunConfig
 from captioner.output import attention
 from captioner.output.compaction import compact
 from captioner.output.decisions import Journal, read_decisions
@@ -103,6 +104,38 @@ def test_every_answer_has_the_headers_that_confine_the_page(page):
         assert "default-src 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
         assert "access-control-allow-origin" not in headers
+
+
+def test_photos_in_tar_files_are_shown_and_their_columns_are_filters(tmp_path, model_directory):
+    photos = write_photos(tmp_path / "photos", 5)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, photo in enumerate(photos):
+            tar.add(photo, photo.name)
+            text = json.dumps({"place": "sea" if number % 2 else "town"}).encode()
+            info = tarfile.TarInfo(f"{photo.stem}.json")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    caption_images(
+        f"{tmp_path}/a.tar",
+        f"{tmp_path}/out",
+        str(model_directory),
+        run=RUN,
+        listing=ListingConfig(keep="place"),
+    )
+    page = Page(f"{tmp_path}/out")
+    try:
+        for number in range(5):
+            shown = page.get(f"/photo/large/{number}")
+            assert (shown.status_code, shown.headers["content-type"]) == (200, "image/jpeg")
+            with (
+                Image.open(io.BytesIO(shown.content)) as picture,
+                Image.open(photos[number]) as own,
+            ):
+                assert picture.width / picture.height == pytest.approx(own.width / own.height, 0.01)
+        assert _numbers(page.get("/?column=place&value=sea").text) == [1, 3]
+        assert "town" in page.get("/row/0").text
+    finally:
+        page.close()
 
 
 def test_an_unexpected_error_has_the_headers_too(page, monkeypatch):
