@@ -53,7 +53,10 @@ def test_karpathys_split(photos: Path, tmp_path: Path):
     names = [(f"photo-{i:04d}.jpg", side) for i, side in enumerate(sides)]
     path = _json(tmp_path / "dataset.json", _karpathy(names, filepath="b"))
     split = read_dataset(path, str(photos)).split()
-    found = [[each.uri[-len("photo-0000.jpg") :] for each in side] for side in vars(split).values()]
+    found = [
+        [each.uri[-len("photo-0000.jpg") :] for each in side]
+        for side in (split.train, split.validation, split.test)
+    ]
     numbers = [[int(name[6:10]) for name in side] for side in found]
     assert numbers == [[0, 2, 4], [1], [3]]
     assert split.test[0].captions == ["A photo-0003.jpg ."]
@@ -187,7 +190,10 @@ def test_lists_of_names(photos: Path, tmp_path: Path):
         (tmp_path / name).write_text(text)
     train, val, test, leak, ambiguous, foreign = (str(tmp_path / name) for name in lists)
     split = read.split(train, val, test)
-    found = [[each.uri[len(str(photos)) + 1 :] for each in side] for side in vars(split).values()]
+    found = [
+        [each.uri[len(str(photos)) + 1 :] for each in side]
+        for side in (split.train, split.validation, split.test)
+    ]
     assert found == [
         ["b/photo-0000.jpg", "b/photo-0004.jpg", "a/photo-0002.jpg"],
         ["b/photo-0001.jpg"],
