@@ -22,6 +22,7 @@ from captioner.storage.listing import is_directory, names, sizes
 from captioner.storage.locks import locked
 from captioner.storage.reading import (
     Ranges,
+    SeekableFile,
     identify,
     open_binary,
     read,
@@ -49,6 +50,7 @@ __all__ = [
     "Listed",
     "PassedOver",
     "Ranges",
+    "SeekableFile",
     "WebAccess",
     "absolute",
     "arrow_filesystem",

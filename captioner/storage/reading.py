@@ -98,18 +98,44 @@ def open_binary(uri: str, *, ranges: bool = False) -> BinaryIO:
     return cast(BinaryIO, Ranges(uri)) if ranges else io.BytesIO(read(uri))
 
 
-class Ranges(io.RawIOBase):
+class SeekableFile(io.RawIOBase):
+    """A file of a known size with a position; what reads it is left to its kinds."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self._size, self._position = size, 0
+
+    def readable(self) -> bool:
+        """Always true."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always true."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves the position; reads nothing."""
+        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = begin + offset
+        return self._position
+
+
+class Ranges(SeekableFile):
     """A bucket's object as a file: each read is one request for that range, retried as others are.
 
     fsspec's own file reads ahead, which wastes requests where the reader knows what it needs.
     """
 
     def __init__(self, uri: str):
-        self._uri, self._position = uri, 0
         size: int | None = attempt(uri, lambda fs, path: fs.info(path)["size"])
         if size is None:
             raise OSError(f"the server does not tell the size of {uri}")
-        self._size = size
+        super().__init__(size)
+        self._uri = uri
         self._fetched: list[tuple[int, bytes]] = []  # each with its first position
 
     def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
@@ -125,24 +151,6 @@ class Ranges(io.RawIOBase):
 
     def _get(self, span: tuple[int, int]) -> bytes:
         return read_range(self._uri, *span)
-
-    def readable(self) -> bool:
-        """Always true."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always true."""
-        return True
-
-    def tell(self) -> int:
-        """Where the next read begins."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves the position; requests nothing."""
-        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = begin + offset
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         """Makes one request, unless the bytes are fetched already or the file is at its end."""

@@ -8,9 +8,10 @@ The headers alone are quick to read, and Arrow decodes the pages that :class:`Pa
 Format: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
 """
 
-import io
 from dataclasses import dataclass
 from typing import Any
+
+from captioner import storage
 
 __all__ = [
     "DATA",
@@ -150,7 +151,7 @@ class _Thrift:
         return (value >> 1) ^ -(value & 1)
 
 
-class PageFile(io.RawIOBase):
+class PageFile(storage.SeekableFile):
     """Some pages of a chunk as the file that Arrow expects them in.
 
     Where the chunk begins, the dictionary page and the given data pages follow each other, as if
@@ -158,29 +159,11 @@ class PageFile(io.RawIOBase):
     """
 
     def __init__(self, size: int, begin: int, pages: list[memoryview]):
-        self._size, self._position = size, 0
+        super().__init__(size)
         self._pieces: list[tuple[int, memoryview]] = []
         for page in pages:
             self._pieces.append((begin, page))
             begin += len(page)
-
-    def readable(self) -> bool:
-        """Always true."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always true."""
-        return True
-
-    def tell(self) -> int:
-        """Where the next read begins."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves the position."""
-        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = begin + offset
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         """Reads to the end of a piece at most; nothing where there is none."""

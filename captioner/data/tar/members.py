@@ -5,7 +5,6 @@ own iteration ends without a word where a header is damaged, and what follows wo
 Nothing is extracted, and no header is believed about how much memory to take.
 """
 
-import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -155,22 +154,13 @@ def open_tar(uri: str, size: int) -> BinaryIO:
     return cast(BinaryIO, _Blocks(uri, size))
 
 
-class _Blocks(io.RawIOBase):
+class _Blocks(storage.SeekableFile):
     """A bucket's object that is read in large blocks, or in small ones between large members."""
 
     def __init__(self, uri: str, size: int):
-        super().__init__()
-        self._uri, self._size, self._position = uri, size, 0
+        super().__init__(size)
+        self._uri = uri
         self._begin, self._block = 0, b""
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a position from the begin."""
-        self._position = position
-        return position
-
-    def tell(self) -> int:
-        """Returns the position."""
-        return self._position
 
     def read(self, count: int = -1) -> bytes:
         """Reads ``count`` bytes, or what is left.

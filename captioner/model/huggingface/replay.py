@@ -13,7 +13,7 @@ Layers of the upper half are averaged.
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -36,23 +36,34 @@ def layers_of(model: Any, path: str) -> list[Any]:
     return layers[len(layers) // 2 :]
 
 
-class MapHooks:
-    """Collects the maps of some layers while the model runs.
+class _Watch:
+    """Sees what some layers give while the model runs; a context manager."""
 
-    ``columns_BP`` are the image's columns of the attention matrix, for each row of the batch.
-    """
+    def __init__(self, layers: list[Any]):
+        self._layers = layers
 
-    def __init__(self, layers: list[Any], rows: int, columns_BP: Tensor):
-        self._layers, self._rows, self._columns_BP = layers, rows, columns_BP
-        self._sum_BKP: Tensor | None = None
-
-    def __enter__(self) -> "MapHooks":
+    def __enter__(self) -> Self:
         self._hooks = [layer.register_forward_hook(self._see) for layer in self._layers]
         return self
 
     def __exit__(self, *problem: object) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def _see(self, module: Any, inputs: Any, output: Any) -> None:
+        raise NotImplementedError
+
+
+class MapHooks(_Watch):
+    """Collects the maps of some layers while the model runs.
+
+    ``columns_BP`` are the image's columns of the attention matrix, for each row of the batch.
+    """
+
+    def __init__(self, layers: list[Any], rows: int, columns_BP: Tensor):
+        super().__init__(layers)
+        self._rows, self._columns_BP = rows, columns_BP
+        self._sum_BKP: Tensor | None = None
 
     def _see(self, module: Any, inputs: Any, output: Any) -> None:
         attention_BhQC = output[1]
@@ -70,7 +81,7 @@ class MapHooks:
         return self._sum_BKP / len(self._layers)
 
 
-class StepMaps:
+class StepMaps(_Watch):
     """Collects the maps of some layers while ``generate`` runs without beams.
 
     Each step's last row is where the model looked when it chose the step's token.
@@ -81,16 +92,9 @@ class StepMaps:
     """
 
     def __init__(self, layers: list[Any], columns: slice):
-        self._layers, self._columns = layers, columns
+        super().__init__(layers)
+        self._columns = columns
         self._rows_BP: list[Tensor] = []  # layer by layer, step after step
-
-    def __enter__(self) -> "StepMaps":
-        self._hooks = [layer.register_forward_hook(self._see) for layer in self._layers]
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def _see(self, module: Any, inputs: Any, output: Any) -> None:
         attention_BhQC = output[1]
