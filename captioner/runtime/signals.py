@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,17 +57,44 @@ def catch_signals() -> Iterator[Signals]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signals.received = number
-        if _limit is not None:
-            watchdog = threading.Timer(_limit, _end, (number,))
-            watchdog.daemon = True
-            watchdog.start()
         raise KeyboardInterrupt
 
-    with keep_handlers():
+    with keep_handlers(), _watchdog():
         for number in _STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, stop)
         yield signals
+
+
+@contextmanager
+def _watchdog() -> Iterator[None]:
+    """Ends the process when the limit is over, whatever the main thread is doing.
+
+    The interpreter itself writes a signal's number to a socket as the signal arrives. The handler
+    has to wait for the main thread, which may be in a library; and it could not start a thread if
+    it interrupted the start of another one, which holds the lock.
+    """
+    if _limit is None:
+        yield
+        return
+    numbers, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_after, args=(numbers, _limit), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        wakeup.close()
+
+
+def _end_after(numbers: socket.socket, seconds: float) -> None:
+    """Waits for a signal, and then so many seconds, to end the process."""
+    with numbers:
+        while received := numbers.recv(1):
+            if received[0] in _STOPPING:
+                time.sleep(seconds)
+                _end(received[0])
 
 
 def _end(number: int) -> None:
