@@ -21,7 +21,11 @@ from captioner.model.vocabulary import Vocabulary
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves the thorough tests out where nobody asks for them."""
+    """Leaves the thorough tests out where nobody asks for them; slow ones come first.
+
+    So at the end no process of pytest waits for a long test of another one.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if "CAPTIONER_TEST_THOROUGH" not in os.environ:
         skipped = pytest.mark.skip(reason="thorough: set CAPTIONER_TEST_THOROUGH=1")
         for item in items:

@@ -237,7 +237,7 @@ def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_
     generator = random.Random(seed)
     survived, lost, twice = {}, 0, 0
     photos = tmp_path / "photos"
-    write_photos(photos, 25 * kills)
+    write_photos(photos, 16 * kills)
     for engine, drivers in (("local", kills - sum(on_ray.values())), ("ray", on_ray["driver"])):
         output = tmp_path / engine
         command = _command(photos, output, model_directory, engine)
