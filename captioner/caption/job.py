@@ -151,7 +151,9 @@ def _begin(inputs: Inputs, placement: Placement, *, overwrite: bool) -> tuple[Pl
         OutputError: the output is another job's, or cannot be written.
     """
     directory = inputs.directory
-    directory.begin(inputs.fingerprint(placement), overwrite=overwrite)
+    directory.begin(
+        inputs.fingerprint(placement), low_score=inputs.model.low_score, overwrite=overwrite
+    )
     manifest = extend_manifest(directory, inputs.listed, inputs.run.shard_size)
     shards = list(remaining_shards(directory, manifest))
     if inputs.run.retry_failed:

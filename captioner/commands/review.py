@@ -143,6 +143,7 @@ def demo(output: str, model: str | None) -> None:
         from captioner.review.demo import run_demo
 
     output = storage.absolute(output)
-    for drawing, text in run_demo(output, model or bundle.DEFAULT):
-        click.echo(f"{printable(text)}  {printable(drawing)}")
+    for drawing, row in run_demo(output, model or bundle.DEFAULT):
+        low = " (low score: probably wrong)" if row.is_low else ""
+        click.echo(f"{printable(row.caption)}{low}  {printable(drawing)}")
     click.echo(f"a page of all of them: {printable(storage.join(output, 'gallery.html'))}")

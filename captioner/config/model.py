@@ -66,6 +66,12 @@ class ModelConfig(Settings):
     beam: int = setting(
         1, "Beam width of a job that does not ask for another.", minimum=1, maximum=100
     )
+    low_score: float | None = setting(
+        None,
+        "Captions with a lower score are probably wrong, as measured on validation images; null "
+        "where nobody measured it. It changes no caption, only how captions are shown.",
+        maximum=0,
+    )
 
     def with_dropout(self, probability: float) -> "ModelConfig":
         """The settings with the same dropout everywhere in the decoder."""

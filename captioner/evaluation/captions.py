@@ -17,6 +17,7 @@ from captioner.data.dataset import CaptionedImage
 from captioner.data.preparation import Preparation
 from captioner.data.prompts import check_columns
 from captioner.errors import InputError, first_of
+from captioner.model.base import Caption
 from captioner.model.loading import load_model
 from captioner.output.directory import OutputDirectory
 from captioner.output.rows import read_rows
@@ -36,12 +37,14 @@ class Captioned:
     Attributes:
         images: the images.
         captions: a caption for each image.
+        scores: the model's own score of each caption, its mean log-probability.
         settings: how the captions were made.
         left_out: the URIs of images and captions that are not scored, by reason.
     """
 
     images: list[CaptionedImage]
     captions: list[str]
+    scores: list[float]
     settings: dict[str, Any]
     left_out: dict[str, list[str]]
 
@@ -75,7 +78,7 @@ def caption_dataset(
     check_columns(decode.prompt, [])
     captioner = found.load(decode, device=run.device, precision=run.precision)
     kept: list[CaptionedImage] = []
-    captions: list[str] = []
+    captions: list[Caption] = []
     undecodable: list[str] = []
     with progress_bar(len(images), unit="image", description="captions") as progress:
         for batch in _decoded_batches(images, found.preparation, run):
@@ -83,15 +86,20 @@ def caption_dataset(
             undecodable += [image.uri for image, pixels in batch if pixels is None]
             if decoded:
                 kept += [image for image, _ in decoded]
-                some = captioner.caption([pixels for _, pixels in decoded])
-                captions += [caption.text for caption in some]
+                captions += captioner.caption([pixels for _, pixels in decoded])
             progress.update(len(batch))
     settings = {"model": model, "precision": str(captioner.dtype).removeprefix("torch.")}
     chosen = asdict(decode)
     changed = (name for name in TEXT_SETTINGS if chosen[name] != getattr(DecodeConfig(), name))
     settings |= {name: chosen[name] for name in dict.fromkeys((*_ALWAYS_STATED, *changed))}
     reasons = {"images that cannot be read or decoded": undecodable}
-    return Captioned(kept, captions, settings, _without_empty(reasons))
+    return Captioned(
+        images=kept,
+        captions=[caption.text for caption in captions],
+        scores=[caption.score for caption in captions],
+        settings=settings,
+        left_out=_without_empty(reasons),
+    )
 
 
 def _decoded_batches(
@@ -125,11 +133,12 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
     """
     directory = OutputDirectory(output)
     job = directory.read_json("run.json").get("settings", {})
-    captions: dict[str, str] = {}
+    captions: dict[str, tuple[str, float]] = {}
     directory.finish_compaction()
-    for rows in read_rows(directory, ["uri", "caption", "status"]):
+    for rows in read_rows(directory, ["uri", "caption", "score", "status"]):
         ok = rows.filter(pc.equal(rows["status"], "ok"))
-        captions.update(zip(ok["uri"].to_pylist(), ok["caption"].to_pylist(), strict=True))
+        uris, texts, scores = (ok[name].to_pylist() for name in ("uri", "caption", "score"))
+        captions.update(zip(uris, zip(texts, scores, strict=True), strict=True))
     found = {image.uri: image.uri for image in images if image.uri in captions}
     by_name = _by_name(uri for uri in captions if uri not in found)
     wanted = _by_name(image.uri for image in images if image.uri not in found)
@@ -142,7 +151,8 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
     }
     return Captioned(
         images=kept,
-        captions=[captions[found[image.uri]] for image in kept],
+        captions=[captions[found[image.uri]][0] for image in kept],
+        scores=[captions[found[image.uri]][1] for image in kept],
         settings={"output": output} | {name: job[name] for name in TEXT_SETTINGS if name in job},
         left_out=_without_empty(reasons),
     )

@@ -7,6 +7,7 @@ fine-tuning of zero-shot models").
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 
@@ -58,6 +59,7 @@ def average_models(
         published = build_model(first.model.config, encoder_weights).state_dict()
         state = _with_encoder_halfway(state, published)
     first.model.load_state_dict(state)
+    first.model.config = replace(first.config, low_score=None)  # it was another model's
     if seen := [images for model in models if (images := bundle.load_images(model))]:
         bundle.save_images(output, reduce(or_, seen))
     else:

@@ -86,6 +86,11 @@ class Model(Protocol):
         """Everything about the model that can change a caption; part of a job's fingerprint."""
         ...
 
+    @property
+    def low_score(self) -> float | None:
+        """The score below which a caption is probably wrong; None if nobody measured it."""
+        ...
+
     def resolve(self, decode: DecodeConfig) -> DecodeConfig:
         """The settings with this model's own values where none are given.
 

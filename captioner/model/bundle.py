@@ -174,9 +174,10 @@ def load(directory: str) -> Bundle:
         reason = " ".join(str(error).split())  # timm's messages may have several lines
         raise BundleError(f"the model {directory} cannot be used: {reason[:300]}") from error
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    # Without captioner_version, which does not change a caption.
-    settings = json.dumps(asdict(config), sort_keys=True).encode()
-    digests["config.json"] = hashlib.sha256(settings).hexdigest()
+    # Without captioner_version and low_score, which do not change a caption.
+    settings = {name: value for name, value in asdict(config).items() if name != "low_score"}
+    text = json.dumps(settings, sort_keys=True).encode()
+    digests["config.json"] = hashlib.sha256(text).hexdigest()
     if config.grid is not None:
         grid = config.grid, config.grid
     return Bundle(model.eval(), vocabulary, digests, grid)

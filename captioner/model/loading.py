@@ -103,6 +103,11 @@ class NativeModel:
             "vocabulary": digests["tokenizer.json"],
         }
 
+    @property
+    def low_score(self) -> float | None:
+        """The bundle's, measured on validation images."""
+        return self.config.low_score
+
     def resolve(self, decode: DecodeConfig) -> DecodeConfig:
         """The settings with the model's beam width, and maps for each word.
 

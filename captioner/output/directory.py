@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -66,6 +67,16 @@ class OutputDirectory:
         column = settings.get("id") if isinstance(settings, dict) else None
         return column if isinstance(column, str) else None
 
+    @property
+    def low_score(self) -> float:
+        """The score below which captions are probably wrong; -inf if nobody measured it.
+
+        Raises:
+            OutputError: it is not a caption job's output.
+        """
+        score = self.read_json("run.json").get("low_score")
+        return score if isinstance(score, float) else -math.inf
+
     def names(self, *folders: str) -> list[str]:
         """The sorted names in the directory, or in a subfolder; empty if it does not exist.
 
@@ -86,11 +97,18 @@ class OutputDirectory:
         """
         return find_parts(self.names())[0]
 
-    def begin(self, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+    def begin(
+        self,
+        settings: dict[str, Any],
+        *,
+        low_score: float | None = None,
+        overwrite: bool = False,
+    ) -> None:
         """Claims the directory for this job: a new directory, or a job with the same settings.
 
         Args:
             settings: what decides the captions, by name; its SHA-256 is the job's fingerprint.
+            low_score: the score below which the model's captions are probably wrong.
             overwrite: delete what an earlier job wrote.
 
         Raises:
@@ -105,6 +123,7 @@ class OutputDirectory:
                 "schema_version": SCHEMA_VERSION,
                 "fingerprint": _fingerprint(settings),
                 "settings": settings,
+                "low_score": low_score,
                 "captioner_version": __version__,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }

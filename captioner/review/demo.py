@@ -22,7 +22,7 @@ PHOTOS = (
 )
 
 
-def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
+def run_demo(output: str, model: str) -> Iterator[tuple[str, rows.CaptionedRow]]:
     """Captions the photos and draws where the model looked.
 
     Args:
@@ -31,7 +31,7 @@ def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
         model: a bundle's directory.
 
     Yields:
-        The URI of each drawing and the caption.
+        The URI of each drawing and the captioned row.
 
     Raises:
         InputError: scikit-image is not installed.
@@ -53,4 +53,4 @@ def run_demo(output: str, model: str) -> Iterator[tuple[str, str]]:
         row = rows.find_row(captions, name)
         target = storage.join(output, f"overlays/{name.rsplit('.', 1)[0]}.png")
         storage.write(target, rows.draw(captions, row))
-        yield target, row.caption
+        yield target, row

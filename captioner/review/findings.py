@@ -1,9 +1,10 @@
-"""Finds captions that look wrong: cut off, empty, repetitive, refusals, stock openings.
+"""Finds captions that look wrong: a low score, cut off, empty, repetitive, refusals, openings.
 
 Pretrained models fail in these ways when a prompt or a setting does not suit them. A report on the
 first few hundred images shows it early enough to change the setting.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 __all__ = ["COLUMNS", "Finding", "Findings", "is_refusal", "is_repetitive"]
 
 #: The columns that :meth:`Findings.add` reads.
-COLUMNS = ("uri", "caption", "finish", "status")
+COLUMNS = ("uri", "caption", "finish", "status", "score")
 
 _EXAMPLES = 2  # captions shown for each problem
 _OPENING_WORDS = 4
@@ -50,9 +51,14 @@ class Finding:
 
 
 class Findings:
-    """Collects the captions of an output that look wrong."""
+    """Collects the captions of an output that look wrong.
 
-    def __init__(self) -> None:
+    Args:
+        low_score: the score below which captions are probably wrong; -inf if nobody measured it.
+    """
+
+    def __init__(self, low_score: float = -math.inf) -> None:
+        self._low_score = low_score
         self._captions = 0
         self._found = {name: Finding() for name in _TITLES}
         self._openings: Counter[str] = Counter()
@@ -65,6 +71,8 @@ class Findings:
                 continue
             self._captions += 1
             caption, uri = row["caption"] or "", row["uri"]
+            if row["score"] < self._low_score:
+                self._found["low"].add(caption, uri)
             if row["finish"] == "length":
                 self._found["cut"].add(caption, uri)
             if not caption.strip():
@@ -84,7 +92,8 @@ class Findings:
         lines = []
         for name, finding in self._found.items():
             if finding.count:
-                lines.append(f"captions that {_TITLES[name]}: {finding.count}")
+                title = _TITLES[name].format(low_score=self._low_score)
+                lines.append(f"captions that {title}: {finding.count} of {self._captions}")
                 lines += [f"  {_short(caption)}  {uri}" for caption, uri in finding.examples]
         for opening, count in self._openings.most_common(_OPENINGS_SHOWN):
             if count >= max(_OPENING_COUNT, _OPENING_SHARE * self._captions):
@@ -95,6 +104,7 @@ class Findings:
 
 
 _TITLES = {
+    "low": "have a score below {low_score:g}, where this model is probably wrong",
     "cut": "reach the length limit (--max-new-tokens, or --max-words)",
     "empty": "are empty",
     "repetitive": "repeat a phrase over and over (try --repetition-penalty 1.1)",

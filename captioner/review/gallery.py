@@ -36,6 +36,7 @@ class _Card:
 
     uri: str
     score: float | None
+    is_low: bool = False  # the score is one of captions that are probably wrong
     photo: str | None = None
     ratio: float = 1.0  # the photo's width divided by its height
     words: list[tuple[str, float, str | None]] = field(default_factory=list)  # probability, map
@@ -68,7 +69,7 @@ def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed
         "worst": np.positive,
         "listed": np.zeros_like,
     }
-    photos = OutputImages(directory)
+    photos, low_score = OutputImages(directory), directory.low_score
     rows = lowest_ranked_rows(directory, ranks[order], count)
     with (
         ThreadPoolExecutor(_READERS) as pool,
@@ -76,6 +77,7 @@ def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed
     ):
         cards = []
         for card in pool.map(lambda row: _card(photos, row, rows.schema), rows.to_pylist()):
+            card.is_low = card.score is not None and card.score < low_score
             cards.append(card)
             progress.update()
     template = (

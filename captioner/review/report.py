@@ -87,7 +87,7 @@ def summarise(output: str) -> Report:
     worst: list[tuple[float, str, str]] = []
     best: list[tuple[float, str, str]] = []
     examples: dict[str, tuple[str, str]] = {}
-    findings = Findings()
+    findings = Findings(directory.low_score)
     reviewed = read_decisions(output)
     decisions: Counter[str] = Counter()
     id_column = directory.id_column

@@ -38,12 +38,21 @@ def _spelled(uri: str) -> str:
 
 @dataclass(frozen=True)
 class CaptionedRow:
-    """The row of a captioned image; ``maps_TGG`` has a map per word, or one for the caption."""
+    """The row of a captioned image.
+
+    Attributes:
+        uri: the image.
+        caption: its caption.
+        tokens: the words.
+        maps_TGG: a map for each word, or one for the caption.
+        is_low: whether the score is one of captions that are probably wrong.
+    """
 
     uri: str
     caption: str
     tokens: list[str]
     maps_TGG: np.ndarray
+    is_low: bool
 
 
 def find_row(output: str, uri: str) -> CaptionedRow:
@@ -79,7 +88,8 @@ def find_row(output: str, uri: str) -> CaptionedRow:
     if values["attention"] is None:
         raise InputError(f"{uri} has no attention maps: the job ran with --attention none")
     maps_TGG = attention_maps(values, part.schema)
-    return CaptionedRow(values["uri"], values["caption"], values["tokens"], maps_TGG)
+    is_low = values["score"] < directory.low_score
+    return CaptionedRow(values["uri"], values["caption"], values["tokens"], maps_TGG, is_low)
 
 
 def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:

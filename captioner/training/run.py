@@ -140,7 +140,7 @@ class _Run:
 
 
 def _load_start(model: str) -> Bundle:
-    """The model to start from.
+    """The model to start from. Its low score is not that of what training makes of it.
 
     Raises:
         InputError: it is a pretrained model of another library.
@@ -151,7 +151,9 @@ def _load_start(model: str) -> Bundle:
             f"--model {model}: captioner does not train pretrained models; give a model that "
             "captioner trained, or leave --model out"
         )
-    return bundle.load(model)
+    start = bundle.load(model)
+    start.model.config = replace(start.config, low_score=None)
+    return start
 
 
 def _check_batches(split: Split, config: TrainConfig, workers: int) -> None:

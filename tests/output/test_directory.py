@@ -73,6 +73,7 @@ def test_a_new_directory_becomes_the_jobs(output):
         "schema_version": 2,
         "fingerprint": hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest(),
         "settings": SETTINGS,
+        "low_score": None,
         "captioner_version": __version__,
     }
     assert list(_contents(output.uri)) == ["__captioner/run.json"]

@@ -46,19 +46,29 @@ def test_each_finding_has_its_number_and_examples() -> None:
     captions = ["This image shows a " + word for word in ("dog", "cat", "car") * 5]
     captions += ["", "go go go go go", "I cannot describe this"]
     findings.add(
-        {"uri": f"{number}.jpg", "caption": caption, "finish": "stop", "status": "ok"}
+        {
+            "uri": f"{number}.jpg",
+            "caption": caption,
+            "finish": "stop",
+            "status": "ok",
+            "score": -1.0,
+        }
         for number, caption in enumerate(captions)
     )
-    findings.add([{"uri": "c.jpg", "caption": "a cut", "finish": "length", "status": "ok"}])
-    findings.add([{"uri": "d.jpg", "caption": None, "finish": None, "status": "failed"}])
+    findings.add(
+        [{"uri": "c.jpg", "caption": "a cut", "finish": "length", "status": "ok", "score": -1.0}]
+    )
+    findings.add(
+        [{"uri": "d.jpg", "caption": None, "finish": None, "status": "failed", "score": None}]
+    )
     assert findings.lines() == [
-        "captions that reach the length limit (--max-new-tokens, or --max-words): 1",
+        "captions that reach the length limit (--max-new-tokens, or --max-words): 1 of 19",
         "  a cut  c.jpg",
-        "captions that are empty: 1",
+        "captions that are empty: 1 of 19",
         "    15.jpg",
-        "captions that repeat a phrase over and over (try --repetition-penalty 1.1): 1",
+        "captions that repeat a phrase over and over (try --repetition-penalty 1.1): 1 of 19",
         "  go go go go go  16.jpg",
-        "captions that look like refusals (try another --prompt): 1",
+        "captions that look like refusals (try another --prompt): 1 of 19",
         "  I cannot describe this  17.jpg",
         "captions that begin with 'this image shows a': 15",
         "  This image shows a dog  0.jpg",
@@ -68,7 +78,13 @@ def test_each_finding_has_its_number_and_examples() -> None:
 def test_a_rare_opening_is_not_told() -> None:
     findings = Findings()
     findings.add(
-        {"uri": "a", "caption": f"{number} dogs run on the grass", "finish": "stop", "status": "ok"}
+        {
+            "uri": "a",
+            "caption": f"{number} dogs run on the grass",
+            "finish": "stop",
+            "status": "ok",
+            "score": -1.0,
+        }
         for number in range(30)
     )
     assert findings.lines() == []

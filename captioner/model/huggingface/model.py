@@ -55,6 +55,11 @@ class PretrainedModel:
         """The hub's commit, or a digest of the directory's files."""
         return {"model": self.location.identity, "model family": self.family.name}
 
+    @property
+    def low_score(self) -> float | None:
+        """None: published models do not tell."""
+        return None
+
     def resolve(self, decode: DecodeConfig) -> DecodeConfig:
         """The settings with the family's own.
 

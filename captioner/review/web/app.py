@@ -102,6 +102,7 @@ class _Review:
         self._index, self._journal, self._guard = index, journal, guard
         self._photos = OutputImages(index.directory)
         self._pictures = PictureCache()
+        self._low_score = index.directory.low_score
         self._templates = jinja2.Environment(
             loader=jinja2.PackageLoader("captioner.review.web"),
             autoescape=True,
@@ -272,6 +273,7 @@ class _Review:
                 output=self._index.directory.uri,
                 write_token=self._guard.write_token,
                 sorts=SORTS,
+                low_score=self._low_score,
                 progress=self._progress(),
                 **values,
             )
