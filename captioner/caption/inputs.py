@@ -1,5 +1,6 @@
 """The inputs that a caption job reads before it begins, and their fingerprint."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,8 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner import storage
-from captioner.caption.plan import Placement, Plan, choose_engine
+from captioner.caption.plan import Placement, Plan
 from captioner.caption.steps import CaptionJob
+from captioner.caption.tasks import mapper_of
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.data import images
 from captioner.data.listing import list_source
@@ -51,8 +53,12 @@ class Inputs:
         decode: DecodeConfig | None,
         run: RunConfig | None,
         listing: ListingConfig | None,
+        connection: ExitStack,
     ) -> "Inputs":
         """Finds the model and lists the source; None means the default settings.
+
+        Tar files are listed where the job runs; if that is on Ray, ``connection`` keeps this
+        process connected to the cluster.
 
         Raises:
             InputError: the source cannot be listed, or a setting cannot be used.
@@ -60,13 +66,15 @@ class Inputs:
         """
         listing = listing or ListingConfig()
         run = run or RunConfig()
-        choose_engine(run)  # rejects invalid settings before anything is read
+        mapper = mapper_of(run, connection)  # rejects invalid settings before anything is read
         directory = OutputDirectory(storage.absolute(output))
         found = load_model(model)
         decode = decode or DecodeConfig()
         seed = decode.seed
         decode = found.resolve(decode)
-        listed = list_source(storage.absolute(source), listing, prompt=decode.prompt, seed=seed)
+        listed = list_source(
+            storage.absolute(source), listing, prompt=decode.prompt, seed=seed, mapper=mapper
+        )
         _check_schemes(listed)
         return cls(
             model=found,

@@ -9,7 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -65,10 +65,11 @@ def plan_captioning(
         CaptionerError: what :func:`caption_images` would raise before its first image.
     """
     run = run or RunConfig()
-    with storage.web_access(run.web):
-        inputs = Inputs.read(source, output, model, decode, run, listing)
-    directory = inputs.directory
-    with placed(inputs.run, dry=True) as placement:
+    with ExitStack() as connection:
+        with storage.web_access(run.web):
+            inputs = Inputs.read(source, output, model, decode, run, listing, connection)
+        directory = inputs.directory
+        placement = connection.enter_context(placed(inputs.run, dry=True))
         begun = directory.check(inputs.fingerprint(placement), overwrite=overwrite)
         resumes = begun and not overwrite
         manifest = read_manifest(directory) if resumes else MANIFEST.empty_table()
@@ -111,13 +112,13 @@ def caption_images(
     """
     keep_few_kernels()
     run = run or RunConfig()
-    with storage.web_access(run.web), catch_signals() as signals:
+    with storage.web_access(run.web), catch_signals() as signals, ExitStack() as connection:
         directory = None
         try:
-            inputs = Inputs.read(source, output, model, decode, run, listing)
+            inputs = Inputs.read(source, output, model, decode, run, listing, connection)
             directory = inputs.directory
             with directory.locked():
-                return _execute(inputs, signals, overwrite=overwrite)
+                return _execute(inputs, connection, signals, overwrite=overwrite)
         except (Exception, KeyboardInterrupt) as problem:
             # After a signal, any error may be its consequence, for example an interrupted import.
             if signals.received is None and not isinstance(problem, KeyboardInterrupt):
@@ -125,11 +126,13 @@ def caption_images(
             raise _stopped(directory, signals.received or signal.SIGINT) from problem
 
 
-def _execute(inputs: Inputs, signals: Signals, *, overwrite: bool) -> Summary:
+def _execute(
+    inputs: Inputs, connection: ExitStack, signals: Signals, *, overwrite: bool
+) -> Summary:
     """Captions the remaining images; records the outcome, also of a failure, after Ray ends."""
     done, outcome = Done(), None
     try:
-        with placed(inputs.run) as placement:
+        with connection, placed(inputs.run) as placement:
             plan, unlisted = _begin(inputs, placement, overwrite=overwrite)
             outcome = _Outcome(inputs.directory, plan.images, len(unlisted))
             for result in _results(plan, inputs, signals):

@@ -18,6 +18,7 @@ from captioner.data.source import list_files
 from captioner.data.tar.listing import list_tars
 from captioner.data.tar.names import COMPRESSED, expand, is_tar, refuse_compressed
 from captioner.errors import InputError, first_of, one_line
+from captioner.runtime.prefetch import Mapper, map_in_threads
 from captioner.storage import FolderError, Listed, PassedOver
 
 __all__ = ["list_source"]
@@ -28,7 +29,12 @@ _SHOWN = 5  # names in a message
 
 
 def list_source(
-    source: str, listing: ListingConfig, *, prompt: str | None = None, seed: int = 0
+    source: str,
+    listing: ListingConfig,
+    *,
+    prompt: str | None = None,
+    seed: int = 0,
+    mapper: Mapper = map_in_threads,
 ) -> pa.Table:
     """The images of a source, each once: :data:`captioner.schema.LISTING`.
 
@@ -42,6 +48,7 @@ def list_source(
             images to take at most.
         prompt: a prompt, which may name columns: see :mod:`captioner.data.prompts`.
         seed: chooses the sample, if the settings ask for one.
+        mapper: reads the headers of several tar files at a time.
 
     Raises:
         InputError: there is no such source, it holds no image, a folder in it cannot be listed, or
@@ -55,11 +62,11 @@ def list_source(
     except OSError as error:
         raise InputError(f"cannot read {source}: {one_line(error)}") from error
     if not is_file:
-        images = _list_folder(source, listing, keep)
+        images = _list_folder(source, listing, keep, mapper)
     elif is_tar(source):
-        images = _list_tars(expand(source), listing, keep)
+        images = _list_tars(expand(source), listing, keep, mapper)
     else:
-        images = _list_rows(source, listing, keep)
+        images = _list_rows(source, listing, keep, mapper)
     if listing.sample is not None:
         images = _sample(images, listing.sample, seed)
     return images.slice(0, listing.limit)
@@ -78,7 +85,7 @@ def _sample(images: pa.Table, count: int, seed: int) -> pa.Table:
     return images.take(np.sort(np.argsort(ranks, kind="stable")[:count]))
 
 
-def _list_rows(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
+def _list_rows(source: str, listing: ListingConfig, keep: Keep, mapper: Mapper) -> pa.Table:
     if listing.exclude:
         raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
     if source.lower().endswith(".txt"):
@@ -93,20 +100,20 @@ def _list_rows(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
             )
         if tars:
             expanded = (name for pattern in tars for name in expand(pattern))
-            return _list_tars([*dict.fromkeys(expanded)], listing, keep)
+            return _list_tars([*dict.fromkeys(expanded)], listing, keep, mapper)
     if is_parquet(source) and holds_images(source, listing.column):
         return list_parquet(source, [Listed(source, None)], listing, keep)
     return read_list(source, listing.column, keep)
 
 
-def _list_folder(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
+def _list_folder(source: str, listing: ListingConfig, keep: Keep, mapper: Mapper) -> pa.Table:
     """The images of a folder; those in its tar files, or else in its Parquet files, if none."""
     passed_over = PassedOver()
     images = _find(source, listing.endings, listing.exclude, passed_over)
     if not images and passed_over.endings[".tar"]:
         tars = _find(source, (".tar",), listing.exclude, passed_over)
         _log_passed_over(passed_over, listing.exclude)
-        return _list_tars([tar.uri for tar in tars], listing, keep)
+        return _list_tars([tar.uri for tar in tars], listing, keep, mapper)
     if not images and passed_over.endings[".parquet"]:
         files = _find(source, (".parquet",), listing.exclude, passed_over)
         if files := _without_private(source, files):
@@ -124,11 +131,11 @@ def _list_folder(source: str, listing: ListingConfig, keep: Keep) -> pa.Table:
     return list_files(images)
 
 
-def _list_tars(tars: Sequence[str], listing: ListingConfig, keep: Keep) -> pa.Table:
+def _list_tars(tars: Sequence[str], listing: ListingConfig, keep: Keep, mapper: Mapper) -> pa.Table:
     if listing.column is not None:
         raise InputError("--column is for a list, and tar files have none: leave it out")
     exclusion = Exclusion((*PROGRAMS_FILES, *listing.exclude))
-    return list_tars(tars, listing.endings, keep, exclusion.match)
+    return list_tars(tars, listing.endings, keep, exclusion.match, mapper)
 
 
 def _without_private(source: str, files: Sequence[Listed]) -> list[Listed]:

@@ -3,12 +3,23 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-__all__ = ["look_ahead", "map_ahead"]
+__all__ = ["Mapper", "look_ahead", "map_ahead", "map_in_threads"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_THREADS = 16  # of calls that mostly wait, for a bucket
+
+
+class Mapper(Protocol):
+    """``map``, in order, several calls at a time."""
+
+    def __call__(
+        self, function: Callable[[Item], Result], items: Iterable[Item], /
+    ) -> Iterator[Result]:
+        """Yields the result of each call, in the order of the items."""
 
 
 def look_ahead(items: Iterable[Item], count: Callable[[], int]) -> Iterator[Item]:
@@ -38,3 +49,10 @@ def map_ahead(
             yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def map_in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], /
+) -> Iterator[Result]:
+    """A :class:`Mapper` of threads, for calls that mostly wait."""
+    return map_ahead(function, items, _THREADS)

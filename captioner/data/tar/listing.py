@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -14,13 +15,12 @@ from captioner.data.tar.columns import TEXTS, columns_of_tar, join_columns, pars
 from captioner.data.tar.members import Damage, Member, open_tar, read_members
 from captioner.data.tar.names import key_of, member_uri, rest_uri
 from captioner.errors import CaptionerError, InputError, first_of, one_line
-from captioner.runtime.prefetch import map_ahead
+from captioner.runtime.prefetch import Mapper, map_in_threads
 from captioner.runtime.progress import progress_bar
 from captioner.schema import LISTING
 
 __all__ = ["list_tars"]
 
-_THREADS = 16  # tar files that are listed at a time: mostly waiting, for a bucket
 _SHOWN = 5  # names in a message
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def list_tars(
     endings: tuple[str, ...],
     keep: Keep,
     exclude: _Exclude = lambda path: None,
+    mapper: Mapper = map_in_threads,
 ) -> pa.Table:
     """The images in tar files, in their order: :data:`captioner.schema.LISTING`.
 
@@ -77,17 +78,15 @@ def list_tars(
         endings: of images, in lower case, with the dot.
         keep: the columns that come along.
         exclude: says of a member's name which pattern excludes it, or None.
+        mapper: lists several tar files at a time; what it calls can be pickled.
 
     Raises:
         InputError: a tar file cannot be read, none holds an image, or the columns cannot be kept.
     """
-
-    def list_one(tar: str) -> _Listed:
-        return _list_tar(tar, endings, keep, exclude)
-
+    list_one = partial(_list_tar, endings=endings, keep=keep, exclude=exclude)
     listed: list[_Listed] = []
     with progress_bar(len(tars), unit="tar", description="listing") as progress:
-        for tar, each in zip(tars, map_ahead(list_one, tars, _THREADS), strict=True):
+        for tar, each in zip(tars, mapper(list_one, tars), strict=True):
             listed.append(each)
             if each.damage is not None:
                 _logger.warning("%s: %s", tar, each.damage.problem)
