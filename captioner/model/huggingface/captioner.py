@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from captioner.model import words as grouping
 from captioner.model.base import Caption
-from captioner.model.huggingface import words as grouping
 from captioner.model.huggingface.architectures import Generated, Replayed, architecture_of, square
 from captioner.model.huggingface.families import Family
 from captioner.model.huggingface.prompts import prepare
@@ -20,6 +20,7 @@ from captioner.model.huggingface.sampling import (
     sampler,
 )
 from captioner.model.huggingface.settings import GenerationSettings
+from captioner.model.huggingface.words import split_words
 
 __all__ = ["PretrainedCaptioner"]
 
@@ -96,7 +97,7 @@ class PretrainedCaptioner:
             more, _ = self._generate(inputs, images, prompts, number, text_only=True)
             for row, kept in enumerate(texts):
                 ids, _, _ = self._cut(more, row)
-                kept.append(grouping.split_words(self._tokenizer, ids)[0])
+                kept.append(split_words(self._tokenizer, ids)[0])
         return [
             Caption(**{**vars(caption), "captions": kept})
             for caption, kept in zip(captions, texts, strict=True)
@@ -188,7 +189,7 @@ class PretrainedCaptioner:
         logprobs_BK = replayed.logprobs_BK.float().cpu().numpy()
         for row in range(len(generated.sequences_BL)):
             ids, ended, count = self._cut(generated, row)
-            text, words, members = grouping.split_words(self._tokenizer, ids)
+            text, words, members = split_words(self._tokenizer, ids)
             logprobs = logprobs_BK[row]
             new = logprobs[generated.given : generated.given + count]
             yield Caption(

@@ -1,107 +1,23 @@
-"""A caption's tokens grouped into its words, with each word's log-probability and map."""
+"""The words of a pretrained model's captions."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from captioner.model.words import Spans, group_tokens
 
-__all__ = [
-    "join_logprobs",
-    "join_maps",
-    "locate_tokens",
-    "normalise",
-    "remove_sinks",
-    "split_words",
-]
+__all__ = ["split_words"]
 
 
 def split_words(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[str], list[list[int]]]:
-    """The text of some tokens, its words, and the tokens of each word.
+    """What :func:`captioner.model.words.group_tokens` returns for transformers' tokenizer."""
 
-    Args:
-        tokenizer: the model's.
-        ids: the caption's tokens, its end not included.
+    def decode(some: list[int]) -> str:
+        text: str = tokenizer.decode(some, skip_special_tokens=True)
+        return text
 
-    Returns:
-        The text without white space around it; the words, which white space separates; for each
-        word the indices of its tokens in ``ids``. Special tokens belong to no word.
-    """
-    special = set(tokenizer.all_special_ids)
-    kept = [index for index, token in enumerate(ids) if token not in special]
-    text, spans = locate_tokens(tokenizer, [ids[index] for index in kept])
-    words = list(re.finditer(r"\S+", text))
-    members: list[list[int]] = [[] for _ in words]
-    current = 0
-    for index, (begin, end) in zip(kept, spans, strict=True):
-        while current < len(words) and words[current].end() <= begin:
-            current += 1
-        if current < len(words) and words[current].start() < end:
-            members[current].append(index)
-    return text.strip(), [word[0] for word in words], members
+    def encode(text: str) -> tuple[list[int], Spans]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
 
-
-def locate_tokens(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of some tokens, and where in it each token stands.
-
-    The text is encoded again, which gives each token's place; where that gives other tokens, longer
-    and longer beginnings of the caption are decoded instead, which takes longer.
-    """
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-    if getattr(tokenizer, "is_fast", False):
-        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if again["input_ids"] == list(ids):
-            return text, [(begin, end) for begin, end in again["offset_mapping"]]
-    ends = [0]
-    for count in range(1, len(ids) + 1):
-        part = tokenizer.decode(list(ids[:count]), skip_special_tokens=True)
-        # Of a character that is not whole yet, a mark stands there that the text does not have.
-        ends.append(max(ends[-1], _common(part, text)))
-    spans = []
-    for count in range(len(ids)):
-        # A token that only begins a character shares the place of the token that finishes it.
-        end = next((each for each in ends[count + 1 :] if each > ends[count]), ends[count])
-        spans.append((ends[count], end))
-    return text, spans
-
-
-def _common(one: str, other: str) -> int:
-    """The length of what two texts begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def join_logprobs(logprobs: Sequence[float], members: Sequence[Sequence[int]]) -> list[float]:
-    """Each word's log-probability: the sum of its tokens'."""
-    return [float(sum(logprobs[index] for index in word)) for word in members]
-
-
-def join_maps(maps_KHW: np.ndarray, members: Sequence[Sequence[int]]) -> np.ndarray:
-    """Each word's map: the mean of its tokens' maps, scaled to sum to 1."""
-    height, width = maps_KHW.shape[1:]
-    joined = np.zeros((len(members), height, width), np.float32)
-    for place, word in enumerate(members):
-        if word:
-            joined[place] = maps_KHW[list(word)].mean(0)
-    return normalise(joined)
-
-
-def remove_sinks(maps_THW: np.ndarray) -> np.ndarray:
-    """Maps divided by their mean map, scaled to sum to 1.
-
-    In the self-attention of language models some image tokens draw attention whatever the word
-    (Kang et al. 2025, arXiv 2503.03321). Dividing by the caption's mean map removes them. A single
-    map is returned as it is.
-    """
-    if len(maps_THW) < 2:
-        return maps_THW
-    mean_HW = maps_THW.mean(0)
-    return normalise(maps_THW / np.where(mean_HW > 0, mean_HW, 1))
-
-
-def normalise(maps_THW: np.ndarray) -> np.ndarray:
-    """Maps scaled to sum to 1; a map of zeros becomes uniform."""
-    totals = maps_THW.sum(axis=(1, 2), keepdims=True)
-    uniform = 1 / max(1, maps_THW.shape[1] * maps_THW.shape[2])
-    scaled = np.where(totals > 0, maps_THW / np.where(totals > 0, totals, 1), uniform)
-    return scaled.astype(np.float32)
+    has_places = getattr(tokenizer, "is_fast", False)
+    return group_tokens(ids, set(tokenizer.all_special_ids), decode, encode if has_places else None)
