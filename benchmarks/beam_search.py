@@ -58,8 +58,7 @@ def main(
             some = [features[place] for place in places[begin : begin + BATCH]]
             batch = torch.from_numpy(np.stack(some))
             hypotheses = generate(decoder, batch.to(device, dtype), decode)
-            words = [loaded.vocabulary.words(each.ids) for each in hypotheses]
-            captions += map(loaded.vocabulary.join, words)
+            captions += [loaded.vocabulary.decode(each.ids) for each in hypotheses]
         scores = metrics.score(captions, references).corpus
         results.append({"beam": beam, "length_penalty": penalty, **scores})
         click.echo(

@@ -12,6 +12,7 @@ DATA is a dataset as ``captioner train`` takes it. BOXES is a JSON file:
 
 import dataclasses
 import json
+import string
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -104,8 +105,9 @@ def play(
         maps_TGG = caption.attention_THW
         assert maps_TGG is not None
         for word, map_GG in zip(caption.tokens, maps_TGG, strict=True):
-            if word in photo["nouns"]:
-                game.play(map_GG, photo["nouns"][word], tuple(photo["size"]))
+            noun = word.strip(string.punctuation)  # which a word of subwords includes
+            if noun in photo["nouns"]:
+                game.play(map_GG, photo["nouns"][noun], tuple(photo["size"]))
     return game
 
 

@@ -72,7 +72,11 @@ def _refused(kind: type, message: str, **values: object) -> None:
         (DecodeConfig, {"beam": 100_000}, "beam must be at most 100, not 100000"),
         (DecodeConfig, {"max_words": 10**9}, "max_words must be at most 1024, not 1000000000"),
         (ModelConfig, {"beam": 101}, "beam must be at most 100, not 101"),
-        (ModelConfig, {"tokenizer": "bpe"}, "tokenizer must be one of whitespace, ptb, not 'bpe'"),
+        (
+            ModelConfig,
+            {"tokenizer": "chars"},
+            "tokenizer must be one of whitespace, ptb, bpe, not 'chars'",
+        ),
         (
             DecodeConfig,
             {"attention_levels": 100},

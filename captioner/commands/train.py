@@ -1,6 +1,7 @@
 """``captioner train``."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -94,6 +95,13 @@ _ARCHITECTURE = ("backbone", "image_size", "width", "layers", "heads")  # with o
     help="Names of the images to validate on, one per line.  [default: from the split]",
 )
 @allow_missing_option
+@option(
+    "--tokenizer",
+    type=click.Choice(["words", "bpe"]),
+    group="Vocabulary",
+    help="What captions are made of: words, or subwords (bpe), which are learned on the training "
+    "captions and spell any word.  [default: words; with --model the model's own]",
+)
 @options_of(TrainConfig, presets=_PRESETS)
 @options_of(LaunchConfig)
 @config_options
@@ -108,6 +116,7 @@ def train(
     val_list: tuple[str, ...],
     allow_missing: bool,
     dropout: float | None,
+    tokenizer: str | None,
     encoder_weights: str | None,
     model: str | None,
     overwrite: bool,
@@ -142,10 +151,14 @@ def train(
     with importing():
         from captioner import storage
         from captioner.data.mixing import data_places, read_split
+        from captioner.model.loading import is_pretrained
         from captioner.training import journal
         from captioner.training import run as training
+        from captioner.training.words import check_tokenizer
 
-    model_config = _model_config(preset, architecture)
+    if model and tokenizer and not is_pretrained(model):
+        check_tokenizer(model, tokenizer)
+    model_config = _model_config(preset, architecture, tokenizer)
     output = storage.absolute(output)
     places = data_places(
         data,
@@ -181,11 +194,15 @@ def _refuse_beside_model(encoder_weights: str | None, architecture: Mapping[str,
         raise InputError(f"give --model or {shown}, not both: a model keeps its architecture")
 
 
-def _model_config(preset: str, architecture: Mapping[str, Any]) -> ModelConfig:
+def _model_config(
+    preset: str, architecture: Mapping[str, Any], tokenizer: str | None
+) -> ModelConfig:
     """The settings of a new model: a preset's, changed by the options."""
     from captioner.model.backbone import with_encoder
 
     config = PRESETS[preset].model
+    if tokenizer == "bpe":
+        config = replace(config, tokenizer="bpe")
     if architecture["backbone"] is not None:
         config = with_encoder(config, architecture["backbone"])
     if architecture["dropout"] is not None:

@@ -33,7 +33,7 @@ class DecodeConfig(Settings):
     )
     max_words: int | None = setting(
         None,
-        "Longest caption, in words, its end included.",
+        "Longest caption, in words, its end included; in subwords for a model of subwords.",
         minimum=1,
         maximum=1024,
         unset="the longest that the model knows",

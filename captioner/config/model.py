@@ -37,9 +37,10 @@ class ModelConfig(Settings):
         minimum=1,
         maximum=128,
     )
-    tokenizer: Literal["whitespace", "ptb"] = setting(
+    tokenizer: Literal["whitespace", "ptb", "bpe"] = setting(
         "whitespace",
-        "How captions are split into words: at white space, or with punctuation apart (ptb).",
+        "How captions are split: into words at white space, into words with punctuation apart "
+        "(ptb), or into subwords (bpe).",
     )
     vocabulary_size: int = setting(4, "Entries of the vocabulary.", minimum=4)
     attention_map: Literal["last", "mean"] = setting(

@@ -50,21 +50,30 @@ class TrainConfig(Settings):
     )
     minimum_count: int = setting(
         5,
-        "Occurrences in the training captions that a word needs to enter the vocabulary.",
+        "Occurrences in the training captions that a word or subword needs to enter the "
+        "vocabulary.",
         minimum=1,
-        group="Data",
+        group="Vocabulary",
+    )
+    largest_vocabulary: int | None = setting(
+        None,
+        "Largest number of words, of which the most frequent are kept, or of subwords; none is "
+        "all words, or 8000 subwords.",
+        minimum=1,
+        option="--vocabulary-size",
+        group="Vocabulary",
     )
     extend_vocabulary: bool = setting(
         False,
         "With --model, add the frequent words of the training captions to its vocabulary.",
-        group="Data",
+        group="Vocabulary",
     )
     largest_unknown: float = setting(
         0.3,
         "With --model, largest share of training words that its vocabulary may not know, 0 to 1.",
         minimum=0,
         maximum=1,
-        group="Data",
+        group="Vocabulary",
     )
     learning_rate: float = setting(
         1e-4,

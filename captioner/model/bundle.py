@@ -30,6 +30,7 @@ __all__ = [
     "Bundle",
     "SeenImages",
     "load",
+    "load_config",
     "load_images",
     "save",
     "save_images",
@@ -61,7 +62,7 @@ class Bundle:
 
     Attributes:
         model: the network.
-        vocabulary: its words.
+        vocabulary: its words or subwords.
         digests: the SHA-256 of each file; for config.json of the settings in it.
         grid: the height and width of the attention maps, in cells.
     """
@@ -147,7 +148,7 @@ def load(directory: str) -> Bundle:
         BundleError: a file is missing or damaged, or the files do not fit together.
     """
     directory = storage.absolute(directory)
-    try:
+    with _errors_of(directory):
         contents = {
             "config.json": _read(directory, "config.json", _LARGEST_CONFIG),
             "tokenizer.json": _read(directory, "tokenizer.json", _LARGEST_TOKENIZER),
@@ -156,7 +157,8 @@ def load(directory: str) -> Bundle:
         vocabulary = Vocabulary.from_json(contents["tokenizer.json"].decode(), config.tokenizer)
         if len(vocabulary) != config.vocabulary_size:
             raise BundleError(
-                f"tokenizer.json has {len(vocabulary)} words, config.json {config.vocabulary_size}"
+                f"tokenizer.json has {len(vocabulary)} entries, config.json "
+                f"{config.vocabulary_size}"
             )
         expected, grid = _outline(config)
         contents[_WEIGHTS] = _read_weights(directory, expected)
@@ -168,11 +170,6 @@ def load(directory: str) -> Bundle:
             state[_HEAD] = state["decoder.embedding.weight"]
         model = CaptionModel(config)
         model.load_state_dict(state)
-    except _UnreadableError:
-        raise
-    except (SafetensorError, UnicodeDecodeError, InputError, BundleError) as error:
-        reason = " ".join(str(error).split())  # timm's messages may have several lines
-        raise BundleError(f"the model {directory} cannot be used: {reason[:300]}") from error
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     # Without captioner_version and low_score, which do not change a caption.
     settings = {name: value for name, value in asdict(config).items() if name != "low_score"}
@@ -181,6 +178,34 @@ def load(directory: str) -> Bundle:
     if config.grid is not None:
         grid = config.grid, config.grid
     return Bundle(model.eval(), vocabulary, digests, grid)
+
+
+def load_config(directory: str) -> ModelConfig:
+    """Reads the settings of a bundle's model alone.
+
+    Raises:
+        InputError: the URI contains credentials.
+        BundleError: the file is missing or damaged.
+    """
+    directory = storage.absolute(directory)
+    with _errors_of(directory):
+        return _parse_config(_read(directory, "config.json", _LARGEST_CONFIG))
+
+
+@contextmanager
+def _errors_of(directory: str) -> Iterator[None]:
+    """Names the bundle in what is wrong with its files.
+
+    Raises:
+        BundleError: a file is missing or damaged, or the files do not fit together.
+    """
+    try:
+        yield
+    except _UnreadableError:
+        raise
+    except (SafetensorError, UnicodeDecodeError, InputError, BundleError) as error:
+        reason = " ".join(str(error).split())  # timm's messages may have several lines
+        raise BundleError(f"the model {directory} cannot be used: {reason[:300]}") from error
 
 
 def save_images(directory: str, images: SeenImages) -> None:

@@ -112,8 +112,13 @@ class NativeModel:
         """The settings with the model's beam width, and maps for each word.
 
         Raises:
-            InputError: a setting is for pretrained models.
+            InputError: a setting is for pretrained models, or for models of words.
         """
+        if decode.allow_unknown and self.config.tokenizer == "bpe":
+            raise InputError(
+                "--allow-unknown is for models of words, and this model's subwords spell any word: "
+                "remove --allow-unknown"
+            )
         for each in dataclasses.fields(decode):
             if each.name in PRETRAINED_SETTINGS and getattr(decode, each.name) != each.default:
                 option = "--" + each.name.replace("_", "-")

@@ -15,6 +15,7 @@ from captioner.config import DecodeConfig
 from captioner.model.bundle import Bundle
 from captioner.model.folding import fold_batch_norm
 from captioner.model.generate import Hypothesis, generate
+from captioner.model.words import join_logprobs, join_maps
 from captioner.runtime.device import choose_device, choose_dtype
 from captioner.runtime.memory import keep_few_kernels, keep_freed_memory
 
@@ -33,9 +34,9 @@ class Caption:
         text: the caption as people read it; not always the words joined by spaces.
         tokens: the words.
         token_logprobs: the natural log-probability of each word.
-        score: the mean natural log-probability of the words and of the end.
-        attention_THW: a map for each word; or one map, the mean over the words and the end, as in
-            the notebook's overlay; None if the decode settings ask for no maps.
+        score: the mean natural log-probability of the words, or subwords, and of the end.
+        attention_THW: a map for each word; or one map, the mean over the words, or subwords, and
+            the end, as in the notebook's overlay; None if the decode settings ask for no maps.
         ended: whether the model ended the caption before the length limit.
     """
 
@@ -166,17 +167,25 @@ class Captioner:
             self._compiled_for.append(images)
 
     def _caption(self, hypothesis: Hypothesis) -> Caption:
-        words, maps_SP = len(hypothesis.ids), hypothesis.attention_SP
-        if maps_SP is not None:
-            mean = self.decode.attention == "mean"
-            maps_SP = maps_SP.mean(0, keepdims=True) if mean else maps_SP[:words]
-            maps_SP = maps_SP.reshape(-1, *self.grid)
-        tokens = self.vocabulary.words(hypothesis.ids)
+        text, words, members = self.vocabulary.split(hypothesis.ids)
+        count = len(hypothesis.ids)
+        logprobs, maps_THW = hypothesis.logprobs[:count], None
+        is_split = members != [[place] for place in range(count)]  # a word into subwords
+        if is_split:
+            logprobs = join_logprobs(logprobs, members)
+        if hypothesis.attention_SP is not None:
+            maps_THW = hypothesis.attention_SP.reshape(-1, *self.grid)
+            if self.decode.attention == "mean":
+                maps_THW = maps_THW.mean(0, keepdims=True)
+            elif is_split:
+                maps_THW = join_maps(maps_THW[:count], members)
+            else:
+                maps_THW = maps_THW[:count]
         return Caption(
-            text=self.vocabulary.join(tokens),
-            tokens=tokens,
-            token_logprobs=hypothesis.logprobs[:words],
+            text=text,
+            tokens=words,
+            token_logprobs=logprobs,
             score=float(np.mean(hypothesis.logprobs)),
-            attention_THW=maps_SP,
+            attention_THW=maps_THW,
             ended=hypothesis.ended,
         )

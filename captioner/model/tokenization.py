@@ -17,8 +17,8 @@ from typing import Literal
 
 __all__ = ["TokenizerKind", "join_words", "scoring_words", "split_ptb", "split_whitespace"]
 
-#: How a model's captions are split into words.
-TokenizerKind = Literal["whitespace", "ptb"]
+#: How a model's captions are split: into words, or into subwords.
+TokenizerKind = Literal["whitespace", "ptb", "bpe"]
 
 # Words that COCO's evaluation does not count. The names of brackets count: PTBTokenizer writes them
 # in lower case, and COCO's list has them in upper case.

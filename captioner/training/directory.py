@@ -38,11 +38,15 @@ _SETTINGS, _EPOCHS, _CHECKPOINT, _INITIAL = (
     "checkpoint.pt",
     "initial",
 )
-_SHOWN = {"initial_model": "--model", "captions": "DATA"}  # what is not called as its option
+_SHOWN = {  # what is not called as its option
+    "initial_model": "--model",
+    "captions": "DATA",
+    "largest_vocabulary": "--vocabulary-size",
+}
 # The options that settings of the model come from; the preset brings the others.
 _OPTIONS = {
     **dict.fromkeys(("backbone", "mean", "std", "interpolation"), "encoder"),
-    **{name: name for name in ("image_size", "width", "layers", "heads")},
+    **{name: name for name in ("image_size", "tokenizer", "width", "layers", "heads")},
     **{f"{place}_dropout": "dropout" for place in ("embedding", "attention", "residual", "head")},
 }
 _ADVICE = "use another directory, or --overwrite"

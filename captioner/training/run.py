@@ -199,9 +199,12 @@ def _initial(
     if earlier is not None:
         return prepare_vocabulary(earlier, captions, job.config)
     vocabulary = Vocabulary.from_captions(
-        captions, minimum_count=job.config.minimum_count, kind=kind
+        captions,
+        minimum_count=job.config.minimum_count,
+        largest=job.config.largest_vocabulary,
+        kind=kind,
     )
-    check_vocabulary(vocabulary, captions)
+    check_vocabulary(vocabulary, captions, model_config.max_length)
     model_config = replace(model_config, vocabulary_size=len(vocabulary))
     return build_model(model_config, encoder_weights, seed=job.config.seed), vocabulary
 

@@ -48,6 +48,8 @@ class SelfCriticalTraining:
     def __init__(self, trainer: Trainer, examples: Sequence[CaptionedImage]):
         self._trainer = trainer
         self._decoder = inference_decoder(trainer.model, trainer.dtype)
+        # How many subwords the longest sample may have depends on the vocabulary.
+        self._longest = None if trainer.vocabulary.kind == "bpe" else _LONGEST
         end = [SPECIAL[EOS]]
         self._cider = CiderD(
             [[scoring_words(text) + end for text in each.captions] for each in examples]
@@ -75,7 +77,7 @@ class SelfCriticalTraining:
             with trainer.autocast():
                 features = trainer.features(trainer.model, part)  # for the samples and gradients
             update_decoder(self._decoder, trainer.model)
-            ids_RT = sample(self._decoder, features.detach(), n, _LONGEST).clone()
+            ids_RT = sample(self._decoder, features.detach(), n, self._longest).clone()
             rewards_BN = self._rewards(part, ids_RT)
             others_BN = (rewards_BN.sum(1, keepdim=True) - rewards_BN) / (n - 1)
             advantage_BN = (rewards_BN - others_BN) * part.readable[:, None]
@@ -104,7 +106,6 @@ class SelfCriticalTraining:
         )
 
     def _words(self, ids: Sequence[int]) -> list[str]:
-        vocabulary = self._trainer.vocabulary
         ended = EOS in ids
-        words = vocabulary.words(ids[1 : ids.index(EOS)] if ended else ids[1:])
-        return [*scoring_words(vocabulary.join(words)), *([SPECIAL[EOS]] if ended else [])]
+        text = self._trainer.vocabulary.decode(ids[1 : ids.index(EOS)] if ended else ids[1:])
+        return [*scoring_words(text), *([SPECIAL[EOS]] if ended else [])]

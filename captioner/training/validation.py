@@ -85,7 +85,8 @@ class Validation:
         """The mean loss over all workers, and the captions of the images ``mine``."""
         trainer = self._trainer
         model = trainer.result
-        decode = DecodeConfig(beam=1, attention="none", max_words=_LONGEST)
+        longest = None if trainer.vocabulary.kind == "bpe" else _LONGEST
+        decode = DecodeConfig(beam=1, attention="none", max_words=longest)
         size = trainer.config.batch_size
         batches = [
             [(i, 0) for i in mine[begin : begin + size]] for begin in range(0, len(mine), size)
@@ -104,8 +105,7 @@ class Validation:
             readable = batch.readable.tolist()
             for image, kept, hypothesis in zip(batch.images, readable, hypotheses, strict=True):
                 if kept:
-                    words_of = trainer.vocabulary.words(hypothesis.ids)
-                    captions[image] = trainer.vocabulary.join(words_of)
+                    captions[image] = trainer.vocabulary.decode(hypothesis.ids)
             advance(len(batch.images))
         return trainer.sum(total) / max(1.0, trainer.sum(words)), captions
 

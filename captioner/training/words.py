@@ -1,41 +1,74 @@
-"""The words of a run: does a vocabulary fit the captions, and which words does it get?"""
+"""The words of a run: does a vocabulary fit the captions, and which words does it get?
+
+Subwords spell any word: the checks of unknown words find none, and no words are added to them.
+"""
 
 import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from captioner.config import TrainConfig
 from captioner.errors import InputError
+from captioner.model import bundle
 from captioner.model.bundle import Bundle
 from captioner.model.network import CaptionModel
-from captioner.model.vocabulary import SPECIAL, UNKNOWN, Vocabulary
+from captioner.model.vocabulary import SPECIAL, UNKNOWN, Vocabulary, WordVocabulary
 
-__all__ = ["LARGEST_UNKNOWN", "check_vocabulary", "prepare_vocabulary"]
+__all__ = ["LARGEST_UNKNOWN", "check_tokenizer", "check_vocabulary", "prepare_vocabulary"]
 
 #: The largest share of unknown words in the training captions that a run accepts.
 LARGEST_UNKNOWN = 0.3
 
 _LONG = 1 << 20  # ids of a caption: none is cut off
+_FEW = 0.01  # captions that are cut off without a warning
 
 _logger = logging.getLogger(__name__)
 
 
-def check_vocabulary(vocabulary: Vocabulary, captions: Sequence[str | Sequence[str]]) -> None:
-    """Checks that a new vocabulary knows most words of the captions that it was made from.
+def check_tokenizer(model: str, tokenizer: str) -> None:
+    """Checks that a model to continue from splits captions as it is asked to.
+
+    Args:
+        model: the model's directory.
+        tokenizer: ``words`` or ``bpe``.
 
     Raises:
-        InputError: it knows too few, as of captions whose words have no spaces between them.
+        InputError: it does not.
+        BundleError: its settings cannot be read.
     """
-    unknown, total = _count_unknown(vocabulary, captions)
-    if total and unknown / total > LARGEST_UNKNOWN:
+    own = "bpe" if bundle.load_config(model).tokenizer == "bpe" else "words"
+    if tokenizer != own:
         raise InputError(
-            f"{unknown / total:.0%} of the {total} words in the training captions are too rare for "
-            f"the vocabulary, which has {len(vocabulary) - len(SPECIAL)} words: use a lower "
-            "--minimum-count; captions in a language without spaces between words need to be split "
-            "into words first"
+            f"--tokenizer {tokenizer}: the model {model} was trained with --tokenizer {own} and "
+            "keeps it: remove --tokenizer or --model"
         )
+
+
+def check_vocabulary(
+    vocabulary: Vocabulary, captions: Sequence[str | Sequence[str]], positions: int
+) -> None:
+    """Checks that a new vocabulary fits the captions that it was made from.
+
+    Args:
+        vocabulary: the new one.
+        captions: the training captions.
+        positions: how many ids of a caption the model takes.
+
+    Raises:
+        InputError: it knows too few words, as of captions without spaces between words.
+    """
+    coverage = _cover(vocabulary, captions, positions)
+    if coverage.unknown_share > LARGEST_UNKNOWN:
+        raise InputError(
+            f"{coverage.unknown_share:.0%} of the {coverage.words} words in the training captions "
+            f"are too rare for the vocabulary, which has {len(vocabulary) - len(SPECIAL)} words: "
+            "use a lower --minimum-count or a larger --vocabulary-size; captions in a language "
+            "without spaces between words need --tokenizer bpe"
+        )
+    coverage.warn_of_cut(positions)
 
 
 def prepare_vocabulary(
@@ -49,42 +82,82 @@ def prepare_vocabulary(
         config: how to train.
 
     Raises:
-        InputError: the vocabulary knows too few words of the captions.
+        InputError: the vocabulary knows too few words of the captions, or the settings ask for
+            another one.
     """
     model, vocabulary = start.model, start.vocabulary
+    if config.largest_vocabulary is not None:
+        raise InputError("give --model or --vocabulary-size, not both: a model has a vocabulary")
     if config.extend_vocabulary:
+        if not isinstance(vocabulary, WordVocabulary):
+            raise InputError(
+                "--extend-vocabulary is for models of words, and this model's subwords spell any "
+                "word: remove --extend-vocabulary"
+            )
         model, vocabulary = _extend(model, vocabulary, captions, config.minimum_count)
-    unknown, total = _count_unknown(vocabulary, captions)
-    share = unknown / total if total else 0.0
+    coverage = _cover(vocabulary, captions, model.config.max_length)
+    share = coverage.unknown_share
     if share > config.largest_unknown:
         raise InputError(
             f"{share:.0%} of the words in the training captions are unknown to the model's "
             f"vocabulary, more than --largest-unknown {config.largest_unknown:g}: add them with "
             "--extend-vocabulary, or accept them with a larger --largest-unknown"
         )
-    if unknown:
+    if coverage.unknown:
         _logger.info(
             "%.1f%% of the words in the training captions are unknown to the model's vocabulary",
             100 * share,
         )
+    coverage.warn_of_cut(model.config.max_length)
     return model, vocabulary
 
 
-def _count_unknown(
-    vocabulary: Vocabulary, captions: Sequence[str | Sequence[str]]
-) -> tuple[int, int]:
-    """How many words of the captions a vocabulary does not know, and how many there are."""
-    unknown = total = 0
+@dataclass(frozen=True)
+class _Coverage:
+    """How a vocabulary and a model fit captions.
+
+    Attributes:
+        words: words, or subwords, of the captions.
+        unknown: those that the vocabulary does not know.
+        captions: the number of captions.
+        cut: those that are longer than the model's positions.
+    """
+
+    words: int
+    unknown: int
+    captions: int
+    cut: int
+
+    @property
+    def unknown_share(self) -> float:
+        return self.unknown / max(1, self.words)
+
+    def warn_of_cut(self, positions: int) -> None:
+        """Warns where more than a few captions lose their last words."""
+        if self.cut > _FEW * self.captions:
+            _logger.warning(
+                "%.1f%% of the training captions are longer than the model's %d positions and lose "
+                "their last words",
+                100 * self.cut / self.captions,
+                positions,
+            )
+
+
+def _cover(
+    vocabulary: Vocabulary, captions: Sequence[str | Sequence[str]], positions: int
+) -> _Coverage:
+    words = unknown = cut = 0
     for caption in captions:
-        ids = vocabulary.encode(caption, _LONG)[1:-1]
+        ids = vocabulary.encode(caption, _LONG)
         unknown += ids.count(UNKNOWN)
-        total += len(ids)
-    return unknown, total
+        words += len(ids) - 2  # without the start and the end
+        cut += len(ids) > positions
+    return _Coverage(words, unknown, len(captions), cut)
 
 
 def _extend(
     model: CaptionModel,
-    vocabulary: Vocabulary,
+    vocabulary: WordVocabulary,
     captions: Sequence[str | Sequence[str]],
     minimum_count: int,
 ) -> tuple[CaptionModel, Vocabulary]:

@@ -6,6 +6,7 @@ from click.testing import CliRunner, Result
 
 from captioner.cli import main
 from captioner.model import bundle
+from captioner.model.vocabulary import Vocabulary
 from conftest import tiny_model
 
 
@@ -50,6 +51,25 @@ def test_models_of_different_settings_are_not_averaged(tmp_path: Path, vocabular
     bundle.save(str(tmp_path / "0"), tiny_model(), vocabulary)
     bundle.save(str(tmp_path / "1"), tiny_model(layers=1), vocabulary)
     for other, message in (("1", "another config.json"), ("2", "it has no config.json")):
+        refused = _average(tmp_path / "0", tmp_path / other, tmp_path / "new")
+        assert refused.exit_code == 2
+        [line] = refused.output.splitlines()
+        assert message in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_models_of_different_tokenizers_are_not_averaged(tmp_path: Path, vocabulary):
+    subwords = [
+        Vocabulary.from_captions([text] * 5, largest=260, kind="bpe")
+        for text in ("a dog on the grass", "two men in red")
+    ]
+    for number, each in enumerate(subwords):
+        model = tiny_model(tokenizer="bpe", vocabulary_size=len(each))
+        bundle.save(str(tmp_path / str(number)), model, each)
+    bundle.save(str(tmp_path / "words"), tiny_model(), vocabulary)
+    assert _average(tmp_path / "0", tmp_path / "0", tmp_path / "same").exit_code == 0
+    assert bundle.load(str(tmp_path / "same")).vocabulary.kind == "bpe"
+    for other, message in (("1", "another tokenizer.json"), ("words", "another config.json")):
         refused = _average(tmp_path / "0", tmp_path / other, tmp_path / "new")
         assert refused.exit_code == 2
         [line] = refused.output.splitlines()

@@ -266,7 +266,7 @@ CONFIGS = {
     "width 10¹⁸": (_config(width=10**18), "config.json"),
     "layers 10⁶": (_config(layers=10**6), "layers must be at most"),
     "layers 128": (_config(layers=128), "lacks the tensor decoder.blocks"),
-    "vocabulary 10¹²": (_config(vocabulary_size=10**12), "tokenizer.json has 21 words"),
+    "vocabulary 10¹²": (_config(vocabulary_size=10**12), "tokenizer.json has 21 entries"),
     "image 10⁶": (_config(image_size=10**6), "image_size must be at most"),
     "grid 10⁶": (_config(grid=10**6), "grid must be at most"),
     "length 10⁹": (_config(max_length=10**9), "max_length must be at most"),
@@ -299,7 +299,10 @@ CONFIGS = {
     "endless": (_special(C, lambda path: path.symlink_to("/dev/zero")), "not a regular file"),
 }
 TOKENIZERS = {
-    "a million words": (_written(T, _words(10**6)), "has 1000004 words|larger than 16777216 bytes"),
+    "a million words": (
+        _written(T, _words(10**6)),
+        "has 1000004 entries|larger than 16777216 bytes",
+    ),
     "20 MB of one word": (_written(T, b'{"model": {"a": "' + b"a" * 20_000_000), "larger than"),
     "15 MB of one word": (_written(T, b'{"model": "' + b"a" * 15_000_000 + b'"}'), T),
     "word twice": (_replaced(T, b'"<pad>":0', b'"<pad>":0,"<pad>":0'), "is there twice"),

@@ -64,12 +64,13 @@ def test_punctuation_is_apart_in_a_ptb_vocabulary():
     assert UNKNOWN not in ids
     words = vocabulary.words(ids[1:-1])
     assert words == ["a", "dog", "'s", "ball", "."]
-    assert vocabulary.join(words) == "a dog's ball."
+    assert vocabulary.split(ids[1:-1]) == ("a dog's ball.", words, [[0], [1], [2], [3], [4]])
+    assert vocabulary.decode(ids[1:-1]) == "a dog's ball."
 
 
 def test_a_vocabulary_of_white_space_joins_words_with_spaces(small):
     assert small.kind == "whitespace"
-    assert small.join(["the", "dog", "'s", "ball", "."]) == "the dog 's ball ."
+    assert small.decode(small.encode("the dog .", 9)[1:-1]) == "the dog ."
 
 
 def test_a_datasets_own_words_are_taken_as_they_are():
