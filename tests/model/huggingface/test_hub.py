@@ -1,13 +1,10 @@
 """Finding and fetching models, against a server on this machine that answers as the hub does."""
 
-import hashlib
-import http.server
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,94 +14,9 @@ import pytest
 from captioner.errors import BundleError, CaptionerError
 from captioner.model.huggingface.hub import is_hub_name, locate
 from captioner.model.loading import load_model
+from hub_server import MAIN, V1, Hub, Repository, serving
 
 pytest.importorskip("huggingface_hub")
-
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves ``owner/tiny`` at two commits; some other names fail as they do on the hub."""
-
-    def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.files = {COMMITS["main"]: dict(files), COMMITS["v1"]: files | {"extra.json": b"{}"}}
-        self.requests: list[str] = []
-        self.cut = ""  # a file whose first answer ends in the middle
-        self.ranges: list[str] = []
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments: object) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, *, body: bool) -> None:
-        self.server.requests.append(f"{self.command} {self.path}")
-        if "owner/gated" in self.path:
-            return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
-        if re.fullmatch("/owner/pickled/resolve/.*/config.json", self.path):
-            headers = {"ETag": '"0"', "X-Repo-Commit": "c" * 40}
-            return self.send(200, b"{}", headers, body)
-        if "owner/pickled" in self.path:
-            listing = {"id": "owner/pickled", "sha": "c" * 40}
-            siblings = [{"rfilename": name} for name in ("config.json", "pytorch_model.bin")]
-            return self.send(200, json.dumps(listing | {"siblings": siblings}).encode(), {}, body)
-        if match := re.fullmatch(r"/api/models/owner/tiny(?:/revision/(.+))?", self.path):
-            revision = match[1] or "main"
-            commit = COMMITS.get(revision, revision)
-            if commit not in self.server.files:
-                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
-            names = [*self.server.files[commit], "onnx/model.onnx", "code.py"]
-            listing = {"id": "owner/tiny", "sha": commit}
-            siblings = [{"rfilename": name} for name in names]
-            return self.send(200, json.dumps(listing | {"siblings": siblings}).encode(), {}, body)
-        if match := re.fullmatch(r"/owner/tiny/resolve/([^/]+)/(.+)", self.path):
-            return self.send_file(match[1], match[2], body=body)
-        return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-
-    def send_file(self, revision: str, name: str, *, body: bool) -> None:
-        commit = COMMITS.get(revision, revision)
-        if commit not in self.server.files:
-            return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
-        data = self.server.files[commit].get(name)
-        if data is None:
-            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
-        headers["Accept-Ranges"] = "bytes"
-        begin = 0
-        if wanted := self.headers.get("Range"):
-            self.server.ranges.append(wanted)
-            begin = int(wanted.removeprefix("bytes=").split("-")[0])
-        if name == self.server.cut and body:
-            self.server.cut = ""
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-            self.close_connection = True
-            return None
-        if begin:
-            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
-        return self.send(206 if begin else 200, data[begin:], headers, body)
-
-    def send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +26,15 @@ def tiny(directory_of: Callable[[str], Path]) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(tiny: dict[str, bytes]) -> Iterator[Hub]:
-    server = Hub(tiny)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    files = tiny | {"onnx/model.onnx": b"", "code.py": b""}
+    pickled = {"config.json": b"{}", "pytorch_model.bin": b""}
+    repositories = {
+        "models/owner/tiny": Repository({MAIN: files, V1: files | {"extra.json": b"{}"}}),
+        "models/owner/gated": Repository({MAIN: files}, gated=True),
+        "models/owner/pickled": Repository({MAIN: pickled}),
+    }
+    with serving(repositories) as server:
+        yield server
 
 
 FETCH = """
@@ -140,9 +55,8 @@ def fetch(hub: Hub, tmp_path: Path) -> Callable[..., list[str]]:
     """Finds and fetches a model in a process of its own: the client reads its settings once."""
 
     def run(name: str, **environment: str) -> list[str]:
-        host, port = hub.server_address[:2]
         settings = {
-            "HF_ENDPOINT": f"http://{host}:{port}",
+            "HF_ENDPOINT": hub.address,
             "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -164,23 +78,23 @@ def fetch(hub: Hub, tmp_path: Path) -> Callable[..., list[str]]:
 
 def test_a_model_is_fetched_at_its_commit_without_code(hub, fetch, tiny) -> None:
     identity, directory = fetch("owner/tiny")
-    assert identity == f"owner/tiny@{COMMITS['main']}"
+    assert identity == f"owner/tiny@{MAIN}"
     assert {path.name: path.read_bytes() for path in Path(directory).iterdir()} == tiny
     gets = [each for each in hub.requests if each.startswith("GET /owner")]
     assert gets
-    assert all(COMMITS["main"] in each for each in gets if "config.json" not in each)
+    assert all(MAIN in each for each in gets if "config.json" not in each)
     assert not [each for each in hub.requests if "code.py" in each or "onnx" in each]
 
 
 def test_a_revision_is_resolved_to_its_commit(fetch) -> None:
     identity, directory = fetch("owner/tiny@v1")
-    assert identity == f"owner/tiny@{COMMITS['v1']}"
+    assert identity == f"owner/tiny@{V1}"
     assert (Path(directory) / "extra.json").exists()
 
 
 def test_a_download_that_is_cut_short_is_resumed(hub, fetch) -> None:
     weights = os.urandom(24 << 20)  # the client keeps what it has by tens of megabytes
-    hub.files[COMMITS["main"]]["model.safetensors"] = weights
+    hub.repositories["models/owner/tiny"].commits[MAIN]["model.safetensors"] = weights
     hub.cut = "model.safetensors"
     _, directory = fetch("owner/tiny")
     assert (Path(directory) / "model.safetensors").read_bytes() == weights
