@@ -54,17 +54,18 @@ class Keep:
             if old == "all" and "all" not in columns:
                 chosen = {each: each for each in columns if each != images} | chosen
             elif columns.count(old) != 1:
-                how_often = "no column" if old not in columns else "several columns called"
-                shown = first_of(columns, _SHOWN)
-                raise InputError(f"--keep {name}: {source} has {how_often} {old}, but {shown}")
+                how_often = "no column" if old not in columns else "several columns"
+                raise InputError(
+                    f"--keep {name}: {how_often} {old!r} in {source}; {_shown(columns)}"
+                )
             else:
                 chosen[old] = new if equals else old
         for name in (*self._needed, *([] if self._id is None else [self._id])):
             if name in columns and name not in chosen.values():
                 chosen.setdefault(name, name)
         if self._id is not None and self._id not in chosen.values():
-            shown = first_of([*chosen.values()] or columns, _SHOWN)
-            raise InputError(f"--id {self._id}: {source} has no column {self._id}, but {shown}")
+            shown = _shown([*chosen.values()] or columns)
+            raise InputError(f"--id {self._id}: no column {self._id!r} in {source}; {shown}")
         check_columns(self._prompt, [*chosen.values()] if chosen else columns)
         self._check(chosen, source)
         return chosen
@@ -95,6 +96,12 @@ class Keep:
     def _renamed(self, old: str) -> str:
         others = ",".join(name for name in self._names if name != old)
         return f"--keep {others + ',' if others else ''}{old}=source_{old}"
+
+
+def _shown(columns: Sequence[str]) -> str:
+    if not columns:
+        return "there are no columns"
+    return f"the columns are {first_of(columns, _SHOWN)}"
 
 
 def with_kept(listing: pa.Table, kept: pa.Table) -> pa.Table:

@@ -95,8 +95,8 @@ def _list_rows(source: str, listing: ListingConfig, keep: Keep, mapper: Mapper) 
         tars = [uri for uri in uris if is_tar(uri)]
         if 0 < len(tars) < len(uris):
             raise InputError(
-                f"{source} lists {len(tars)} tar files and {len(uris) - len(tars)} others: make a "
-                "list of each"
+                f"{source} lists both tar files ({len(tars)}) and other files "
+                f"({len(uris) - len(tars)}): make a list of each"
             )
         if tars:
             expanded = (name for pattern in tars for name in expand(pattern))

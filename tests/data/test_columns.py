@@ -39,7 +39,11 @@ def test_columns_are_chosen_and_renamed(option, expected):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("width", r"^--keep width: list.csv has no column width, but url, id, licence, caption$"),
+        (
+            "width",
+            r"^--keep width: no column 'width' in list.csv; the columns are url, id, licence, "
+            "caption$",
+        ),
         ("caption", r"column caption of list.csv has the name of a column of the output: rename"),
         ("all", r"for example --keep all,caption=source_caption$"),
         ("id=score", r"the column score of list.csv has the name of a column of the output"),
@@ -57,7 +61,9 @@ def test_the_columns_of_the_prompt_and_of_the_ids_are_kept():
     assert keep.choose(COLUMNS, "", "url") == {"licence": "terms", "url": "url", "id": "id"}
     keep = Keep("id=number", prompt="{number}", id_column="number")
     assert keep.choose(COLUMNS, "", "url") == {"id": "number"}
-    with pytest.raises(InputError, match=r"^--id number: list.csv has no column number, but url,"):
+    with pytest.raises(
+        InputError, match=r"^--id number: no column 'number' in list.csv; the columns are url,"
+    ):
         Keep(None, id_column="number").choose(COLUMNS, "list.csv", "url")
     with pytest.raises(InputError, match=r"^--id is for columns, and photos has none: leave it"):
         Keep(None, id_column="number").refuse("photos")

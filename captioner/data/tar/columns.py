@@ -1,5 +1,6 @@
 """The columns of images in tar files: from members of text beside them, or from a Parquet file."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -40,10 +41,11 @@ def parse_text(file: BinaryIO, member: Member, extension: str) -> dict[str, Any]
 def columns_of_tar(
     tar: str, keys: Sequence[str], texts: dict[str, dict[str, Any]], keep: Keep
 ) -> pa.Table:
-    """The columns of a tar file that may be kept, under their own names, with a row for each key.
+    """The columns of a tar file, under their own names, with a row for each key.
 
     They are those of the Parquet file beside the tar file, if there is one; else those of its
-    members. An empty key has none. A column without a value has the type null.
+    members. An empty key has none. A column without a value, or that is not to be kept, has the
+    type null.
 
     Raises:
         InputError: the Parquet file cannot be read, or values of one column have no common type.
@@ -53,13 +55,16 @@ def columns_of_tar(
     if (table := _read_beside(beside)) is not None:
         rows = {key: number for number, key in enumerate(map(str, table["key"].to_pylist()))}
         places = pa.array([rows.get(key) for key in keys], pa.int64())
-        wanted = [name for name in table.column_names if name != "key" and keep.may_keep(name)]
-        return table.select(wanted).take(places).append_column("key", of_keys)
+        names = [name for name in table.column_names if name != "key"]
+        taken = table.select([*filter(keep.may_keep, names)]).take(places)
+        for name in itertools.filterfalse(keep.may_keep, names):
+            taken = taken.append_column(name, pa.nulls(len(keys)))
+        return taken.append_column("key", of_keys)
     fields = [texts.get(key, {}) for key in keys]
     names = dict.fromkeys(name for row in fields for name in row if name != "key")
     columns: dict[str, pa.Array] = {}
-    for name in filter(keep.may_keep, names):
-        values = [row.get(name) for row in fields]
+    for name in names:
+        values = [row.get(name) for row in fields] if keep.may_keep(name) else []
         if any(value is not None for value in values):
             columns[name] = infer_column(
                 values, lambda place: f"the member {keys[place]}", f"{tar}, {name}"

@@ -96,8 +96,12 @@ def list_tars(
     columns = [each.columns for each in listed if each.columns is not None]
     if not columns:
         return images
-    source = tars[0] if len(tars) == 1 else f"{tars[0]} and {len(tars) - 1} others"
-    return with_kept(images, join_columns(columns, keep, source))
+    return with_kept(images, join_columns(columns, keep, _called(tars)))
+
+
+def _called(tars: Sequence[str]) -> str:
+    others = len(tars) - 1
+    return f"{tars[0]} and {others} other{'s' * (others > 1)}" if others else tars[0]
 
 
 def _report(tars: Sequence[str], listed: Sequence[_Listed]) -> None:
@@ -109,10 +113,7 @@ def _report(tars: Sequence[str], listed: Sequence[_Listed]) -> None:
     others: Counter[str] = sum((each.others for each in listed), Counter())
     counts = [f"{count} {name or 'without one'}" for name, count in others.most_common()]
     if not sum(each.images["size"].null_count < len(each.images) for each in listed):
-        damaged = next((each.damage for each in listed if each.damage is not None), None)
-        found = f"but {first_of(counts, _SHOWN) or 'nothing'}"
-        problem = found if damaged is None or counts else damaged.problem
-        raise InputError(f"{first_of(tars, _SHOWN)}: no images, {problem}")
+        raise InputError(f"no images in {first_of(tars, _SHOWN)}{_instead(tars, listed, counts)}")
     if counts:
         _logger.info("members of other extensions passed over: %s", first_of(counts, _SHOWN))
     if repeated := sum(each.repeated for each in listed):
@@ -123,6 +124,16 @@ def _report(tars: Sequence[str], listed: Sequence[_Listed]) -> None:
             len(bad),
             first_of(bad, _SHOWN),
         )
+
+
+def _instead(tars: Sequence[str], listed: Sequence[_Listed], counts: Sequence[str]) -> str:
+    """What is in tar files that have no images, to follow their names."""
+    if counts:
+        return f", only other files: {first_of(counts, _SHOWN)}"
+    for tar, each in zip(tars, listed, strict=True):
+        if each.damage is not None:
+            return f"{f'; {tar}' if len(tars) > 1 else ''}: {each.damage.problem}"
+    return ", nor any other file"
 
 
 def _list_tar(tar: str, endings: tuple[str, ...], keep: Keep, exclude: _Exclude) -> _Listed:
