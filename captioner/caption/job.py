@@ -35,7 +35,14 @@ from captioner.errors import (
 from captioner.output.audit import audit, remaining_shards, shards_to_retry
 from captioner.output.compaction import isolate_shards
 from captioner.output.directory import OutputDirectory
-from captioner.output.manifest import extend_manifest, new_shards, read_manifest
+from captioner.output.manifest import (
+    Shard,
+    extend_manifest,
+    new_shards,
+    read_manifest,
+    replace_images,
+)
+from captioner.output.moved import moved_images
 from captioner.output.rows import read_rows
 from captioner.runtime.memory import keep_few_kernels
 from captioner.runtime.progress import progress_bar
@@ -78,6 +85,7 @@ def plan_captioning(
         shards = list(remaining_shards(directory, manifest, begun=resumes))
         if inputs.run.retry_failed and resumes:
             shards += shards_to_retry(directory, manifest)
+        moved_images(manifest, inputs.listed, shards)  # or says why the job cannot resume
         return make_plan(len(manifest), shards, inputs.run, placement)
 
 
@@ -158,13 +166,23 @@ def _begin(inputs: Inputs, placement: Placement, *, overwrite: bool) -> tuple[Pl
         inputs.fingerprint(placement), low_score=inputs.model.low_score, overwrite=overwrite
     )
     manifest = extend_manifest(directory, inputs.listed, inputs.run.shard_size)
+    shards = _shards_to_caption(inputs, manifest)
+    if len(moved := moved_images(manifest, inputs.listed, shards)):
+        manifest = replace_images(directory, moved)
+        shards = _shards_to_caption(inputs, manifest)
+    return make_plan(len(manifest), shards, inputs.run, placement), inputs.unlisted(manifest)
+
+
+def _shards_to_caption(inputs: Inputs, manifest: pa.Table) -> list[Shard]:
+    """The shards without a part and, if they are to be retried, the images that failed."""
+    directory = inputs.directory
     shards = list(remaining_shards(directory, manifest))
     if inputs.run.retry_failed:
         failed = list(shards_to_retry(directory, manifest))
         directory.delete_replaced_parts()
         isolate_shards(directory, manifest, {shard.number for shard in failed})
         shards += failed
-    return make_plan(len(manifest), shards, inputs.run, placement), inputs.unlisted(manifest)
+    return shards
 
 
 def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResult]:

@@ -1,12 +1,13 @@
 """The manifest: the images of a job and the shard of each image.
 
-A listing becomes numbered shards. Shards keep their numbers: images that a later
-listing adds become new shards at the end, in a new file.
+A listing becomes numbered shards. Shards keep their numbers and their images: images that a later
+listing adds become new shards at the end, in a new file. So do the rows of images that are found
+elsewhere in their container: of an image's rows, the last one counts.
 """
 
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "new_shards",
     "parts_with_images",
     "read_manifest",
+    "replace_images",
 ]
 
 
@@ -80,10 +82,24 @@ def extend_manifest(directory: OutputDirectory, listing: pa.Table, shard_size: i
     Raises:
         OutputError: the manifest cannot be read or written.
     """
+    return _append(directory, lambda manifest: new_shards(manifest, listing, shard_size))
+
+
+def replace_images(directory: OutputDirectory, images: pa.Table) -> pa.Table:
+    """Replaces rows of the manifest by rows for the same shard and row; returns all of it.
+
+    Raises:
+        OutputError: the manifest cannot be read or written.
+    """
+    return _append(directory, lambda _: _typed(images))
+
+
+def _append(directory: OutputDirectory, rows: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    """Appends rows, which depend on the manifest so far; returns the whole manifest."""
     while True:
         names = _files(directory)
         manifest = _read(directory, names)
-        if not len(added := new_shards(manifest, listing, shard_size)):
+        if not len(added := rows(manifest)):
             return manifest
         sink = io.BytesIO()
         pq.write_table(added, sink, compression="zstd")
@@ -119,7 +135,12 @@ def _read(directory: OutputDirectory, names: Sequence[str]) -> pa.Table:
 
 def _joined(tables: Sequence[pa.Table]) -> pa.Table:
     """Some manifests as one; an empty one has no columns of the source."""
-    return pa.concat_tables([table for table in tables if len(table)] or [MANIFEST.empty_table()])
+    joined = pa.concat_tables([table for table in tables if len(table)] or [MANIFEST.empty_table()])
+    places = joined["shard"].to_numpy().astype(np.int64) << 32 | joined["row"].to_numpy()
+    if (np.diff(places) > 0).all():
+        return joined
+    _, last = np.unique(places[::-1], return_index=True)
+    return joined.take(len(places) - 1 - last)
 
 
 def _typed(table: pa.Table) -> pa.Table:

@@ -21,12 +21,12 @@ def read_images_of_tar(images: pa.Table, limit: int, retries: int) -> Iterator[b
 
 
 def _spans(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Cuts images into spans that are read at once."""
+    """Cuts images into spans that are read at once, each of one version of the tar file."""
     span: list[dict[str, Any]] = []
     for row in rows:
         if span:
             gap = row["position"] - span[-1]["position"] - span[-1]["size"]
-            if not 0 <= gap <= _GAP:
+            if not 0 <= gap <= _GAP or row["version"] != span[-1]["version"]:
                 yield span
                 span = []
         span.append(row)
