@@ -55,9 +55,9 @@ def columns_of_tar(
     if (table := _read_beside(beside)) is not None:
         rows = {key: number for number, key in enumerate(map(str, table["key"].to_pylist()))}
         places = pa.array([rows.get(key) for key in keys], pa.int64())
-        names = [name for name in table.column_names if name != "key"]
-        taken = table.select([*filter(keep.may_keep, names)]).take(places)
-        for name in itertools.filterfalse(keep.may_keep, names):
+        others = [name for name in table.column_names if name != "key"]
+        taken = table.select([*filter(keep.may_keep, others)]).take(places)
+        for name in itertools.filterfalse(keep.may_keep, others):
             taken = taken.append_column(name, pa.nulls(len(keys)))
         return taken.append_column("key", of_keys)
     fields = [texts.get(key, {}) for key in keys]
