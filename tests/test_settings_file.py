@@ -32,6 +32,7 @@ TRAIN = ("train", "DATA", "OUT")
         (*TRAIN, "--preset", "notebook"),
         (*TRAIN, "--preset", "small", "--clip-norm", "none", "--fine-tune-from", 2),
         (*TRAIN, "--encoder", "resnet18", "--dropout", 0.5, "--captions", "first"),
+        (*TRAIN, "--tokenizer", "bpe", "--vocabulary-size", 500),
         (*TRAIN, "--data", 'a "b"\\:2', "--data", "tab\there", "--images", "none"),
         (*TRAIN, "--extend-vocabulary", "--allow-missing", "--learning-rate", "0.25"),
         ("caption", "SOURCE", "OUT"),
