@@ -11,6 +11,7 @@ DATA is a dataset as ``captioner train`` takes it. BOXES is a JSON file:
 """
 
 import dataclasses
+import itertools
 import json
 import string
 from collections.abc import Iterator, Sequence
@@ -77,7 +78,7 @@ def _is_hit(point: tuple[float, float], boxes: Sequence[Box], size: tuple[int, i
 
 
 def _captions(
-    images: Sequence[CaptionedImage], model: str, kind: Map | None
+    images: Sequence[CaptionedImage], model: str, kind: Map | None, blur: float | None
 ) -> Iterator[tuple[CaptionedImage, Caption]]:
     """Captions images that can be decoded, with the model's own maps or those of a kind."""
     loaded = bundle.load(model)
@@ -85,6 +86,8 @@ def _captions(
     if kind is not None:
         network.decoder.config = dataclasses.replace(network.config, attention_map=kind)
     decode = DecodeConfig(attention="tokens").with_model_defaults(loaded.config)
+    if blur is not None:
+        network.config = dataclasses.replace(network.config, attention_blur=blur)
     captioner, preparation = Captioner(loaded, decode), Preparation.of(loaded.config)
     for begin in range(0, len(images), BATCH):
         batch = images[begin : begin + BATCH]
@@ -96,11 +99,15 @@ def _captions(
 
 
 def play(
-    images: Sequence[CaptionedImage], boxes: dict[str, Any], model: str, kind: Map | None
+    images: Sequence[CaptionedImage],
+    boxes: dict[str, Any],
+    model: str,
+    kind: Map | None = None,
+    blur: float | None = None,
 ) -> Game:
-    """Plays the game on photos, with the model's own maps or those of a kind."""
+    """Plays the game on photos, with the model's own maps, or of another kind or another blur."""
     game = Game()
-    for image, caption in _captions(images, model, kind):
+    for image, caption in _captions(images, model, kind, blur):
         photo = boxes[image.name]
         maps_TGG = caption.attention_THW
         assert maps_TGG is not None
@@ -125,7 +132,22 @@ def play(
     type=click.Choice(get_args(Map)),
     help="Maps to compare; repeat it for several.  [default: those that the model gives]",
 )
-def main(data: str, boxes: str, model: str, limit: int | None, kinds: tuple[Map, ...]) -> None:
+@click.option(
+    "--blur",
+    "blurs",
+    multiple=True,
+    type=float,
+    help="Standard deviations of the maps' blur to compare, in cells; repeat it.  [default: the "
+    "model's]",
+)
+def main(
+    data: str,
+    boxes: str,
+    model: str,
+    limit: int | None,
+    kinds: tuple[Map, ...],
+    blurs: tuple[float, ...],
+) -> None:
     """Plays the pointing game with a model's captions of the photos that have boxes."""
     try:
         parsed = parse_json(storage.read(storage.absolute(boxes)))
@@ -134,9 +156,11 @@ def main(data: str, boxes: str, model: str, limit: int | None, kinds: tuple[Map,
         if not images:
             raise InputError(f"{boxes} has boxes of no image in {data}")
         results = {}
-        for kind in kinds or (None,):
-            game = play(images, parsed, storage.absolute(model), kind)
-            name = kind or bundle.load(storage.absolute(model)).config.attention_map
+        own = bundle.load(storage.absolute(model)).config
+        for kind, blur in itertools.product(kinds or (None,), blurs or (None,)):
+            game = play(images, parsed, storage.absolute(model), kind, blur)
+            shown = own.attention_blur if blur is None else blur
+            name = f"{kind or own.attention_map}, blur {shown:g}"
             results[name] = {"words": game.words, **game.shares()}
             shares = ", ".join(f"{what} {100 * s:.1f}%" for what, s in game.shares().items())
             click.echo(f"{name}: {game.words} words: {shares}")

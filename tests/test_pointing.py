@@ -62,13 +62,13 @@ def test_the_command_plays_with_both_maps(pointing, tmp_path, model_directory):
     boxes = tmp_path / "boxes.json"
     boxes.write_text(json.dumps({photo.name: everywhere for photo in photos[:2]}))
     arguments = [str(tmp_path / "data"), str(boxes), "--model", str(model_directory)]
-    result = CliRunner().invoke(pointing.main, [*arguments, "--map=last", "--map=mean"])
+    result = CliRunner().invoke(pointing.main, [*arguments, "--map=last", "--map=mean", "--blur=0"])
     assert result.exit_code == 0, result.output
     parsed = json.loads(result.output.splitlines()[-1])
     assert parsed["images"] == 2
-    assert parsed["results"]["last"] == parsed["results"]["mean"]
-    assert parsed["results"]["last"]["words"] > 0
-    assert parsed["results"]["last"]["maps"] == 1
+    assert parsed["results"]["last, blur 0"] == parsed["results"]["mean, blur 0"]
+    assert parsed["results"]["last, blur 0"]["words"] > 0
+    assert parsed["results"]["last, blur 0"]["maps"] == 1
     boxes.write_text("{}")
     result = CliRunner().invoke(pointing.main, arguments)
     assert result.exit_code == 1

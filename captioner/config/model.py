@@ -47,6 +47,12 @@ class ModelConfig(Settings):
         "last",
         "Cross-attention that a word's map shows: the last block's, or the mean over all blocks.",
     )
+    attention_blur: float = setting(
+        0.0,
+        "Standard deviation, in cells, of the Gaussian that smooths each map; 0: none.",
+        minimum=0,
+        maximum=16,
+    )
     max_length: int = setting(50, "Positions the decoder knows.", minimum=2, maximum=1024)
     width: int = setting(1024, "Width of the decoder.", minimum=1)
     layers: int = setting(6, "Blocks of the decoder.", minimum=1, maximum=128)
@@ -69,9 +75,9 @@ class ModelConfig(Settings):
     )
     low_score: float | None = setting(
         None,
-        "Captions with a lower score are probably wrong, as measured on validation images; null "
-        "where nobody measured it. It changes no caption, only how captions are shown.",
+        "Captions with a lower score are shown as probably wrong; see benchmarks/calibration.py.",
         maximum=0,
+        unset="no caption is",
     )
 
     def with_dropout(self, probability: float) -> "ModelConfig":

@@ -230,6 +230,7 @@ PRESETS = {
             grid=None,
             tokenizer="ptb",
             attention_map="mean",
+            attention_blur=1.3,
             width=384,
             layers=3,
             heads=6,

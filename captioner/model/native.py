@@ -19,7 +19,7 @@ from captioner.model.words import join_logprobs, join_maps
 from captioner.runtime.device import choose_device, choose_dtype
 from captioner.runtime.memory import keep_few_kernels, keep_freed_memory
 
-__all__ = ["Caption", "Captioner"]
+__all__ = ["Blur", "Caption", "Captioner"]
 
 _IMAGES_PER_THREAD = 4  # that a CPU encodes at once
 
@@ -46,6 +46,34 @@ class Caption:
     score: float
     attention_THW: np.ndarray | None
     ended: bool = True
+
+
+class Blur:
+    """Smooths attention maps by a Gaussian; what lies outside of the image counts as 0.
+
+    A cell of an encoder's grid has seen more than its own pixels, and attention is often drawn to a
+    single cell at the edge of a thing, or of the photo.
+
+    Args:
+        deviation: standard deviation of the Gaussian in cells; 0 leaves maps as they are.
+        grid: height and width of the maps.
+    """
+
+    def __init__(self, deviation: float, grid: tuple[int, int]):
+        self._weights: list[np.ndarray] = []
+        if deviation:
+            for cells in grid:
+                distances = np.subtract.outer(np.arange(cells), np.arange(cells)) / deviation
+                self._weights.append(np.exp(-(distances**2) / 2).astype(np.float32))
+
+    def __call__(self, maps_THW: np.ndarray) -> np.ndarray:
+        """The maps, each with its old sum."""
+        if not self._weights:
+            return maps_THW
+        rows_HH, columns_WW = self._weights
+        blurred: np.ndarray = rows_HH @ maps_THW @ columns_WW
+        blurred *= (maps_THW.sum((1, 2)) / blurred.sum((1, 2)))[:, None, None]
+        return blurred
 
 
 def _cache_compiled_code() -> None:
@@ -88,6 +116,7 @@ class Captioner:
         self.decode = decode or DecodeConfig()
         self.vocabulary = bundle.vocabulary
         self.image_size, self.grid = bundle.config.image_size, bundle.grid
+        self._blur = Blur(bundle.config.attention_blur, bundle.grid)
         keep_few_kernels()
         self.device = choose_device(device)
         self.dtype = choose_dtype(precision, self.device)
@@ -174,7 +203,7 @@ class Captioner:
         if is_split:
             logprobs = join_logprobs(logprobs, members)
         if hypothesis.attention_SP is not None:
-            maps_THW = hypothesis.attention_SP.reshape(-1, *self.grid)
+            maps_THW = self._blur(hypothesis.attention_SP.reshape(-1, *self.grid))
             if self.decode.attention == "mean":
                 maps_THW = maps_THW.mean(0, keepdims=True)
             elif is_split:

@@ -16,6 +16,9 @@ from captioner.errors import BundleError
 from captioner.model import bundle
 from captioner.model.base import Caption, Model
 from captioner.model.loading import load_model
+from captioner.model.native import Blur
+from captioner.model.vocabulary import Vocabulary
+from conftest import tiny_model
 
 
 def _caption(model: Model) -> list[Caption]:
@@ -101,3 +104,31 @@ def test_a_second_process_waits_while_a_model_is_fetched(tmp_path: Path) -> None
     with storage.locked(place, wait=True):
         assert (tmp_path / "model").exists()
     thread.join()
+
+
+def test_maps_are_smoothed_as_the_models_settings_say(
+    tmp_path: Path, vocabulary: Vocabulary
+) -> None:
+    for name, deviation in (("plain", 0.0), ("blurred", 0.8)):
+        bundle.save(str(tmp_path / name), tiny_model(attention_blur=deviation), vocabulary)
+    [plain] = _caption(load_model(str(tmp_path / "plain")))
+    [blurred] = _caption(load_model(str(tmp_path / "blurred")))
+    assert (blurred.tokens, blurred.score) == (plain.tokens, plain.score)
+    assert plain.attention_THW is not None
+    assert blurred.attention_THW is not None
+    expected = np.zeros_like(plain.attention_THW)
+    for row, column, i, j in np.ndindex(3, 3, 3, 3):
+        weight = np.exp(-((row - i) ** 2 + (column - j) ** 2) / (2 * 0.8**2))
+        expected[:, row, column] += weight * plain.attention_THW[:, i, j]
+    expected /= expected.sum((1, 2), keepdims=True)
+    np.testing.assert_allclose(blurred.attention_THW, expected, rtol=1e-4)
+    np.testing.assert_allclose(plain.attention_THW.sum((1, 2)), 1, rtol=1e-4)
+
+
+def test_a_peak_at_the_edge_counts_less_than_one_inside() -> None:
+    maps_THW = np.zeros((1, 5, 7), np.float32)
+    maps_THW[0, 0, 0], maps_THW[0, 2, 4], maps_THW[0, 2, 3] = 0.4, 0.3, 0.3
+    blurred = Blur(1.0, (5, 7))(maps_THW)
+    assert blurred[0, 2, 3] == pytest.approx(blurred[0, 2, 4], rel=1e-2)
+    assert blurred[0, 0, 0] < 0.9 * blurred[0, 2, 4]
+    assert blurred.sum() == pytest.approx(1)
