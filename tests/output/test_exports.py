@@ -18,6 +18,7 @@ from captioner.caption.job import caption_images
 from captioner.cli import main
 from captioner.config import ExportConfig, RunConfig
 from captioner.errors import InputError, OutputError
+from captioner.evaluation import metrics
 from captioner.output import exports
 from captioner.output.decisions import Journal
 from captioner.output.exports import ExportSummary
@@ -100,6 +101,59 @@ def test_cocos_results_are_read_by_its_own_tool(own_output, tmp_path):
     assert [each["caption"] for each in loaded.loadAnns(loaded.getAnnIds())] == list(
         _rows(own_output).caption[:3]
     )
+
+
+class _Tokenizer:
+    """In place of PTBTokenizer, which needs Java."""
+
+    def tokenize(self, captions: dict[int, list[dict[str, str]]]) -> dict[int, list[str]]:
+        return {
+            image: metrics.tokenize([each["caption"] for each in some], "simple")
+            for image, some in captions.items()
+        }
+
+
+class _LeftOut:
+    """In place of METEOR and SPICE, which need Java."""
+
+    def method(self) -> str:
+        return "nothing"
+
+    def compute_score(self, truth: dict, results: dict) -> tuple[float, list[float]]:
+        return 0.0, [0.0] * len(results)
+
+
+def test_cocos_evaluation_of_an_export_is_ours(own_output, photos, tmp_path, monkeypatch, capsys):
+    coco = pytest.importorskip("pycocotools.coco")
+    theirs = pytest.importorskip("pycocoevalcap.eval")
+    for name, substitute in (("PTBTokenizer", _Tokenizer), ("Meteor", _LeftOut)):
+        monkeypatch.setattr(theirs, name, substitute)
+    monkeypatch.setattr(theirs, "Spice", _LeftOut)
+    captions = list(_rows(own_output).caption[:3])
+    results, truth = tmp_path / "results.json", tmp_path / "truth.json"
+    _export(own_output, str(results), "coco", where="uri LIKE '%/a/%'")
+    references = [(n, text) for n in range(3) for text in (captions[n][3:], captions[n - 1])]
+    named = [{"id": n, "file_name": f"photo-{n:04d}.jpg"} for n in range(3)]
+    annotations = [
+        {"id": n, "image_id": image, "caption": text}
+        for n, (image, text) in enumerate([*references, (1, "A dog runs, on grass.")])
+    ]
+    truth.write_text(json.dumps({"images": named, "annotations": annotations, "info": {}}))
+
+    loaded = coco.COCO(str(truth))
+    evaluation = theirs.COCOEvalCap(loaded, loaded.loadRes(str(results)))
+    evaluation.evaluate()
+
+    capsys.readouterr()
+    arguments = ["evaluate", own_output, "--references", str(truth), "--images", f"{photos}/a"]
+    ran = CliRunner().invoke(main, [*arguments, "--tokenizer", "simple", "--json", "-"])
+    assert ran.exit_code == 0, ran.output
+    scores = json.loads(ran.stdout)["scores"]
+    names = {"bleu_1": "Bleu_1", "bleu_4": "Bleu_4", "rouge_l": "ROUGE_L", "cider": "CIDEr"}
+    assert {ours: scores[ours] for ours in names} == pytest.approx(
+        {ours: evaluation.eval[name] for ours, name in names.items()}, abs=1e-4
+    )
+    assert 0.2 < scores["bleu_1"] < 1
 
 
 @pytest.mark.parametrize(
