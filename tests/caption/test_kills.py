@@ -17,9 +17,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from captioner.cli import main
 from conftest import write_photos
+from containers import MAKERS
+from web_server import WebServer, serving
 
 pytestmark = pytest.mark.slow
 
@@ -255,6 +259,40 @@ def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_
     print(json.dumps({"kills": survived, "rows_lost": lost, "rows_twice": twice, "seed": seed}))
     assert (lost, twice) == (0, 0)
     assert sum(survived.values()) == kills
+
+
+def _write_urls(photos: Path, folder: Path, server: WebServer) -> str:
+    """A list of photos on a server, each with a number."""
+    folder.mkdir()
+    lines = ["url,number"]
+    for number, path in enumerate(sorted(photos.iterdir())):
+        server.files[path.name] = path.read_bytes()
+        lines.append(f"{server.address}/{path.name},{number}")
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    return str(folder / "list.csv")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "urls"])
+def test_a_job_over_other_sources_is_killed_and_resumed(kind, model_directory, tmp_path):
+    photos, output, folder = tmp_path / "photos", tmp_path / "out", tmp_path / "in"
+    write_photos(photos, 60)
+    with serving() as server:
+        if kind == "urls":
+            source = _write_urls(photos, folder, server)
+        else:
+            source = MAKERS[kind](photos, folder)
+        command = _command(Path(source), output, model_directory, "local")
+        command += ["--keep", "number", "--allow-private-hosts"]
+        _kill_drivers(command, output, 1, random.Random(0))
+        before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
+        assert 0 < len(before) < 10
+        resumed = CliRunner().invoke(main, command[3:])  # without the start of a process
+    assert resumed.exit_code == 0, resumed.output
+    rows = pq.read_table(output, columns=["number", "status"]).to_pylist()
+    assert [int(row["number"]) for row in rows] == [*range(60)]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    _check_tidy(output)
 
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
