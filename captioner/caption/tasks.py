@@ -15,6 +15,7 @@ from captioner.runtime.prefetch import Mapper, look_ahead, map_in_threads
 __all__ = ["map_on_ray", "mapper_of"]
 
 _CPUS = 0.5  # of a task, as of one that decodes: the same processes serve both
+_FEW = 16  # calls: threads are done with them before Ray has started a process for each
 _LEAST_AHEAD = 32  # tasks in progress, also on a cluster that has no CPU yet
 _RETRIES = 2  # of a task whose process dies
 
@@ -46,7 +47,7 @@ def map_on_ray(
 ) -> Iterator[Result]:
     """``map``, in order, each call a task on Ray.
 
-    A single call runs in this process. Several connect to Ray, until ``connection`` is closed.
+    A few calls run in threads of this process. More connect to Ray, until ``connection`` is closed.
 
     Args:
         function: what to call; it and its results can be pickled.
@@ -59,8 +60,8 @@ def map_on_ray(
         InputError: Ray cannot be reached, or a task's process dies again and again.
     """
     items = list(items)
-    if len(items) < 2:
-        yield from map(function, items)
+    if len(items) <= _FEW:
+        yield from map_in_threads(function, items)
         return
     ray = connection.enter_context(connected())
     task = ray.remote(num_cpus=_CPUS, max_retries=_RETRIES)(_call)

@@ -27,6 +27,12 @@ def tars(tmp_path: Path) -> str:
     return make_tars(tmp_path / "photos", tmp_path / "tars")
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls are enough for Ray."""
+    monkeypatch.setattr(tasks, "_FEW", 1)
+
+
 def test_calls_are_tasks_whose_results_keep_their_order(local_ray):
     def seen_by_task(number: int) -> tuple[int, int, str | None]:
         return number, os.getpid(), current_access().user_agent
@@ -38,7 +44,7 @@ def test_calls_are_tasks_whose_results_keep_their_order(local_ray):
     assert {agent for _, _, agent in seen} == {"a test"}
 
 
-def test_tar_files_listed_on_ray_are_those_listed_in_threads(local_ray, tars):
+def test_tar_files_listed_on_ray_are_those_listed_in_threads(local_ray, few, tars):
     settings = ListingConfig(keep="number", exclude=("*-0003.jpg",))
     with ExitStack() as connection:
         mapper = mapper_of(RunConfig(engine="ray"), connection)
@@ -47,14 +53,14 @@ def test_tar_files_listed_on_ray_are_those_listed_in_threads(local_ray, tars):
     assert listed.equals(list_source(tars, settings))
 
 
-def test_an_error_of_a_task_is_that_of_its_call(local_ray, tars):
+def test_an_error_of_a_task_is_that_of_its_call(local_ray, few, tars):
     with ExitStack() as connection:
         mapper = mapper_of(RunConfig(engine="ray"), connection)
         with pytest.raises(InputError, match=r"^cannot list \S+/00002\.tar: it does not exist$"):
             list_source(f"{tars}/{{00000..00002}}.tar", ListingConfig(), mapper=mapper)
 
 
-def test_a_task_whose_process_dies_is_one_line(local_ray, monkeypatch):
+def test_a_task_whose_process_dies_is_one_line(local_ray, few, monkeypatch):
     def die(number: int) -> None:
         os._exit(number)
 
@@ -63,15 +69,16 @@ def test_a_task_whose_process_dies_is_one_line(local_ray, monkeypatch):
         [*map_on_ray(die, [1, 2], web=WEB, connection=connection)]
 
 
-def test_ray_starts_only_for_several_tar_files(tars, tmp_path, monkeypatch):
+def test_ray_starts_only_for_many_tar_files(tars, tmp_path, monkeypatch):
     def refuse() -> None:
         raise AssertionError("Ray is not needed")
 
     monkeypatch.setattr(tasks, "connected", refuse)
     with ExitStack() as connection:
         mapper = mapper_of(RunConfig(engine="ray"), connection)
-        for source in (f"{tmp_path}/photos", f"{tars}/00000.tar"):
+        for source in (f"{tmp_path}/photos", f"{tars}/00000.tar", tars):
             assert len(list_source(source, ListingConfig(), mapper=mapper)) >= 5
+        monkeypatch.setattr(tasks, "_FEW", 1)
         with pytest.raises(AssertionError, match="not needed"):
             list_source(tars, ListingConfig(), mapper=mapper)
         assert mapper_of(RunConfig(engine="local"), connection) is map_in_threads
