@@ -212,6 +212,8 @@ def extrapolate(
         "manifest, MB": round(many * whole["manifest bytes an image"] / 1e6),
         "planning, s": at(lambda each: sum(each["plan"]["seconds"].values())),
         "planning, MiB": at(lambda each: each["plan"]["largest MiB"]),
+        "planning in tar files, s": at(lambda each: sum(each["tars"]["seconds"].values())),
+        "planning in tar files, MiB": at(lambda each: each["tars"]["largest MiB"]),
         "resuming, s": at(lambda each: sum(each["resume"]["seconds"].values())),
         "resuming, MiB": at(lambda each: each["resume"]["largest MiB"]),
         "attention before zstd, 9×9 and 11 words, GB": round(many * 9 * 9 * 11 / 1e9),

@@ -40,7 +40,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-TARS = 8
+TARS = 20  # more than threads of one process list at once: on Ray, tasks list them
 ENGINES = ("local", "ray")
 OPTIONS = ["--keep", "name", "--allow-private-hosts"]
 OPTIONS += ["--precision", "fp32", "--beam", "1", "--attention", "none"]
