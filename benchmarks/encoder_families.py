@@ -148,7 +148,7 @@ def main(
     """Trains on some of DATA's images; prints a row for each family, frozen and trained."""
     files = dict(each.split("=", 1) for each in weights)
     whole = read_dataset(storage.absolute(data)).split(train_list, val_list)
-    split = replace(whole, train=whole.train[:images], validation=whole.validation[:50])
+    split = Split(whole.train[:images], whole.validation[:50], whole.test)
     config = replace(
         PRESETS["small"].train,
         epochs=1,
