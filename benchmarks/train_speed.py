@@ -123,8 +123,8 @@ def main(
     """Trains on some of DATA's images, for two epochs each time."""
     keep_freed_memory()
     whole = read_dataset(storage.absolute(data)).split(train_list, val_list)
-    split = replace(whole, train=whole.train[:images], validation=whole.validation[:50])
-    few = replace(split, train=split.train[: images // 5])
+    split = Split(whole.train[:images], whole.validation[:50], [])
+    few = Split(split.train[: images // 5], split.validation, [])
     config = replace(PRESETS["small"].train, epochs=2, views=1, warmup_steps=10)
     speeds: dict[str, list[float]] = {}
 
