@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from captioner import storage
+from captioner.config import ModelConfig
 from captioner.errors import InputError, OutputError
 from captioner.model import bundle
 from captioner.model.build import build_model
+from captioner.model.vocabulary import SPECIAL, Vocabulary
 
 __all__ = ["average_models"]
 
@@ -30,6 +32,9 @@ def average_models(
     overwrite: bool = False,
 ) -> None:
     """Writes the average of some bundles as a bundle with float16 weights.
+
+    A vocabulary may be another one that was extended. The rows of the words that only some models
+    know are averaged over these.
 
     Args:
         models: the bundles' directories; a directory that is named twice counts twice.
@@ -46,25 +51,51 @@ def average_models(
     output = storage.absolute(output)
     if not overwrite and "config.json" in storage.names(output):
         raise OutputError(f"{output} has a model already; add --overwrite to replace it")
-    first, *others = (bundle.load(storage.absolute(model)) for model in models)
-    state = {name: tensor.double() for name, tensor in first.model.state_dict().items()}
-    for model, other in zip(models[1:], others, strict=True):
-        for name in ("config.json", "tokenizer.json"):
-            if other.digests[name] != first.digests[name]:
-                raise InputError(f"{model} has another {name} than {models[0]}")
-        for name, tensor in other.model.state_dict().items():
-            state[name] += tensor
-    state = {name: tensor / len(models) for name, tensor in state.items()}
+    loaded = [bundle.load(storage.absolute(model)) for model in models]
+    widest = max(loaded, key=lambda each: len(each.vocabulary))
+    for model, each in zip(models, loaded, strict=True):
+        if _comparable(each.config) != _comparable(widest.config):
+            raise InputError(f"{model} has another config.json than the other models")
+        if not _is_extended(each.vocabulary, widest.vocabulary):
+            raise InputError(f"{model} has another tokenizer.json than the other models")
+    state = _mean([each.model.state_dict() for each in loaded], widest.model.state_dict())
     if encoder_weights is not None:
-        published = build_model(first.model.config, encoder_weights).state_dict()
+        published = build_model(widest.config, encoder_weights).state_dict()
         state = _with_encoder_halfway(state, published)
-    first.model.load_state_dict(state)
-    first.model.config = replace(first.config, low_score=None)  # it was another model's
+    widest.model.load_state_dict(state)
+    widest.model.config = replace(widest.config, low_score=None)  # it was another model's
     if seen := [images for model in models if (images := bundle.load_images(model))]:
         bundle.save_images(output, reduce(or_, seen))
     else:
         storage.delete(storage.join(output, bundle.IMAGES))
-    bundle.save(output, first.model, first.vocabulary, dtype=torch.float16)
+    bundle.save(output, widest.model, widest.vocabulary, dtype=torch.float16)
+
+
+def _comparable(config: ModelConfig) -> ModelConfig:
+    """The settings without those that may differ."""
+    return replace(config, low_score=None, vocabulary_size=len(SPECIAL))
+
+
+def _is_extended(vocabulary: Vocabulary, other: Vocabulary) -> bool:
+    """Whether the other one is this one, or this one with more words after its own."""
+    if vocabulary.kind == "bpe":
+        return vocabulary.to_json() == other.to_json()
+    ids = range(len(vocabulary))
+    return vocabulary.words(ids) == other.words(ids)
+
+
+def _mean(states: Sequence[dict[str, Tensor]], widest: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of each weight, row by row over the models that have the row."""
+    means = {}
+    for name, like in widest.items():
+        rows = like.new_zeros(like.reshape(-1, *like.shape[1:]).shape, dtype=torch.float64)
+        counts = torch.zeros(len(rows), dtype=torch.float64)
+        for state in states:
+            tensor = state[name].reshape(-1, *like.shape[1:])  # a number is one row
+            rows[: len(tensor)] += tensor
+            counts[: len(tensor)] += 1
+        means[name] = (rows / counts.view(-1, *[1] * (rows.ndim - 1))).reshape(like.shape)
+    return means
 
 
 def _with_encoder_halfway(

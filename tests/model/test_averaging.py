@@ -77,6 +77,27 @@ def test_models_of_different_tokenizers_are_not_averaged(tmp_path: Path, vocabul
     assert not (tmp_path / "new").exists()
 
 
+def test_words_that_only_some_models_know_are_averaged_over_these(tmp_path: Path, vocabulary):
+    wide = vocabulary.extended([f"{word} zebra" for word in ("a", "red")] * 5)
+    assert len(wide) == len(vocabulary) + 1
+    models = [tiny_model(0), tiny_model(1, vocabulary_size=len(wide))]
+    for number, (model, words) in enumerate(zip(models, (vocabulary, wide), strict=True)):
+        bundle.save(str(tmp_path / str(number)), model, words)
+    averaged = _average(*(tmp_path / name for name in ("0", "1", "1", "new")))
+    assert averaged.exit_code == 0, averaged.output
+    new = bundle.load(str(tmp_path / "new"))
+    assert new.vocabulary.words(range(len(wide))) == wide.words(range(len(wide)))
+    for name in ("decoder.embedding.weight", "decoder.head.weight"):
+        small, large = (model.state_dict()[name] for model in models)
+        expected = torch.cat([(small + 2 * large[:-1]) / 3, large[-1:]])
+        torch.testing.assert_close(new.model.state_dict()[name], expected, rtol=1e-3, atol=1e-4)
+    other = Vocabulary.from_captions(["two men and a dog"] * 5)
+    bundle.save(str(tmp_path / "2"), tiny_model(2, vocabulary_size=len(other)), other)
+    refused = _average(tmp_path / "1", tmp_path / "2", tmp_path / "newer")
+    assert refused.exit_code == 2
+    assert f"{tmp_path}/2 has another tokenizer.json than the other models" in refused.output
+
+
 def test_a_forgotten_output_replaces_no_model(tmp_path: Path, vocabulary):
     for number in range(2):
         bundle.save(str(tmp_path / str(number)), tiny_model(number), vocabulary)
