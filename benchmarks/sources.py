@@ -215,7 +215,8 @@ def write_sources(photos: list[Path], work: Path, url: str) -> dict[str, str]:
 @click.argument("photos", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--count", default=1000, show_default=True, help="Photos of the folder to take.")
 @click.option("--engines", default=",".join(ENGINES), show_default=True)
-def main(photos: Path, count: int, engines: str) -> None:
+@click.option("--only", help="Names of kinds of source, separated by commas.")
+def main(photos: Path, count: int, engines: str, only: str | None) -> None:
     """Captions the first photos of a folder from every kind of source."""
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -231,6 +232,8 @@ def main(photos: Path, count: int, engines: str) -> None:
         shard = ["--shard-size", str(max(2, count // SHARDS))]
         expected: dict[str, str] = {}
         sources = write_sources(chosen, work, url)
+        if only is not None:
+            sources = {name: sources[name] for name in only.split(",")}
         for engine, (name, source) in itertools.product(engines.split(","), sources.items()):
             begin, output = time.monotonic(), work / f"{engine} {name}"
             options = ["--engine", engine, *shard, *OPTIONS]
