@@ -2,24 +2,26 @@
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner import storage
-from captioner.caption.plan import Placement, Plan
+from captioner.caption.plan import Placement, Plan, choose_engine
 from captioner.caption.steps import CaptionJob
-from captioner.caption.tasks import mapper_of
+from captioner.caption.tasks import map_on_ray
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.data import images
 from captioner.data.listing import list_source
 from captioner.model.base import Model
 from captioner.model.loading import load_model
 from captioner.output.directory import OutputDirectory
+from captioner.runtime.prefetch import Mapper, map_in_threads
 from captioner.schema import SCHEMA_VERSION, kept_fields
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "mapper_of"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,21 @@ class Inputs:
             decode=self.decode,
             run=plan.run,
         )
+
+
+def mapper_of(run: RunConfig, connection: ExitStack) -> Mapper:
+    """What lists the files of a source in parallel, where the job runs.
+
+    Args:
+        run: the job's settings.
+        connection: ends the connection to Ray, if one is made.
+
+    Raises:
+        InputError: the settings contradict each other.
+    """
+    if choose_engine(run) == "local":
+        return map_in_threads
+    return partial(map_on_ray, web=run.web, connection=connection)
 
 
 def _check_schemes(listed: pa.Table) -> None:

@@ -1,18 +1,18 @@
-"""What a job computes before its engine starts: in threads of this process, or as tasks on Ray."""
+"""Calls of a function as tasks on Ray.
+
+The tasks import this module, and therefore not torch, which takes seconds and memory.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from typing import TypeVar
 
 from captioner import storage
-from captioner.caption.plan import choose_engine
-from captioner.config import RunConfig
 from captioner.errors import CaptionerError, InputError, one_line
 from captioner.runtime.cluster import connected
-from captioner.runtime.prefetch import Mapper, look_ahead, map_in_threads
+from captioner.runtime.prefetch import look_ahead, map_in_threads
 
-__all__ = ["map_on_ray", "mapper_of"]
+__all__ = ["map_on_ray"]
 
 _CPUS = 0.5  # of a task, as of one that decodes: the same processes serve both
 _FEW = 16  # calls: threads are done with them before Ray has started a process for each
@@ -21,21 +21,6 @@ _RETRIES = 2  # of a task whose process dies
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def mapper_of(run: RunConfig, connection: ExitStack) -> Mapper:
-    """What lists the files of a source in parallel, where the job runs.
-
-    Args:
-        run: the job's settings.
-        connection: ends the connection to Ray, if one is made.
-
-    Raises:
-        InputError: the settings contradict each other.
-    """
-    if choose_engine(run) == "local":
-        return map_in_threads
-    return partial(map_on_ray, web=run.web, connection=connection)
 
 
 def map_on_ray(

@@ -1,6 +1,8 @@
 """What a job computes before its engine starts: listing tar files as tasks on Ray."""
 
 import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from captioner.caption import tasks
-from captioner.caption.tasks import map_on_ray, mapper_of
+from captioner.caption.inputs import mapper_of
+from captioner.caption.tasks import map_on_ray
 from captioner.config import ListingConfig, RunConfig
 from captioner.data.listing import list_source
 from captioner.errors import InputError
@@ -83,3 +86,10 @@ def test_ray_starts_only_for_many_tar_files(tars, tmp_path, monkeypatch):
             list_source(tars, ListingConfig(), mapper=mapper)
         assert mapper_of(RunConfig(engine="local"), connection) is map_in_threads
         assert isinstance(mapper, partial)
+
+
+def test_what_tasks_import_lacks_torch():
+    code = "import sys, captioner.caption.tasks, captioner.data.tar.listing\n"
+    code += "print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
