@@ -180,9 +180,11 @@ def train(
         initial_model=model,
         overwrite=overwrite,
     )
-    best = journal.best_of(epochs)
+    epoch = journal.best_of(epochs)
+    best = epoch.best
     text = f"{output}: CIDEr {best.validation_cider:.1f} on the validation images"
-    click.echo(printable(f"{text} after epoch {best.epoch}"))
+    place = f"epoch {epoch.epoch}" if best is epoch else f"step {best.step}, in epoch {epoch.epoch}"
+    click.echo(printable(f"{text} after {place}"))
 
 
 def _refuse_beside_model(encoder_weights: str | None, architecture: Mapping[str, Any]) -> None:

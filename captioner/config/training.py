@@ -22,6 +22,12 @@ class TrainConfig(Settings):
         "Stop after this many epochs in a row without a higher validation CIDEr; none never stops.",
         minimum=1,
     )
+    validate_every: int | None = setting(
+        None,
+        "Also validate after every N steps; the best model may come from there. None validates "
+        "after each epoch only.",
+        minimum=1,
+    )
     batch_size: int = setting(64, "Images per step, over all workers.", minimum=1)
     accumulate: int = setting(
         1,

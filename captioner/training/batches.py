@@ -21,7 +21,14 @@ from captioner.model.tokenization import TokenizerKind
 from captioner.model.vocabulary import PAD, Vocabulary
 from captioner.training.features import Features
 
-__all__ = ["Batch", "TrainingImages", "captions_to_encode", "collate", "plan_batches"]
+__all__ = [
+    "Batch",
+    "TrainingImages",
+    "captions_to_encode",
+    "collate",
+    "plan_batches",
+    "steps_per_epoch",
+]
 
 
 def collate(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
@@ -55,6 +62,11 @@ _SIDE = re.compile(r"(left|right)(most|wards?|hand|handed)?")
 
 
 _LETTERS = re.compile(r"[^\W\d_]+")
+
+
+def steps_per_epoch(portions: Sequence[Portion], batch_size: int) -> int:
+    """How many batches :func:`plan_batches` makes."""
+    return math.ceil(sum(portion.images_per_epoch for portion in portions) / batch_size)
 
 
 def plan_batches(

@@ -3,7 +3,7 @@
 ::
 
     OUT/
-      model.safetensors …   the bundle of the best epoch
+      model.safetensors …   the bundle of the best validation
       last/                 the bundle of the last epoch
       metrics.jsonl …       the journal; see :mod:`captioner.training.journal`
       training.json         the settings of the run
@@ -26,7 +26,13 @@ from captioner.model import bundle
 from captioner.model.bundle import Bundle, SeenImages
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import Vocabulary
-from captioner.training.journal import Epoch, StepLog, best_of, write_journal
+from captioner.training.journal import (
+    Epoch,
+    StepValidation,
+    best_of,
+    write_journal,
+    write_metrics,
+)
 
 __all__ = ["TrainingDirectory"]
 
@@ -53,6 +59,7 @@ _ADVICE = "use another directory, or --overwrite"
 
 # What a resumed run may change: it changes how training continues, not what was trained on.
 _FREE = ("epochs", "early_stopping", "learning_rate", "schedule", "warmup_steps", "clip_norm")
+_ALWAYS_FREE = ("scst_epochs", "validate_every")  # also once self-critical training has begun
 
 
 class TrainingDirectory:
@@ -185,23 +192,41 @@ class TrainingDirectory:
         model: CaptionModel,
         vocabulary: Vocabulary,
         seen: SeenImages,
+        *,
+        best: CaptionModel | None = None,
     ) -> None:
-        """Writes the model of the last of ``epochs``; at the top too where it is the best."""
-        directories = [storage.join(self.uri, "last")]
-        if best_of(epochs) is epochs[-1]:
-            directories.append(self.uri)
-        for directory in directories:
+        """Writes the model of the last of ``epochs``; at the top too where it is the best.
+
+        Args:
+            epochs: all so far.
+            model: the model at the end of the last one.
+            vocabulary: its words.
+            seen: its images.
+            best: the model of the best validation within the last epoch, written to the top in
+                place of ``model`` where that validation is the best of all.
+        """
+        models = {storage.join(self.uri, "last"): model}
+        last = epochs[-1]
+        if best_of(epochs) is last:
+            models[self.uri] = model
+            if last.best is not last:
+                assert best is not None, "the best model within the last epoch is kept"
+                models[self.uri] = best
+        for directory, each in models.items():
             bundle.save_images(directory, seen)
-            bundle.save(directory, model, vocabulary)
+            bundle.save(directory, each, vocabulary)
 
     def save_journal(
         self,
         epochs: Sequence[Epoch],
         examples: Sequence[tuple[str, Sequence[str]]],
-        steps: StepLog,
     ) -> None:
         """Writes the journal, see :func:`captioner.training.journal.write_journal`."""
-        write_journal(self.uri, epochs, examples, steps)
+        write_journal(self.uri, epochs, examples)
+
+    def save_metrics(self, epochs: Sequence[Epoch], begun: Sequence[StepValidation]) -> None:
+        """Writes the figures, see :func:`captioner.training.journal.write_metrics`."""
+        write_metrics(self.uri, epochs, begun)
 
     def read_epochs(self) -> list[Epoch]:
         """The figures of the epochs that are done."""
@@ -217,7 +242,9 @@ def _differing(earlier: dict[str, Any], settings: dict[str, Any], done: int) -> 
     """
     now = json.loads(json.dumps(settings))
     self_critical = done > earlier["train"]["epochs"]
-    free = {"scst_epochs"} if self_critical else {*_FREE, *(n for n in now["train"] if "scst" in n)}
+    free = {*_ALWAYS_FREE}
+    if not self_critical:
+        free |= {*_FREE, *(name for name in now["train"] if "scst" in name)}
     differing = {
         name if part == "train" else _OPTIONS.get(name, "preset")
         for part in ("model", "train")
@@ -241,4 +268,4 @@ def _format_epochs(epochs: Sequence[Epoch]) -> str:
 
 
 def _parse_epochs(text: str | bytes) -> list[Epoch]:
-    return [Epoch(**each) for each in json.loads(text)]
+    return [Epoch.from_json(each) for each in json.loads(text)]

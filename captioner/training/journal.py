@@ -1,27 +1,48 @@
-"""What a training run leaves for people to look at: metrics, curves, sample captions, TensorBoard.
+"""What a training run leaves for people to look at: metrics, curves, sample captions.
 
-The files are written anew after each epoch: a run that was killed and resumed looks like one that
-was not. Only TensorBoard's event file is appended to, which an open TensorBoard follows.
+The files are written anew after each epoch, ``metrics.jsonl`` also after each validation within
+one: a run that was killed and resumed looks like one that was not.
 """
 
 import io
 import json
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from captioner import storage
-from captioner.errors import OutputError
 from captioner.runtime.plotting import prepare_matplotlib
 
-if TYPE_CHECKING:
-    from captioner.training.trainer import StepFigures
+__all__ = [
+    "Epoch",
+    "StepValidation",
+    "best_of",
+    "escape_markdown",
+    "rank_of",
+    "write_journal",
+    "write_metrics",
+]
 
-__all__ = ["Epoch", "StepLog", "best_of", "write_journal"]
 
-_EVENTS = "tensorboard/events.out.tfevents.1.captioner"
+@dataclass(frozen=True)
+class StepValidation:
+    """The figures of a validation within an epoch, after ``step`` steps of the whole run.
+
+    The others are called as those of :class:`Epoch`.
+    """
+
+    step: int
+    validation_loss: float
+    validation_cider: float
+    validation_by_data: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The figures in a line, for a person."""
+        return _describe_validation(self)
+
+    def figures(self) -> dict[str, float]:
+        """All figures by name; see :meth:`Epoch.figures`."""
+        return _figures(self)
 
 
 @dataclass(frozen=True)
@@ -33,7 +54,8 @@ class Epoch:
     computes it, times 100. ``samples`` are the captions of the first validation images, empty for
     one that could not be read. Of several data sets, ``validation_loss`` and ``validation_cider``
     are means by the weights of the data sets, and ``validation_by_data`` has the ``loss`` and the
-    ``cider`` of each.
+    ``cider`` of each. ``step`` counts the steps of the whole run at the end of the epoch, and
+    ``validations`` are those within it.
     """
 
     epoch: int
@@ -45,6 +67,20 @@ class Epoch:
     images_per_second: float
     samples: list[str]
     validation_by_data: dict[str, dict[str, float]] = field(default_factory=dict)
+    step: int | None = None
+    validations: list[StepValidation] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Epoch":
+        """An epoch from what ``dataclasses.asdict`` made of it."""
+        validations = [StepValidation(**each) for each in values.get("validations", [])]
+        return cls(**{**values, "validations": validations})
+
+    @property
+    def best(self) -> "StepValidation | Epoch":
+        """The best of the epoch's validations; the epoch itself stands for the one at its end."""
+        validations: list[StepValidation | Epoch] = [*self.validations, self]
+        return max(validations, key=rank_of)
 
     def describe(self) -> str:
         """The figures in a line, for a person."""
@@ -53,72 +89,85 @@ class Epoch:
             if self.train_loss is not None
             else f"CIDEr of samples {self.train_cider:.1f}"
         )
-        each = ", ".join(
-            f"{name} {figures['cider']:.1f}" for name, figures in self.validation_by_data.items()
-        )
-        return (
-            f"{trained}; validation loss {self.validation_loss:.3f}, "
-            f"CIDEr {self.validation_cider:.1f}{f' ({each})' if each else ''}; "
-            f"{self.images_per_second:.1f} images/s"
-        )
+        return f"{trained}; {_describe_validation(self)}; {self.images_per_second:.1f} images/s"
 
     def figures(self) -> dict[str, float]:
         """All figures by name, those that this epoch has not left out.
 
         Those of a data set are called ``validation_cider/NAME``.
         """
-        figures = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("samples", "validation_by_data") and value is not None
-        }
-        for data, values in self.validation_by_data.items():
-            figures |= {f"validation_{name}/{data}": value for name, value in values.items()}
-        return figures
+        return _figures(self)
 
 
-@dataclass(frozen=True)
-class StepLog:
-    """The figures of the steps of one epoch, for TensorBoard."""
+def _describe_validation(validated: "StepValidation | Epoch") -> str:
+    each = ", ".join(
+        f"{name} {figures['cider']:.1f}" for name, figures in validated.validation_by_data.items()
+    )
+    return (
+        f"validation loss {validated.validation_loss:.3f}, "
+        f"CIDEr {validated.validation_cider:.1f}{f' ({each})' if each else ''}"
+    )
 
-    steps: "Sequence[StepFigures]"
+
+def _figures(source: "StepValidation | Epoch") -> dict[str, float]:
+    figures = {
+        name: value for name, value in vars(source).items() if isinstance(value, (int, float))
+    }
+    for data, values in source.validation_by_data.items():
+        figures |= {f"validation_{name}/{data}": value for name, value in values.items()}
+    return figures
 
 
-def best_of(epochs: Sequence[Epoch]) -> Epoch:
-    """The epoch whose model is saved: the highest CIDEr, and the lowest loss among equals.
+def rank_of(validated: "StepValidation | Epoch") -> tuple[float, float]:
+    """What decides which model is the best: the highest CIDEr, and the lowest loss among equals.
 
     Of several data sets, both are the means by their weights.
     """
-    return max(epochs, key=lambda each: (each.validation_cider, -each.validation_loss))
+    return validated.validation_cider, -validated.validation_loss
+
+
+def best_of(epochs: Sequence[Epoch]) -> Epoch:
+    """The epoch whose best validation is the best of all: its model is saved."""
+    return max(epochs, key=lambda each: rank_of(each.best))
+
+
+def write_metrics(
+    output: str, epochs: Sequence[Epoch], begun: Sequence[StepValidation] = ()
+) -> None:
+    """Writes ``metrics.jsonl``: a line for each validation within an epoch, and for each epoch.
+
+    Args:
+        output: a directory, local or in a bucket.
+        epochs: all so far.
+        begun: the validations so far of the epoch that has begun.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    rows: list[StepValidation | Epoch] = []
+    for each in epochs:
+        rows += [*each.validations, each]
+    lines = "".join(json.dumps(row.figures()) + "\n" for row in [*rows, *begun])
+    storage.write(storage.join(output, "metrics.jsonl"), lines.encode())
 
 
 def write_journal(
-    output: str,
-    epochs: Sequence[Epoch],
-    examples: Sequence[tuple[str, Sequence[str]]],
-    log: StepLog,
+    output: str, epochs: Sequence[Epoch], examples: Sequence[tuple[str, Sequence[str]]]
 ) -> None:
-    """Writes ``metrics.jsonl``, ``curves.png``, ``samples.md`` and ``tensorboard/`` to ``output``.
+    """Writes ``metrics.jsonl``, ``curves.png`` and ``samples.md`` to ``output``.
 
     Args:
         output: a directory, local or in a bucket.
         epochs: all so far.
         examples: the name and the references of each image whose captions are the epochs'
             ``samples``.
-        log: the steps of the last epoch.
 
     Raises:
         OutputError: they cannot be written.
     """
-    lines = "".join(json.dumps(each.figures()) + "\n" for each in epochs)
-    files = {
-        "metrics.jsonl": lines.encode(),
-        "curves.png": _curves(epochs),
-        "samples.md": _samples(epochs, examples).encode(),
-    }
-    for name, data in files.items():
-        storage.write(storage.join(output, name), data)
-    _append_events(f"{output}/{_EVENTS}", epochs[-1], examples, log)
+    write_metrics(output, epochs)
+    storage.write(storage.join(output, "curves.png"), _curves(epochs))
+    storage.write(storage.join(output, "samples.md"), _samples(epochs, examples).encode())
 
 
 def _curves(epochs: Sequence[Epoch]) -> bytes:
@@ -139,7 +188,10 @@ def _curves(epochs: Sequence[Epoch]) -> bytes:
     ]
     for axes, name, label, unit in panels:
         points = [
-            (each.epoch, value) for each in epochs if (value := getattr(each, name)) is not None
+            (place, value)
+            for epoch in epochs
+            for place, each in _places(epoch)
+            if (value := getattr(each, name, None)) is not None
         ]
         axes.plot([n for n, _ in points], [value for _, value in points], marker="o", label=label)
         axes.set(xlabel="epoch", ylabel=unit)
@@ -150,65 +202,26 @@ def _curves(epochs: Sequence[Epoch]) -> bytes:
     return sink.getvalue()
 
 
+def _places(epoch: Epoch) -> list[tuple[float, "StepValidation | Epoch"]]:
+    """Where on an axis of epochs an epoch's figures belong, and those of the steps within it."""
+    within = [
+        (each.step * epoch.epoch / epoch.step, each) for each in epoch.validations if epoch.step
+    ]
+    return [*within, (epoch.epoch, epoch)]
+
+
 def _samples(epochs: Sequence[Epoch], examples: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Markdown: for each image its references, and its caption after each epoch."""
     blocks = []
     for index, (name, references) in enumerate(examples):
-        shown = [f"- {_escaped(reference)}" for reference in references]
-        lines = [f"{each.epoch}. {_escaped(each.samples[index])}" for each in epochs]
+        shown = [f"- {escape_markdown(reference)}" for reference in references]
+        lines = [f"{each.epoch}. {escape_markdown(each.samples[index])}" for each in epochs]
         text = ["People wrote:", "", *shown, "", "The model, after each epoch:", "", *lines, ""]
-        blocks.append("\n".join([f"## {_escaped(name)}", "", *text]))
+        blocks.append("\n".join([f"## {escape_markdown(name)}", "", *text]))
     return "\n".join(["# Validation images, captioned after each epoch", "", *blocks])
 
 
-def _escaped(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is."""
     printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#+-.!|&" else c for c in printable)
-
-
-def _append_events(
-    uri: str, epoch: Epoch, examples: Sequence[tuple[str, Sequence[str]]], log: StepLog
-) -> None:
-    """Appends an epoch to TensorBoard's event file; in a bucket the file is written anew.
-
-    Where a run was killed before its checkpoint, the epoch's records come twice, and TensorBoard
-    shows the later ones.
-    """
-    records = _events(epoch, examples, log)
-    try:
-        if storage.is_local(uri):
-            path = Path(storage.as_path(uri))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                file.write(records)
-            return
-        before = storage.read(uri)
-    except FileNotFoundError:
-        before = b""
-    except OSError as error:
-        raise OutputError(f"cannot write {uri}: {error.strerror or error}") from error
-    storage.write(uri, before + records)
-
-
-def _events(epoch: Epoch, examples: Sequence[tuple[str, Sequence[str]]], log: StepLog) -> bytes:
-    """An epoch's records: its figures, its steps' figures, and the sample captions."""
-    from tensorboardX import SummaryWriter
-
-    with tempfile.TemporaryDirectory() as folder:
-        writer = SummaryWriter(folder)
-        for name, value in epoch.figures().items():
-            if name != "epoch":
-                writer.add_scalar(name, value, epoch.epoch)
-        for step in log.steps:
-            writer.add_scalar("step/value", step.value, step.step)
-            writer.add_scalar("step/gradient_norm", step.gradient_norm, step.step)
-            writer.add_scalar("step/learning_rate", step.learning_rate, step.step)
-        text = "\n".join(
-            f"- {_escaped(name)}: {_escaped(caption)}"
-            for (name, _), caption in zip(examples, epoch.samples, strict=True)
-        )
-        writer.add_text("captions", text, epoch.epoch)
-        writer.close()
-        [path] = Path(folder).iterdir()
-        return path.read_bytes()

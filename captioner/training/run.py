@@ -8,7 +8,6 @@ the epoch and the worker alone: a resumed run ends as one that was never interru
 import hashlib
 import json
 import logging
-import math
 import signal
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from captioner.model.loading import is_pretrained
 from captioner.model.network import CaptionModel
 from captioner.model.vocabulary import Vocabulary
 from captioner.runtime.signals import catch_signals
-from captioner.training.batches import captions_to_encode
+from captioner.training.batches import captions_to_encode, steps_per_epoch
 from captioner.training.directory import TrainingDirectory
 from captioner.training.journal import Epoch
 from captioner.training.loop import train_loop
@@ -84,7 +83,8 @@ def train(
     with catch_signals() as signals:
         try:
             earlier = _load_start(initial_model) if initial_model else None
-            job = Job(split, output, config, launch.device, _seen(split, initial_model))
+            seen = _seen(split, initial_model)
+            job = Job(split, output, config, launch.device, seen)
             settings = {
                 "model": asdict(model_config if earlier is None else earlier.model.config),
                 "train": asdict(config),
@@ -160,7 +160,7 @@ def _check_batches(split: Split, config: TrainConfig, workers: int) -> None:
     if not config.epochs + config.scst_epochs:
         raise InputError("there is nothing to train: --epochs and --scst-epochs are 0")
     images = sum(portion.images_per_epoch for portion in split.portions)
-    batches = math.ceil(images / config.batch_size)
+    batches = steps_per_epoch(split.portions, config.batch_size)
     if images < workers * batches:  # the batches' sizes differ by one at most
         raise InputError(
             f"--workers {workers}: some batches would have fewer images than workers; "

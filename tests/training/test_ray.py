@@ -155,12 +155,14 @@ def test_a_run_goes_on_with_another_number_of_workers(
     data = write_data(tmp_path / "data", 30)
     _save_model_without_dropout(data, tmp_path / "model")
 
+    steps = {"batch_size": 12, "validate_every": 3}  # an epoch is two steps
+
     def run(name: str, workers: int, scst_epochs: int = 0) -> list[dict[str, object]]:
         epochs = training.train(
             read_split(data),
             str(tmp_path / name),
             model_config=NO_DROPOUT,
-            config=dataclasses.replace(CONFIG, epochs=3, scst_epochs=scst_epochs),
+            config=dataclasses.replace(CONFIG, **steps, epochs=3, scst_epochs=scst_epochs),
             launch=LaunchConfig(workers=workers, device="cpu"),
             initial_model=str(tmp_path / "model"),
         )
@@ -179,6 +181,11 @@ def test_a_run_goes_on_with_another_number_of_workers(
     for figure in ("train_loss", "validation_loss", "validation_cider"):
         expected = [each[figure] for each in whole]
         assert [each[figure] for each in ended] == pytest.approx(expected, rel=1e-5)
+    for one, other in zip(whole, ended, strict=True):
+        assert len(one["validations"]) == (one["epoch"] == 2)
+        for expected, validation in zip(one["validations"], other["validations"], strict=True):
+            for figure in ("step", "validation_loss", "validation_cider"):
+                assert validation[figure] == pytest.approx(expected[figure], rel=1e-5)
     private = tmp_path / "killed/_training"
     pointers = sorted((private / "ray/run").glob("epoch-*/checkpoint.json"))
     assert [path.parent.name for path in pointers] == ["epoch-0002", "epoch-0003"]
