@@ -96,7 +96,8 @@ def options_of(
                 continue
             hint = hints[each.name]
             is_repeatable = typing.get_origin(hint) is tuple
-            name, kind = option_name(each), str if is_repeatable else _type_of(hint)
+            kind = _type_of(typing.get_args(hint)[0] if is_repeatable else hint)
+            name = option_name(each)
             if kind is bool:
                 name = f"{name}/--no-{name[2:]}"
             add_option = option(
@@ -104,7 +105,7 @@ def options_of(
                 each.name,
                 group=each.metadata["group"] or config.GROUP,  # type: ignore[attr-defined]
                 type=kind,
-                metavar="GLOB" if is_repeatable else getattr(kind, "metavar", None),
+                metavar="GLOB" if is_repeatable and kind is str else getattr(kind, "metavar", None),
                 multiple=is_repeatable,
                 default=None,
                 help=f"{each.metadata['help']}  [default: {_default_of(each, presets)}]",
@@ -141,6 +142,8 @@ def _as_typed(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(map(_as_typed, value))
     return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
 
 
@@ -158,7 +161,7 @@ class _OrWord(click.ParamType):  # type: ignore[type-arg]
 
 
 def configure(base: Config, values: Mapping[str, Any]) -> Config:
-    """The settings ``base`` with the options that were given; one that was not is None.
+    """The settings ``base`` with the options that were given; one that was not is None, or ().
 
     Raises:
         InputError: a value is out of range; the message names the option as it is typed.
@@ -168,7 +171,7 @@ def configure(base: Config, values: Mapping[str, Any]) -> Config:
     changed = {}
     for name in fields:
         value = values.get(name)
-        if value is None:
+        if value is None or value == ():
             continue
         if value == "none" and type(None) in typing.get_args(hints[name]):
             value = None

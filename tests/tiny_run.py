@@ -1,11 +1,12 @@
 """A training run that takes a second: squares of a colour, four steps an epoch."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from captioner.config import TrainConfig
+from captioner.config import LaunchConfig, TrainConfig
 from captioner.data.splits import CaptionedImage, Split
 from captioner.training import run as training
 from captioner.training.journal import Epoch
@@ -35,7 +36,9 @@ class TinyRun:
         self.weights = str(directory / "encoder.pth")
         torch.save(tiny_model().encoder.backbone.state_dict(), self.weights)
 
-    def train(self, output: str = "model", **changes: object) -> list[Epoch]:
+    def train(
+        self, output: str = "model", *, log: tuple[Any, ...] = ("tensorboard",), **changes: object
+    ) -> list[Epoch]:
         settings = {"batch_size": 2, "minimum_count": 1, "learning_rate": 2e-3, "epochs": 2}
         settings |= {"precision": "fp32", "fine_tune_from": None, **changes}
         return training.train(
@@ -43,5 +46,6 @@ class TinyRun:
             str(self.directory / output),
             model_config=TINY,
             config=TrainConfig(**settings),
+            launch=LaunchConfig(log=log),
             encoder_weights=self.weights,
         )

@@ -7,7 +7,9 @@ from captioner.config.model import ModelConfig
 from captioner.config.run import Precision
 from captioner.config.settings import SettingError, Settings, setting
 
-__all__ = ["PRESETS", "LaunchConfig", "Preset", "TrainConfig"]
+__all__ = ["PRESETS", "LaunchConfig", "LogKind", "Preset", "TrainConfig"]
+
+LogKind = Literal["tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +212,12 @@ class LaunchConfig(Settings):
         3,
         "Times that failed workers are replaced; training resumes from the last epoch.",
         minimum=0,
+    )
+    log: tuple[LogKind, ...] = setting(
+        ("tensorboard",),
+        "Where to log the figures of steps and epochs, beside metrics.jsonl; wandb and mlflow need "
+        "the extra of the same name. Repeatable.",
+        group="Logging",
     )
 
 

@@ -6,9 +6,11 @@
       model.safetensors …   the bundle of the best validation
       last/                 the bundle of the last epoch
       metrics.jsonl …       the journal; see :mod:`captioner.training.journal`
+      tensorboard/, wandb/, mlflow.db   what :mod:`captioner.training.loggers` write here
       training.json         the settings of the run
       epochs.json           the figures of the epochs that are done
-      _training/            the initial model, the checkpoint, the lock, Ray Train's files
+      _training/            the initial model, the checkpoint, the lock, Ray Train's files, and the
+                            run's ids at the services that log it
 """
 
 import io
@@ -71,6 +73,11 @@ class TrainingDirectory:
     def private(self, name: str) -> str:
         """The URI of a file or directory that the run keeps for itself."""
         return storage.join(self.uri, f"{_PRIVATE}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part of its URI: what the run is called."""
+        return self.uri.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def checkpoint(self) -> str:
@@ -142,6 +149,22 @@ class TrainingDirectory:
                 change = {"after_epoch": done, "setting": name}
                 changes.append(change | {"from": earlier["train"][name], "to": value})
         return changes
+
+    def read_settings(self) -> dict[str, Any]:
+        """The settings of the run, and what was changed in them since it has begun."""
+        settings: dict[str, Any] = json.loads(storage.read(storage.join(self.uri, _SETTINGS)))
+        return settings
+
+    def read_id(self, service: str) -> str | None:
+        """The id that the run has at a service that logs it; None where it has none."""
+        try:
+            return storage.read(self.private(f"{service}-id")).decode()
+        except FileNotFoundError:
+            return None
+
+    def write_id(self, service: str, identity: str) -> None:
+        """Keeps the id that the run has at a service."""
+        storage.write(self.private(f"{service}-id"), identity.encode())
 
     def delete_models(self) -> None:
         """Deletes the models of the run that is being replaced."""

@@ -15,7 +15,6 @@ from captioner.training.batches import TrainingImages, steps_per_epoch
 from captioner.training.features import compute_features
 from captioner.training.journal import Epoch, StepValidation, best_of, rank_of
 from captioner.training.loggers.base import Loggers
-from captioner.training.loggers.tensorboard import TensorBoardLogger
 from captioner.training.self_critical import SelfCriticalTraining
 from captioner.training.trainer import StepFigures, Trainer
 from captioner.training.validation import Validated, Validation
@@ -90,8 +89,8 @@ class _Loop:
         ends = self._is_finished()
         if ends:
             return
-        loggers = [TensorBoardLogger(self._job.directory)] if self._worker.rank == 0 else []
-        with Loggers(loggers) as self._loggers:
+        kinds = self._job.log if self._worker.rank == 0 else ()
+        with Loggers.open(kinds, self._job.directory) as self._loggers:
             while not ends:
                 number = len(self._epochs) + 1
                 epoch = self._run_epoch(number)

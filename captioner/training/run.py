@@ -26,6 +26,7 @@ from captioner.runtime.signals import catch_signals
 from captioner.training.batches import captions_to_encode, steps_per_epoch
 from captioner.training.directory import TrainingDirectory
 from captioner.training.journal import Epoch
+from captioner.training.loggers.base import check_packages
 from captioner.training.loop import train_loop
 from captioner.training.ray import train_on_ray
 from captioner.training.words import check_vocabulary, prepare_vocabulary
@@ -71,8 +72,9 @@ def train(
         The figures of each epoch.
 
     Raises:
-        InputError: the encoder's weights cannot be loaded, none of the images can be decoded, or
-            the vocabulary does not fit the captions.
+        InputError: the encoder's weights cannot be loaded, none of the images can be decoded, a
+            service to log to needs a package or cannot be reached, or the vocabulary does not
+            fit the captions.
         BundleError: ``initial_model`` is not a sound bundle.
         OutputError: ``output`` holds another model, another process trains one there (unnoticed in
             a bucket), or it cannot be written.
@@ -80,11 +82,12 @@ def train(
     """
     launch = launch or LaunchConfig()
     _check_batches(split, config, max(1, launch.workers))
+    check_packages(launch.log)
     with catch_signals() as signals:
         try:
             earlier = _load_start(initial_model) if initial_model else None
             seen = _seen(split, initial_model)
-            job = Job(split, output, config, launch.device, seen)
+            job = Job(split, output, config, launch.device, seen, launch.log)
             settings = {
                 "model": asdict(model_config if earlier is None else earlier.model.config),
                 "train": asdict(config),

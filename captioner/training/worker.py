@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from captioner.config import TrainConfig
+from captioner.config.training import LogKind
 from captioner.data.dataset import Split
 from captioner.model.bundle import SeenImages
 from captioner.training.directory import TrainingDirectory
@@ -23,6 +24,7 @@ class Job:
         config: how to train.
         device: name of the device that each worker computes on.
         seen: the images that the finished model has seen, those of the model it starts from too.
+        log: where rank 0 logs the figures.
     """
 
     split: Split
@@ -30,6 +32,7 @@ class Job:
     config: TrainConfig
     device: str
     seen: SeenImages
+    log: tuple[LogKind, ...] = ()
 
     @property
     def directory(self) -> TrainingDirectory:

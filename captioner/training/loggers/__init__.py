@@ -1,1 +1,1 @@
-"""Where the figures of a training run go besides its own files."""
+"""Where the figures of a training run go besides its own files: TensorBoard, wandb, MLflow."""

@@ -1,10 +1,17 @@
 """What the training loop asks of a logger, and several loggers as one."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Protocol
 
-__all__ = ["Logger", "Loggers"]
+from captioner.config.training import LogKind
+from captioner.errors import InputError
+from captioner.training.directory import TrainingDirectory
+
+__all__ = ["Logger", "Loggers", "check_packages"]
+
+_PACKAGES: tuple[LogKind, ...] = ("wandb", "mlflow")  # each in the extra of its name
 
 
 class Logger(Protocol):
@@ -33,6 +40,22 @@ class Loggers:
 
     def __init__(self, loggers: Sequence[Logger] = ()):
         self._loggers = loggers
+
+    @classmethod
+    def open(cls, kinds: Sequence[LogKind], directory: TrainingDirectory) -> "Loggers":
+        """Opens a run's loggers, which continue what an earlier process logged of it.
+
+        Raises:
+            InputError: a service refuses the run, or cannot be reached.
+        """
+        opened: list[Logger] = []
+        try:
+            for kind in dict.fromkeys(kinds):
+                opened.append(_open(kind, directory))  # noqa: PERF401  # what is open is closed
+        except BaseException:
+            cls(opened).close(failed=True)
+            raise
+        return cls(opened)
 
     def log_step(self, step: int, figures: Mapping[str, float]) -> None:
         """See :meth:`Logger.log_step`; the names are still without ``step/``."""
@@ -65,3 +88,33 @@ class Loggers:
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+
+def check_packages(kinds: Sequence[LogKind]) -> None:
+    """Checks that the packages of some loggers are installed, without importing them.
+
+    Raises:
+        InputError: one is missing.
+    """
+    for kind in kinds:
+        if kind in _PACKAGES:
+            spec = find_spec(kind)
+            # wandb writes to a folder "wandb", which Python takes for a package without a file.
+            if spec is None or spec.origin is None:
+                raise InputError(
+                    f"--log {kind} needs captioner[{kind}]: pip install 'captioner[{kind}]'"
+                )
+
+
+def _open(kind: LogKind, directory: TrainingDirectory) -> Logger:
+    if kind == "wandb":
+        from captioner.training.loggers.wandb import WandbLogger
+
+        return WandbLogger(directory)
+    if kind == "mlflow":
+        from captioner.training.loggers.mlflow import MlflowLogger
+
+        return MlflowLogger(directory)
+    from captioner.training.loggers.tensorboard import TensorBoardLogger
+
+    return TensorBoardLogger(directory)
