@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if "CAPTIONER_TEST_THOROUGH" not in os.environ:
-        skipped = pytest.mark.skip(reason="thorough: set CAPTIONER_TEST_THOROUGH=1")
+        skipped = pytest.mark.skip(reason="thorough: .ci/run thorough runs it")
         for item in items:
             if item.get_closest_marker("thorough"):
                 item.add_marker(skipped)

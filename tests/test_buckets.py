@@ -679,6 +679,7 @@ def test_a_killed_job_goes_on_where_it_was(source, bucket, proxy, photos):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_rays_workers_get_the_variables_of_the_runtime_environment(
     source, bucket, environment, photos
 ):

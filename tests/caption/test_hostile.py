@@ -618,6 +618,7 @@ def test_a_thousand_files_take_bounded_memory_with_the_model_in_the_box(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_ray_writes_the_same_rows_of_a_thousand_files(
     thousand, captioned, model_directory, tmp_path, local_ray
 ):

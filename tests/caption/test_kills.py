@@ -167,7 +167,7 @@ def test_an_image_that_kills_its_process_is_set_aside(
     assert failed["error"] == "the process that captioned this image died more than once"
 
 
-@pytest.mark.parametrize("engine", [pytest.param("local", marks=pytest.mark.thorough), "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
 def test_a_device_that_breaks_stops_the_job_and_sets_no_image_aside(
     engine, model_directory, tmp_path
 ):

@@ -268,6 +268,7 @@ def test_a_killed_worker_and_a_stopped_training_are_a_line_each(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_submitted_jobs_outlive_a_node_and_a_driver(tmp_path: Path):
     """A raylet is killed in each job, and the driver of the training, which is submitted again.
 
