@@ -120,6 +120,8 @@ class SeekableFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Moves the position; reads nothing."""
         begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if begin + offset < 0:
+            raise ValueError(f"cannot seek to {begin + offset}")
         self._position = begin + offset
         return self._position
 

@@ -4,28 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from captioner.config import TrainConfig
 from captioner.data.mixing import mix
-from captioner.data.splits import CaptionedImage, Portion, Split
+from captioner.data.splits import Portion
 from captioner.errors import InputError, OutputError
 from captioner.training import run as training
 from captioner.training.batches import plan_batches
 from conftest import TINY, tiny_model
-
-COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
-
-
-def _split(directory: Path, *, caption: str) -> Split:
-    directory.mkdir()
-    examples = []
-    for index in range(12):
-        word, colour = list(COLOURS.items())[index % 2]
-        path = directory / f"{index:02d}.png"
-        Image.new("RGB", (64, 64), colour).save(path)
-        examples.append(CaptionedImage(str(path), [caption.format(word)], path.name))
-    return Split(examples[:8], examples[8:], [])
+from tiny_run import write_split
 
 
 def _config(**changes: object) -> TrainConfig:
@@ -61,8 +48,8 @@ def test_a_dataset_of_weight_one_is_planned_as_without_weights():
 def test_each_dataset_has_its_own_validation_figures(
     weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    one = _split(tmp_path / "one", caption="a {} square .")
-    other = _split(tmp_path / "other", caption="all of it is {} .")
+    one = write_split(tmp_path / "one", caption="a {} square .")
+    other = write_split(tmp_path / "other", caption="all of it is {} .")
     run = {"model_config": TINY, "config": _config(), "encoder_weights": weights}
     output = tmp_path / "model"
     mixed = mix([one, other], ["one", "other"], [1, 3])
@@ -90,8 +77,8 @@ def test_each_dataset_has_its_own_validation_figures(
 
 
 def test_a_dataset_without_a_readable_validation_image_is_named(weights: str, tmp_path: Path):
-    one = _split(tmp_path / "one", caption="a {} square .")
-    other = _split(tmp_path / "other", caption="all of it is {} .")
+    one = write_split(tmp_path / "one", caption="a {} square .")
+    other = write_split(tmp_path / "other", caption="all of it is {} .")
     for image in other.validation:
         Path(image.uri).write_bytes(b"no image")
     mixed = mix([one, other], ["one", "other"], [1, 1])
