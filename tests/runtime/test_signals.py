@@ -29,8 +29,8 @@ _HANGS = {
 """,
     "the start of a thread": """
     with threading._active_limbo_lock:  # which a thread's start takes
-        print("ready", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
+            print("ready", flush=True)
             time.sleep(60)
         time.sleep(60)
 """,
