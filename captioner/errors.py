@@ -115,6 +115,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, for example ``1 image`` or ``2 images``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def first_of(names: Sequence[str], most: int) -> str:
     """Joins the first names with commas, followed by … if there are more."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -11,7 +11,7 @@ import torch
 
 from captioner.caption.actors import ActorPool, fit_actors
 from captioner.config import RunConfig
-from captioner.errors import InputError
+from captioner.errors import InputError, counted
 from captioner.output.manifest import Shard
 from captioner.runtime.cluster import connected
 from captioner.runtime.device import choose_device, resolve_precision
@@ -93,13 +93,13 @@ class Plan:
     def describe(self) -> str:
         """One line for a person."""
         if not self.shards:
-            return f"{self.images} images, all captioned"
+            return f"{counted(self.images, 'image')}, all captioned"
         part = f"{self.remaining} to caption" if self.remaining < self.images else "all to caption"
         if self.run.batch_size == "auto":
-            batches = "batches of the size that is fastest"
+            batches = "with the fastest batch size"
         else:
-            batches = f"{self.run.batch_size} images a batch"
-        work = f"{self.images} images, {part}, in {len(self.shards)} shards"
+            batches = f"{counted(self.run.batch_size, 'image')} per batch"
+        work = f"{counted(self.images, 'image')}, {part}, in {counted(len(self.shards), 'shard')}"
         return f"{work}; {self.placement.describe()}, {batches}"
 
 

@@ -146,4 +146,4 @@ def demo(output: str, model: str | None) -> None:
     for drawing, row in run_demo(output, model or bundle.DEFAULT):
         low = " (low score: probably wrong)" if row.is_low else ""
         click.echo(f"{printable(row.caption)}{low}  {printable(drawing)}")
-    click.echo(f"a page of all of them: {printable(storage.join(output, 'gallery.html'))}")
+    click.echo(f"gallery of all photos: {printable(storage.join(output, 'gallery.html'))}")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from captioner.errors import InputError
+from captioner.errors import InputError, counted
 
 __all__ = ["CsvTable", "Row", "decode_text"]
 
@@ -76,9 +76,9 @@ class CsvTable:
         while row := self._next():
             if len(row.fields) != count:
                 raise InputError(
-                    f"{self._uri}, line {row.line}: {_number(len(row.fields), 'field')}, but "
-                    f"{_number(count, 'column')}: a field with a {_NAMES[self._separator]} in it "
-                    "is in quotes"
+                    f"{self._uri}, line {row.line}: {counted(len(row.fields), 'field')}, but "
+                    f"{counted(count, 'column')}: put a field that contains a "
+                    f"{_NAMES[self._separator]} in quotes"
                 )
             if self._joins_rows(place):
                 last = row.line + len(self._lines.recorded) - 1
@@ -178,7 +178,3 @@ def _alike(name: str, first: str) -> bool:
     if "://" in name and "://" in first:
         return True
     return all(re.fullmatch(r"\S*\d\S*", each) for each in (name, first))
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

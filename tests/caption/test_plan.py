@@ -174,7 +174,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path: Path, model_di
         assert result.exit_code == 0, result.output
         return result.output
 
-    place = "in this process, on cpu, in float32, 4 images a batch\n"
+    place = "in this process, on cpu, in float32, 4 images per batch\n"
     dry = run("--shard-size", "3", "--dry-run")
     assert dry == f"7 images, all to caption, in 3 shards; {place}"
     assert not output.exists()
@@ -182,8 +182,8 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path: Path, model_di
         dry.replace("7", "4").replace(" 3", " 2")
     )
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    assert run("--dry-run") == f"7 images, 3 to caption, in 1 shards; {place}"
-    assert run("--dry-run", "--overwrite") == f"7 images, all to caption, in 1 shards; {place}"
+    assert run("--dry-run") == f"7 images, 3 to caption, in 1 shard; {place}"
+    assert run("--dry-run", "--overwrite") == f"7 images, all to caption, in 1 shard; {place}"
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     run()
     assert run("--dry-run") == "7 images, all captioned\n"
