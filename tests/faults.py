@@ -5,6 +5,9 @@ environment, a magenta image kills the process whose model captions it. While th
 ``BROKEN_DEVICE`` exists, any image does, as on a broken GPU. If ``KILL_RENAME`` names a file that
 does not exist, the first process to rename a part creates that file and is killed before the
 renaming.
+
+Locally ``RUNS`` in the environment runs the command so often, one process after another: all but the
+last have to die.
 """
 
 import os
@@ -101,4 +104,13 @@ if __name__ == "__main__":
         install()
     from captioner.cli import main
 
+    for _ in range(int(os.environ.get("RUNS", "1")) - 1):
+        from captioner.caption import job  # noqa: F401 - once for all processes, for it takes long
+
+        process = os.fork()
+        if not process:
+            break
+        status = os.waitpid(process, 0)[1]
+        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+            sys.exit(f"a run ended before the last one, with status {status}")
     main([*arguments, "--engine", engine])

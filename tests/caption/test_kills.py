@@ -68,6 +68,12 @@ def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+def _run_here(command: list[str]) -> None:
+    """Runs a command that succeeds, without the start of a process."""
+    ran = CliRunner().invoke(main, command[3:])
+    assert ran.exit_code == 0, ran.output
+
+
 def _wait(job: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
     while not condition():
@@ -165,10 +171,7 @@ def test_an_image_that_kills_its_process_is_set_aside(
     command = [sys.executable, str(FAULTS), engine, "caption", str(photos), str(output)]
     command += ["--model", str(model_directory), *SMALL]
     variables = {"KILL_MODEL": "1"} if stage == "model" else {}
-    for run in range(runs):
-        done = _run(command, **variables)
-        if run < runs - 1:
-            assert done.returncode == -signal.SIGKILL, done.stderr
+    done = _run(command, RUNS=str(runs), **variables)
     assert done.returncode == 0, done.stderr
     assert _check(output, photos) == {"ok": 19, "failed": 1}
     [failed] = pq.read_table(output, filters=[("status", "=", "failed")]).to_pylist()
@@ -186,10 +189,9 @@ def test_a_device_that_breaks_stops_the_job_and_sets_no_image_aside(
     broken.touch()
     arguments = ["caption", str(photos), str(output), "--model", str(model_directory), *SMALL]
     command = [sys.executable, str(FAULTS), engine, *arguments]
-    if engine == "local":  # the first process dies with a batch, the others with the probe
-        for _ in range(4):
-            assert _run(command, BROKEN_DEVICE=str(broken)).returncode == -signal.SIGKILL
-    done = _run(command, BROKEN_DEVICE=str(broken))
+    # Locally the first process dies with a batch, three more with the probe.
+    runs = "5" if engine == "local" else "1"
+    done = _run(command, BROKEN_DEVICE=str(broken), RUNS=runs)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().split("\n")[-1]
     assert re.fullmatch(
@@ -199,9 +201,7 @@ def test_a_device_that_breaks_stops_the_job_and_sets_no_image_aside(
     ), done.stderr
     assert _parts(output) == 0
     broken.unlink()  # it is repaired
-    command[2] = "local"  # the engine may change
-    done = _run(command, BROKEN_DEVICE=str(broken))
-    assert done.returncode == 0, done.stderr
+    _run_here(_command(photos, output, model_directory, "local"))  # the engine may change
     assert _check(output, photos) == {"ok": count}
 
 
@@ -260,8 +260,7 @@ def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_
             _kill_workers(command, output, r"^ray::.*CaptionStage", on_ray["actor"], generator)
             survived["ray: actor"] = on_ray["actor"]
         else:
-            done = _run(command)
-            assert done.returncode == 0, done.stderr
+            _run_here(command)
         books = _books(output, photos)
         lost, twice = lost + books[0], twice + books[1]
         _check_tidy(output)
@@ -295,8 +294,7 @@ def test_a_job_over_other_sources_is_killed_and_resumed(kind, model_directory, t
         _kill_drivers(command, output, 1, random.Random(0))
         before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
         assert 0 < len(before) < 10
-        resumed = CliRunner().invoke(main, command[3:])  # without the start of a process
-    assert resumed.exit_code == 0, resumed.output
+        _run_here(command)
     rows = pq.read_table(output, columns=["number", "status"]).to_pylist()
     assert [int(row["number"]) for row in rows] == [*range(60)]
     assert {row["status"] for row in rows} == {"ok"}
@@ -317,8 +315,9 @@ def test_a_writer_killed_before_its_renaming_leaves_nothing_behind(
     if engine == "local":  # where the writer is a thread of the job
         assert done.returncode == -signal.SIGKILL
         assert list(output.glob(".part-*.tmp-*"))
-        done = _run(command)
-    assert done.returncode == 0, done.stderr
+        _run_here(_command(photos, output, model_directory, "local"))
+    else:
+        assert done.returncode == 0, done.stderr
     assert _check(output, photos) == {"ok": 30}
 
 
@@ -406,8 +405,7 @@ def test_a_stopped_job_says_how_to_resume_and_leaves_no_process(
     assert summary["error"] == "stopped"
     assert summary["rows"] == {}  # the parts are not read on the way out
     assert summary["missing"] == count - int(done[1])
-    again = _run(_command(photos, output, model_directory, "local"))  # the engine may change
-    assert again.returncode == 0, again.stderr
+    _run_here(_command(photos, output, model_directory, "local"))  # the engine may change
     assert _check(output, photos) == {"ok": count}
 
 
@@ -481,8 +479,7 @@ def test_a_part_that_cannot_be_written_is_one_line(engine, model_directory, tmp_
     assert "Traceback" not in error
     obstacle.rmdir()
     _check_tidy(output)
-    again = _run(_command(photos, output, model_directory, "local"))  # the engine may change
-    assert again.returncode == 0, again.stderr
+    _run_here(_command(photos, output, model_directory, "local"))  # the engine may change
     assert _check(output, photos) == {"ok": count}
 
 
@@ -498,8 +495,7 @@ def test_a_full_disk_is_one_line_and_the_job_resumes_later(model_directory, tmp_
     assert done.stderr.strip().split("\n")[-1] == message
     assert _parts(output) == 0
     _check_tidy(output)
-    again = _run(command)
-    assert again.returncode == 0, again.stderr
+    _run_here(command)
     assert _check(output, photos) == {"ok": 120}
 
 
@@ -525,6 +521,5 @@ def test_an_output_turned_read_only_is_one_line_and_the_job_resumes_later(
     assert "Traceback" not in error
     for directory in (output, output / "__captioner"):
         directory.chmod(0o755)
-    again = _run(command)
-    assert again.returncode == 0, again.stderr
+    _run_here(command)
     assert _check(output, photos) == {"ok": 300}
