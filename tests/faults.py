@@ -6,8 +6,8 @@ environment, a magenta image kills the process whose model captions it. While th
 does not exist, the first process to rename a part creates that file and is killed before the
 renaming.
 
-Locally ``RUNS`` in the environment runs the command so often, one process after another: all but the
-last have to die.
+``RUNS`` in the environment runs a local job so often, one process after another; all but the last
+have to die.
 """
 
 import os

@@ -51,8 +51,14 @@ def _same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     return all(ours[name] == theirs[name] for name in names)
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-@pytest.mark.parametrize("kind", list(MAKERS))
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        *((kind, "local") for kind in MAKERS),
+        ("tar", "ray"),
+        pytest.param("parquet", "ray", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_rows_are_those_of_a_folder(
     kind: str,
     engine: str,

@@ -22,7 +22,7 @@ from PIL import Image
 
 from captioner.caption.job import caption_images
 from captioner.cli import main
-from captioner.config import ListingConfig, RunConfig
+from captioner.config import RunConfig
 from captioner.data import images
 from captioner.model import bundle
 from conftest import write_photos
@@ -584,16 +584,10 @@ print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
     return _rows(output), float(ran.stdout)
 
 
-@pytest.fixture(scope="module")
-def captioned(thousand, model_directory, tmp_path_factory) -> tuple[list[dict], float]:
-    output = tmp_path_factory.mktemp("local")
-    settings = {"shard_size": 64, "batch_size": 16, "precision": "fp32"}
-    return _caption_in_a_process(thousand, output, model_directory, **settings)
-
-
 @pytest.mark.slow
-def test_a_thousand_files_each_have_their_row(thousand, captioned, capsys):
-    rows, mebibytes = captioned
+def test_a_thousand_files_each_have_their_row(thousand, tmp_path, capsys):
+    """With the settings and the model that a user has who gives none."""
+    rows, mebibytes = _caption_in_a_process(thousand, tmp_path, bundle.DEFAULT)
     assert [row["uri"] for row in rows] == sorted(str(path) for path in thousand.iterdir())
     assert len(rows) == 1000
     statuses = Counter(row["status"] for row in rows)
@@ -607,29 +601,17 @@ def test_a_thousand_files_each_have_their_row(thousand, captioned, capsys):
 
 
 @pytest.mark.slow
-def test_a_thousand_files_take_bounded_memory_with_the_model_in_the_box(
-    thousand, captioned, tmp_path, capsys
-):
-    """With the settings that a user has who gives none."""
-    rows, mebibytes = _caption_in_a_process(thousand, tmp_path, bundle.DEFAULT)
-    _print(capsys, {"files": len(rows), "largest MiB with the model in the box": round(mebibytes)})
-    assert [row["status"] for row in rows] == [row["status"] for row in captioned[0]]
-    assert mebibytes < 1536
-
-
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_ray_writes_the_same_rows_of_a_thousand_files(
-    thousand, captioned, model_directory, tmp_path, local_ray
+    thousand, model_directory, tmp_path, local_ray
 ):
-    """The first of them; all of them where CAPTIONER_TEST_THOROUGH is set."""
-    count = 1000 if "CAPTIONER_TEST_THOROUGH" in os.environ else 200
-    run, listing = RunConfig(**{**vars(RUN), "engine": "ray"}), ListingConfig(limit=count)
-    arguments = {"run": run, "listing": listing}
-    caption_images(str(thousand), str(tmp_path), str(model_directory), **arguments)
+    settings = {"shard_size": 64, "batch_size": 16, "precision": "fp32"}
+    here, there = tmp_path / "local", tmp_path / "ray"
+    expected, _ = _caption_in_a_process(thousand, here, model_directory, **settings)
+    run = RunConfig(**{**vars(RUN), "engine": "ray"})
+    caption_images(str(thousand), str(there), str(model_directory), run=run)
     same = ("uri", "status", "error", "caption", "width", "height", "bytes")
     local, ray = (
-        [[row[name] for name in same] for row in rows]
-        for rows in (captioned[0][:count], _rows(tmp_path))
+        [[row[name] for name in same] for row in rows] for rows in (expected, _rows(there))
     )
     assert local == ray

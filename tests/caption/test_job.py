@@ -108,7 +108,7 @@ def test_both_engines_write_the_same_rows(photos, model_directory, tmp_path, req
                 assert value == theirs[name], name
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_columns_of_the_source_come_along(engine, photos, model_directory, tmp_path, request):
     paths = sorted(photos.iterdir(), reverse=True)
     source = tmp_path / "list.parquet"

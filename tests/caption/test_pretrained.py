@@ -55,7 +55,7 @@ def test_every_image_has_its_row_with_maps_and_finish(
         assert row["finish"] in ("stop", "length")
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
 def test_each_image_has_the_prompt_that_its_columns_give(
     blip: str, photos: Path, tmp_path: Path, engine: str, request: pytest.FixtureRequest
 ) -> None:

@@ -58,7 +58,7 @@ def _list(directory: Path, server: WebServer, paths: list[str]) -> str:
     return str(place)
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
 def test_each_address_has_one_row_with_its_reason(
     engine, server, model_directory, tmp_path, request
 ):
