@@ -214,7 +214,11 @@ def test_json_lines(tmp_path, caplog):
         _uris(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"uri\na.jpg\n", gzip.compress(b"uri\na.jpg\n")[:-9]])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"uri\na.jpg\n", gzip.compress(b"uri\na.jpg\n")[:-9]],
+    ids=["empty", "not compressed", "cut off"],  # compressed data have the time in them
+)
 def test_a_damaged_compressed_list_is_refused(tmp_path, data):
     (tmp_path / "list.csv.gz").write_bytes(data)
     with pytest.raises(InputError, match=r"list\.csv\.gz"):
