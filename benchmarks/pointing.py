@@ -3,8 +3,8 @@
 python benchmarks/pointing.py DATA BOXES
 
 For each word of a generated caption that people named in the photo, the largest value of the word's
-map has to fall into one of the thing's boxes, with a tolerance of 15 pixels. The photo's centre and
-a random cell of the map play the same game. The last line is JSON.
+map has to fall into one of the thing's boxes, with a tolerance of 15 pixels. The mean map of the
+caption's words, the photo's centre and a random cell play the same game. The last line is JSON.
 
 DATA is a dataset as ``captioner train`` takes it. BOXES is a JSON file:
 ``{image: {"size": [width, height], "nouns": {word: [[x1, y1, x2, y2], …]}}}`` in pixels.
@@ -21,7 +21,7 @@ import click
 import numpy as np
 
 from captioner import storage
-from captioner.config import DecodeConfig, parse_json
+from captioner.config import DecodeConfig, ModelConfig, parse_json
 from captioner.data.dataset import CaptionedImage, read_dataset
 from captioner.data.preparation import Preparation
 from captioner.data.views import load_view
@@ -36,17 +36,41 @@ Map = Literal["last", "mean"]
 Box = Sequence[float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """How maps are made, as the model's settings of these names say; None: as the model does."""
+
+    attention_map: Map | None = None
+    attention_norms: bool | None = None
+    attention_blur: float | None = None
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """A model's settings with these maps."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(config, **given)
+
+
 @dataclasses.dataclass
 class Game:
-    """Hits of the maps, of the centre and of a random cell, over a number of words."""
+    """Hits of the maps, the captions' mean maps, the centre and a random cell, over some words."""
 
     words: int = 0
     hits: int = 0
+    mean: int = 0
     centre: int = 0
     random: float = 0.0
 
-    def play(self, map_HW: np.ndarray, boxes: Sequence[Box], size: tuple[int, int]) -> None:
-        """Adds a word: its map, the boxes of what it names, the photo's width and height."""
+    def play(
+        self, map_HW: np.ndarray, mean_HW: np.ndarray, boxes: Sequence[Box], size: tuple[int, int]
+    ) -> None:
+        """Adds a word.
+
+        Args:
+            map_HW: the word's map.
+            mean_HW: the mean map of the caption.
+            boxes: the boxes of what the word names.
+            size: the photo's width and height.
+        """
         height, width = map_HW.shape
         cells = [
             _is_hit(((column + 0.5) / width, (row + 0.5) / height), boxes, size)
@@ -55,6 +79,7 @@ class Game:
         ]
         self.words += 1
         self.hits += cells[int(map_HW.argmax())]
+        self.mean += cells[int(mean_HW.argmax())]
         self.centre += _is_hit((0.5, 0.5), boxes, size)
         self.random += sum(cells) / len(cells)
 
@@ -63,6 +88,7 @@ class Game:
         words = max(1, self.words)
         return {
             "maps": self.hits / words,
+            "mean map": self.mean / words,
             "centre": self.centre / words,
             "random": self.random / words,
         }
@@ -78,16 +104,12 @@ def _is_hit(point: tuple[float, float], boxes: Sequence[Box], size: tuple[int, i
 
 
 def _captions(
-    images: Sequence[CaptionedImage], model: str, kind: Map | None, blur: float | None
+    images: Sequence[CaptionedImage], model: str, maps: Maps
 ) -> Iterator[tuple[CaptionedImage, Caption]]:
-    """Captions images that can be decoded, with the model's own maps or those of a kind."""
+    """Captions images that can be decoded."""
     loaded = bundle.load(model)
-    network = loaded.model
-    if kind is not None:
-        network.decoder.config = dataclasses.replace(network.config, attention_map=kind)
+    loaded.model.config = loaded.model.decoder.config = maps.of(loaded.config)
     decode = DecodeConfig(attention="tokens").with_model_defaults(loaded.config)
-    if blur is not None:
-        network.config = dataclasses.replace(network.config, attention_blur=blur)
     captioner, preparation = Captioner(loaded, decode), Preparation.of(loaded.config)
     for begin in range(0, len(images), BATCH):
         batch = images[begin : begin + BATCH]
@@ -102,19 +124,18 @@ def play(
     images: Sequence[CaptionedImage],
     boxes: dict[str, Any],
     model: str,
-    kind: Map | None = None,
-    blur: float | None = None,
+    maps: Maps | None = None,
 ) -> Game:
-    """Plays the game on photos, with the model's own maps, or of another kind or another blur."""
+    """Plays the game on photos, with the model's own maps or with others."""
     game = Game()
-    for image, caption in _captions(images, model, kind, blur):
+    for image, caption in _captions(images, model, maps or Maps()):
         photo = boxes[image.name]
         maps_TGG = caption.attention_THW
         assert maps_TGG is not None
         for word, map_GG in zip(caption.tokens, maps_TGG, strict=True):
             noun = word.strip(string.punctuation)  # which a word of subwords includes
             if noun in photo["nouns"]:
-                game.play(map_GG, photo["nouns"][noun], tuple(photo["size"]))
+                game.play(map_GG, maps_TGG.mean(0), photo["nouns"][noun], tuple(photo["size"]))
     return game
 
 
@@ -133,6 +154,14 @@ def play(
     help="Maps to compare; repeat it for several.  [default: those that the model gives]",
 )
 @click.option(
+    "--norms",
+    "norms",
+    multiple=True,
+    type=click.Choice(["yes", "no"]),
+    help="Whether maps are weighted by the values' norms; repeat it to compare.  [default: as the "
+    "model says]",
+)
+@click.option(
     "--blur",
     "blurs",
     multiple=True,
@@ -146,6 +175,7 @@ def main(
     model: str,
     limit: int | None,
     kinds: tuple[Map, ...],
+    norms: tuple[str, ...],
     blurs: tuple[float, ...],
 ) -> None:
     """Plays the pointing game with a model's captions of the photos that have boxes."""
@@ -157,10 +187,13 @@ def main(
             raise InputError(f"{boxes} has boxes of no image in {data}")
         results = {}
         own = bundle.load(storage.absolute(model)).config
-        for kind, blur in itertools.product(kinds or (None,), blurs or (None,)):
-            game = play(images, parsed, storage.absolute(model), kind, blur)
-            shown = own.attention_blur if blur is None else blur
-            name = f"{kind or own.attention_map}, blur {shown:g}"
+        weighted = [each == "yes" for each in norms]
+        for settings in itertools.product(kinds or (None,), weighted or (None,), blurs or (None,)):
+            maps = Maps(*settings)
+            game = play(images, parsed, storage.absolute(model), maps)
+            shown = maps.of(own)
+            name = f"{shown.attention_map}, blur {shown.attention_blur:g}"
+            name += ", norms" if shown.attention_norms else ""
             results[name] = {"words": game.words, **game.shares()}
             shares = ", ".join(f"{what} {100 * s:.1f}%" for what, s in game.shares().items())
             click.echo(f"{name}: {game.words} words: {shares}")

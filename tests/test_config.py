@@ -312,5 +312,7 @@ def test_small_splits_punctuation_and_the_notebook_splits_at_white_space():
 def test_the_notebooks_maps_are_the_last_blocks():
     assert PRESETS["notebook"].model.attention_map == "last"
     assert PRESETS["notebook"].model.attention_blur == 0
+    assert not PRESETS["notebook"].model.attention_norms
     assert PRESETS["small"].model.attention_map == "mean"
     assert PRESETS["small"].model.attention_blur > 0
+    assert PRESETS["small"].model.attention_norms

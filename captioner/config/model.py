@@ -47,6 +47,11 @@ class ModelConfig(Settings):
         "last",
         "Cross-attention that a word's map shows: the last block's, or the mean over all blocks.",
     )
+    attention_norms: bool = setting(
+        False,
+        "Weight each head's attention to a cell by the norm of the vector that the head reads "
+        "there (Kobayashi et al. 2020).",
+    )
     attention_blur: float = setting(
         0.0,
         "Standard deviation, in cells, of the Gaussian that smooths each map; 0: none.",

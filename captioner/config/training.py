@@ -244,6 +244,7 @@ PRESETS = {
             grid=None,
             tokenizer="ptb",
             attention_map="mean",
+            attention_norms=True,
             attention_blur=1.3,
             width=384,
             layers=3,

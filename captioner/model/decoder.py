@@ -59,7 +59,8 @@ class CaptionDecoder(nn.Module):
         Returns:
             ``logits_NV`` of the word after each counted word, row after row; and
             ``attention_NP``, the cross-attention of the last block or the mean over all blocks,
-            as ``config.attention_map`` says; in both cases the mean over heads.
+            as ``config.attention_map`` says; in both cases the mean over heads, weighted by the
+            norms of the values if ``config.attention_norms``.
         """
         rows, length = ids_RT.shape
         ids_N = ids_RT.flatten()
@@ -81,9 +82,14 @@ class CaptionDecoder(nn.Module):
             pooling = pooling_matrix(
                 height, width, grid, features_BhwC.device, projected[0][0].dtype
             )
-        return CrossAttentionCache(
-            [keys for keys, _ in projected], [values for _, values in projected], pooling
-        )
+        keys, values = [keys for keys, _ in projected], [values for _, values in projected]
+        norms = None
+        if self.config.attention_norms:
+            norms = [
+                block.cross_attention.value_norms(of_block, pooling)
+                for block, of_block in zip(self._blocks(), values, strict=True)
+            ]
+        return CrossAttentionCache(keys, values, pooling, norms)
 
     def step(
         self, ids_R: Tensor, image_cache: CrossAttentionCache, word_cache: SelfAttentionCache
@@ -108,7 +114,11 @@ class CaptionDecoder(nn.Module):
         for layer, block in enumerate(blocks):
             x, weights = block(x, words, image_cache, word_cache, layer)
             if layer in shown:
+                if image_cache.norms is not None:
+                    weights = weights * image_cache.norms[layer][:, :, None]
                 maps.append(weights.mean(1))  # (B, n·T, P)
         logits_NV = self.head(self.head_dropout(self.final_norm(x), words))
         attention = maps[0] if len(maps) == 1 else torch.stack(maps).mean(0)
+        if image_cache.norms is not None:
+            attention = attention / attention.sum(-1, keepdim=True)
         return logits_NV, words.unpad(attention.view(words.rows, words.length, -1))

@@ -45,11 +45,15 @@ def pooling_matrix(
 
 @dataclass(frozen=True)
 class CrossAttentionCache:
-    """The images' keys and values ``(B, H, L, D)`` for the cross-attention of each block."""
+    """The images' keys and values ``(B, H, L, D)`` for the cross-attention of each block.
+
+    ``norms`` are the values' norms ``(B, H, P)``, None if maps show attention alone.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     pooling_PL: Tensor | None
+    norms: list[Tensor] | None = None
 
     def select(self, images: Tensor) -> "CrossAttentionCache":
         """The cache of some of the images."""
@@ -57,6 +61,7 @@ class CrossAttentionCache:
             [keys.index_select(0, images) for keys in self.keys],
             [values.index_select(0, images) for values in self.values],
             self.pooling_PL,
+            None if self.norms is None else [norms.index_select(0, images) for norms in self.norms],
         )
 
 
@@ -218,6 +223,20 @@ class CrossAttention(nn.Module):
             for projection in (self.key, self.value)
         )
         return keys, values
+
+    @torch.no_grad()
+    def value_norms(self, values_BHLD: Tensor, pooling_PL: Tensor | None) -> Tensor:
+        """Norms ``(B, H, P)`` of the vectors that a head adds to a word for each position.
+
+        These are the positions' values times the head's part ``O`` of the output projection
+        (Kobayashi et al. 2020). ``|vO|² = v(OOᵀ)vᵀ``, and ``OOᵀ`` is small.
+        """
+        values = values_BHLD if pooling_PL is None else pooling_PL @ values_BHLD
+        values = values.float()
+        output_HDE = self.output.weight.float().T.reshape(self.heads, -1, len(self.output.weight))
+        squares: Tensor = (values @ (output_HDE @ output_HDE.mT) * values).sum(-1)
+        # Above 0, so values that are all 0 leave the attention as it is.
+        return squares.clamp(min=1e-20).sqrt()
 
     def forward(
         self, x_NE: Tensor, words: PackedWords, image_cache: CrossAttentionCache, layer: int

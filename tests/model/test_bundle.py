@@ -72,26 +72,33 @@ def test_the_kind_of_tokenizer_is_kept(tmp_path: Path):
 
 def test_which_map_a_model_gives_is_part_of_its_settings(tmp_path: Path, vocabulary):
     digests = []
-    for kind in ("last", "mean"):
-        model = tiny_model(attention_map=kind)
-        bundle.save(str(tmp_path / kind), model, vocabulary)
-        loaded = bundle.load(str(tmp_path / kind))
-        assert loaded.config.attention_map == kind
+    for kind, norms in (("last", False), ("mean", False), ("mean", True)):
+        model = tiny_model(attention_map=kind, attention_norms=norms)
+        bundle.save(str(tmp_path / f"{kind} {norms}"), model, vocabulary)
+        loaded = bundle.load(str(tmp_path / f"{kind} {norms}"))
+        assert (loaded.config.attention_map, loaded.config.attention_norms) == (kind, norms)
         digests.append(loaded.digests["config.json"])
-    assert digests[0] != digests[1]
+    assert len(set(digests)) == 3
 
 
-def test_a_bundle_that_names_no_tokenizer_splits_at_white_space(model_directory, tmp_path: Path):
+def test_a_bundle_without_later_settings_has_whitespace_and_plain_maps(
+    model_directory, tmp_path: Path
+):
     shutil.copytree(model_directory, tmp_path / "old")
     config = json.loads((tmp_path / "old" / "config.json").read_text())
-    del config["model"]["tokenizer"]
+    for name in ("tokenizer", "attention_map", "attention_norms", "attention_blur"):
+        del config["model"][name]
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
-    assert bundle.load(str(tmp_path / "old")).vocabulary.kind == "whitespace"
+    loaded = bundle.load(str(tmp_path / "old"))
+    assert loaded.vocabulary.kind == "whitespace"
+    assert (loaded.config.attention_map, loaded.config.attention_norms) == ("last", False)
+    assert loaded.config.attention_blur == 0
 
 
-def test_the_bundled_model_splits_at_white_space_and_gives_the_mean_of_its_blocks():
+def test_the_bundled_model_splits_at_white_space_and_weights_the_mean_of_its_blocks():
     config = bundle.load(bundle.DEFAULT).config
     assert (config.tokenizer, config.attention_map) == ("whitespace", "mean")
+    assert config.attention_norms
 
 
 def test_the_images_that_a_model_has_seen_are_no_part_of_it(place: str, vocabulary):

@@ -134,8 +134,10 @@ def test_batched_beam_search_equals_one_in_plain_lists(model, features, beam, le
 
 
 @pytest.mark.parametrize("beam", [1, 4])
+@pytest.mark.parametrize("norms", [False, True])
 @torch.no_grad()
-def test_what_is_carried_along_belongs_to_the_words(model, features, beam):
+def test_what_is_carried_along_belongs_to_the_words(features, beam, norms):
+    model = tiny_model(seed=3, attention_norms=norms)
     for row, hypothesis in enumerate(generate(model.decoder, features, DecodeConfig(beam=beam))):
         prefix = []
         chosen = hypothesis.ids + [2] * hypothesis.ended

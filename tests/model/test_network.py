@@ -75,7 +75,9 @@ def test_the_pooling_matrix_is_adaptive_average_pooling(height, width, grid):
     torch.testing.assert_close(matrix.sum(1), torch.ones(grid * grid))
 
 
-@pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "tied_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"pre_norm": True, "tied_embeddings": True, "attention_norms": True}]
+)
 @torch.no_grad()
 def test_a_word_at_a_time_equals_all_words_at_once(changes):
     model = tiny_model(**changes)
@@ -103,7 +105,7 @@ def test_captions_of_an_image_share_its_keys_and_values():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"pre_norm": True, "tied_embeddings": True}, {"grid": 3}, {"layers": 1}]
+    "changes", [{}, {"pre_norm": True, "attention_norms": True}, {"grid": 3}, {"layers": 1}]
 )
 def test_padding_is_not_computed_and_changes_nothing(changes):
     """Logits, attention and gradients equal those computed with padding."""
@@ -158,9 +160,56 @@ def test_a_map_is_the_last_blocks_or_the_mean_over_all_blocks(monkeypatch):
     torch.testing.assert_close(logits_mean, logits_last, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("grid", [3, None])  # pooled values, and values as they are
+@pytest.mark.parametrize("kind", ["last", "mean"])
 @torch.no_grad()
-def test_attention_maps_sum_to_one_in_bfloat16_too():
-    model = tiny_model().to(torch.bfloat16)
+def test_maps_are_weighted_by_the_norms_of_the_values(monkeypatch, kind, grid):
+    of_blocks: list[torch.Tensor] = []
+    real = layers.CrossAttention.forward
+
+    def recording(self, *arguments):
+        output, weights = real(self, *arguments)
+        of_blocks.append(weights)
+        return output, weights
+
+    monkeypatch.setattr(layers.CrossAttention, "forward", recording)
+    model = tiny_model(attention_map=kind, attention_norms=True, grid=grid)
+    features, ids = torch.rand(2, 2, 2, 512), torch.tensor([[1, 5, 6], [1, 7, 8]])
+    logits, maps = model.decoder(ids, features)
+    cells = F.adaptive_avg_pool2d(features.permute(0, 3, 1, 2), grid or 2).flatten(2).mT
+    width = TINY.width // TINY.heads
+    expected = torch.zeros_like(maps).view(2, 3, -1)
+    shown = list(zip(model.decoder.blocks, of_blocks, strict=True))
+    for block, weights in shown if kind == "mean" else shown[-1:]:
+        attention = block.cross_attention
+        for head in range(TINY.heads):
+            alone = torch.zeros(2, cells.size(1), TINY.width)
+            part = slice(head * width, (head + 1) * width)
+            alone[..., part] = attention.value(cells)[..., part]
+            added = attention.output(alone) - attention.output.bias
+            expected += weights[:, head] * added.norm(dim=-1)[:, None]
+    expected /= expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(maps, expected.flatten(0, 1), atol=1e-6, rtol=1e-4)
+    plain_logits, plain = tiny_model(attention_map=kind, grid=grid).decoder(ids, features)
+    torch.testing.assert_close(logits, plain_logits, atol=0, rtol=0)
+    assert (maps - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_values_of_zero_leave_the_attention_as_it_is():
+    maps = []
+    for norms in (False, True):
+        model = tiny_model(attention_norms=norms)
+        model.decoder.blocks[-1].cross_attention.value.weight.zero_()
+        torch.manual_seed(0)
+        maps.append(model.decoder(torch.tensor([[1, 5, 6]]), torch.rand(1, 2, 2, 512))[1])
+    torch.testing.assert_close(maps[1], maps[0])
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@torch.no_grad()
+def test_attention_maps_sum_to_one_in_bfloat16_too(norms):
+    model = tiny_model(attention_norms=norms).to(torch.bfloat16)
     features = torch.rand(2, 2, 2, model.encoder.channels, dtype=torch.bfloat16)
     _, attention = model.decoder(torch.tensor([[1, 5, 6]] * 2), features)
     assert attention.dtype == torch.float32
