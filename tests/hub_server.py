@@ -31,7 +31,8 @@ class Hub(http.server.ThreadingHTTPServer):
     """Serves repositories by their path: ``models/owner/name`` or ``datasets/owner/name``.
 
     ``requests``, ``ranges``, ``tokens`` and ``sent`` have what was asked and sent. The first answer
-    with the file ``cut`` ends in the middle.
+    with the file ``cut`` ends in the middle. Paths that end in a key of ``refusals`` are answered
+    with its statuses first.
     """
 
     def __init__(self, repositories: dict[str, Repository]):
@@ -42,6 +43,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.tokens: set[str | None] = set()
         self.sent = 0
         self.cut = ""
+        self.refusals: dict[str, list[int]] = {}
 
     @property
     def address(self) -> str:
@@ -88,6 +90,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urllib.parse.unquote(self.path.split("?")[0])
         self.server.requests.append(f"{self.command} {path}")
+        for end, statuses in self.server.refusals.items():
+            if path.endswith(end) and statuses:
+                return self.fail(statuses.pop(0), "")
         if asked := _FILE.fullmatch(path):
             kind, name, revision, rest = asked.groups()
             what = "resolve"

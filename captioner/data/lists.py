@@ -207,7 +207,10 @@ def _read_parquet(source: str, data: bytes, wanted: _Wanted) -> _Rows:
         table = file.read([name, *chosen], use_threads=False)
         values = table[name]
         if pa.types.is_primitive(values.type):
-            raise InputError(f"{source}: the column {name} holds {values.type}, not text")
+            raise InputError(
+                f"{source}: the column {name} holds {values.type}, "
+                "neither images nor the URIs of images"
+            )
         return _rows(
             values.cast(pa.string()).to_pylist(), {new: table[old] for old, new in chosen.items()}
         )

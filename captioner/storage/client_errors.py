@@ -154,6 +154,8 @@ def http_status(error: Exception) -> int | None:
 
 def reason(error: Exception) -> str:
     """The message of an error on one line, without what may be a secret."""
+    if "huggingface_hub.GatedRepoError" in _names(error):  # its own message does not say what to do
+        return "it is gated: accept its terms on its page, then set HF_TOKEN to your token"
     if "aiohttp.ClientResponseError" in _names(error):  # its own message repeats the URL
         return f"HTTP status {getattr(error, 'status', '')} {getattr(error, 'message', '')}".strip()
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())

@@ -229,7 +229,10 @@ def _list_uris(wanted: _Wanted, uri: str, parquet: pq.ParquetFile) -> _Rows:
     """The images that a file lists, from its own folder, without rows that name none."""
     values = parquet.read([wanted.column], use_threads=False)[wanted.column]
     if pa.types.is_primitive(values.type) or pa.types.is_nested(values.type):
-        raise InputError(f"{uri}: the column {wanted.column} holds {values.type}, not text")
+        raise InputError(
+            f"{uri}: the column {wanted.column} holds {values.type}, "
+            "neither images nor the URIs of images"
+        )
     uris = values.cast(pa.string()).to_pylist()
     given = [row for row, value in enumerate(uris) if value]
     if empty := len(uris) - len(given):
