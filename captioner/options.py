@@ -134,7 +134,7 @@ def _default_of(field: "dataclasses.Field[Any]", presets: Mapping[str, Preset] |
     values = {name: _as_typed(preset.value(field.name)) for name, preset in presets.items()}
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(f"{name}: {value}" for name, value in values.items())
 
 
 def _as_typed(value: Any) -> str:

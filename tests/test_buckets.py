@@ -870,7 +870,7 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri, tmp_path, model_
     cases = [(uri, output, model), (photos, uri, model), (photos, output, uri)]
     for source, target, bundle_uri in [*cases, (str(listing), output, model)]:
         line = _mistake("caption", source, target, "--model", bundle_uri)
-        assert "has credentials in it: give them by the environment" in line
+        assert "contains credentials: give them in the environment" in line
         assert "SECRET" not in line
         assert KEY not in line
     assert not Path(output).exists()

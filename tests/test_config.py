@@ -103,7 +103,7 @@ def _refused(kind: type, message: str, **values: object) -> None:
         (
             ListingConfig,
             {"exclude": ("a", "/")},
-            "exclude must be a pattern, for example '*-draft.jpg' or old",
+            "exclude must be a pattern; use for example '*-draft.jpg' or old",
         ),
         (ListingConfig, {"extensions": ""}, "extensions must be words separated by commas, not ''"),
         (
@@ -168,7 +168,7 @@ def test_the_least_and_greatest_values_are_allowed(kind, values):
 
 
 def test_branches_are_dropped_of_a_trained_encoder_only():
-    text = "drop_path needs an encoder that is trained: give --fine-tune-from too"
+    text = "drop_path needs a trained encoder; add --fine-tune-from"
     _refused(TrainConfig, text, drop_path=0.1, fine_tune_from=None)
     assert TrainConfig(drop_path=0.9, fine_tune_from=4).drop_path == 0.9
 

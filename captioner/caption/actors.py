@@ -89,7 +89,7 @@ def _gpus_of_an_actor(run: RunConfig, cluster_gpus: float) -> float:
     if gpus is None:
         gpus = 1 if run.device == "cuda" or (cluster_gpus and run.device == "auto") else 0
     if gpus > 1 and gpus % 1:
-        raise InputError(f"--gpus-per-actor must be whole or at most 1, not {gpus:g}")
+        raise InputError(f"--gpus-per-actor must be a whole number or at most 1, not {gpus:g}")
     return gpus
 
 

@@ -145,7 +145,7 @@ class BatchCaptioner:
         half = math.ceil(len(batch) / 2)
         if exhausted and half < self.batch_size:
             self.batch_size, self._grows = half, False
-            _logger.warning("out of memory: batch size reduced to %d images", half)
+            _logger.warning("out of memory; batch size reduced to %d images", half)
         self._contain(batch[:half])
         self._contain(batch[half:])
 

@@ -139,7 +139,7 @@ class CrashLog:
             self.end_probe(device)  # it may be repaired before the job is run again
             raise DeviceError(
                 f"{device} seems to be broken: {deaths} processes in a row died there while they "
-                "captioned a plain grey image. Repair it or leave it out, then run the same "
+                "captioned a plain grey image. Repair or exclude the device, then run the same "
                 "command again; no image is set aside because of it"
             )
         text = json.dumps({"device": device, "deaths": deaths + 1})

@@ -43,9 +43,10 @@ class EarlyFailures:
         if self._limit is not None and count >= self._limit:
             row = result.withheld.rows[0]
             raise InputError(
-                f"the first {count} images all fail alike: {row.status}: {row.error}, for "
-                f"example {row.uri}. None of their rows is written. Fix the cause and run the same "
-                "command again; to write the rows anyway, add --stop-after-failures none"
+                f"the first {count} images all fail for the same reason: {row.status}: "
+                f"{row.error}, for example {row.uri}. None of their rows is written. Fix the cause "
+                "and run the same command again; to write the rows anyway, add "
+                "--stop-after-failures none"
             )
 
     def release(self) -> Iterator[ShardResult]:

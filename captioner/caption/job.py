@@ -31,6 +31,7 @@ from captioner.errors import (
     ErrorRateError,
     IncompleteError,
     StoppedError,
+    counted,
 )
 from captioner.output.audit import audit, remaining_shards, shards_to_retry
 from captioner.output.compaction import isolate_shards
@@ -189,7 +190,9 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
     """Runs the engine with a progress bar; yields the results whose rows are written."""
     if not plan.shards:
         if plan.run.profile is not None:
-            _logger.warning("no image is left to caption: %s is not written", plan.run.profile)
+            _logger.warning(
+                "--profile: no image is left to caption; %s is not written", plan.run.profile
+            )
         return
     _logger.info(plan.describe())
     job, shards = inputs.job(plan), list(plan.shards)
@@ -231,7 +234,8 @@ class _Outcome:
         if accounts.missing:
             first = ", ".join(accounts.missing_names[:_SHOWN])
             raise IncompleteError(
-                f"{len(accounts.missing)} images have no row; run the same command again. "
+                f"{counted(len(accounts.missing), 'image')} without a row; run the same command "
+                "again. "
                 f"Missing: {first}"
             )
         self._crash_log.delete()

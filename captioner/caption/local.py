@@ -60,8 +60,8 @@ def run_local(job: CaptionJob, model: Model, shards: list[Shard]) -> Results:
     except torch.AcceleratorError as error:
         first = str(error).strip().split("\n")[0]
         raise DeviceError(
-            f"{captioner.device} is lost: {first}. Run the same command again: finished "
-            "shards stay, and an image that causes this is found and set aside"
+            f"{captioner.device} stopped working: {first}. Run the same command again: finished "
+            "shards are kept, and an image that causes this error is found and marked as failed"
         ) from error
 
 

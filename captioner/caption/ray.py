@@ -221,8 +221,8 @@ class CaptionStage:
         try:
             if job.run.device == "auto" and ray.get_gpu_ids() and not torch.cuda.is_available():
                 raise InputError(
-                    "Ray reserved a GPU, but torch cannot use it: nvidia-smi shows the driver, "
-                    f"torch.version.cuda is {torch.version.cuda}"
+                    "Ray reserved a GPU, but torch cannot use it. Compare the driver version that "
+                    f"nvidia-smi shows with torch's CUDA version, {torch.version.cuda}"
                 )
             self.captioner = BatchCaptioner.load(job, model)
         except CaptionerError as error:  # raised here, it would come as pages of Ray's frames
@@ -276,7 +276,7 @@ def write_stage(table: pa.Table, job: CaptionJob) -> pa.Table:
     """A captioned shard in; its result out, once its part is written."""
     shard, captioned = _unpack(table, job)
     if captioned is None:
-        raise RuntimeError(f"shard {shard.number} is to be written without its rows")
+        raise RuntimeError(f"shard {shard.number} has no rows to write")
     timing = Timing(**table["timing"][0].as_py())
     result = finish_shard(job, shard, [image.row for image in captioned], timing)
     return pa.Table.from_pylist([{"result": pickle.dumps(result), "error": None}])

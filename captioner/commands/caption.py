@@ -98,7 +98,7 @@ def _read_prompt(path: str, given: str | None) -> str:
         InputError: there are two prompts, or the file cannot be read or holds none.
     """
     if given is not None:
-        raise InputError("give one of --prompt and --prompt-file")
+        raise InputError("give --prompt or --prompt-file, not both")
     try:
         prompt = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

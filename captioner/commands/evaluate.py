@@ -1,5 +1,6 @@
 """``captioner evaluate``."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,22 +28,22 @@ __all__ = ["evaluate"]
     "--references",
     metavar="DATA",
     group="What to score",
-    help="Score the captions in SOURCE, a caption job's output, against this dataset or the "
-    "accepted captions of this reviewed output.  [this or --model]",
+    help="Score the captions in SOURCE, a caption job's output, against the captions of this "
+    "dataset or the accepted captions of this reviewed output.  [this or --model]",
 )
 @option(
     "--split",
     type=click.Choice(["train", "val", "test", "all"]),
     group="What to score",
-    help="Split to score, made as captioner train does without lists.  [default: test; all with "
-    "--references and for COCO's format]",
+    help="Split to score, made as captioner train makes it without lists.  [default: test; all "
+    "with --references and for COCO's format]",
 )
 @option(
     "--list",
     "names",
     metavar="FILE",
     group="What to score",
-    help="Names of the images to score, one per line.  [default: the split]",
+    help="File with the names of the images to score, one per line.  [default: the split]",
 )
 @option(
     "--images",
@@ -57,7 +58,7 @@ __all__ = ["evaluate"]
     default="auto",
     show_default=True,
     group="Scores",
-    help="Tokenizer; ptb needs Java, as METEOR does; auto takes ptb if Java runs, else simple.",
+    help="Tokenizer; ptb needs Java, as METEOR does; auto chooses ptb if Java runs, else simple.",
 )
 @option(
     "--spice",
@@ -70,13 +71,13 @@ __all__ = ["evaluate"]
     "json_file",
     metavar="FILE",
     group="Scores",
-    help="JSON file to write; - prints JSON instead of the table.  [default: none]",
+    help="JSON file for the scores; - prints JSON instead of the table.  [default: none]",
 )
 @option(
     "--per-image",
     metavar="FILE",
     group="Scores",
-    help="Parquet file to write with each image's scores, lowest CIDEr first.  [default: none]",
+    help="Parquet file for the scores of each image, lowest CIDEr first.  [default: none]",
 )
 @options_of(DecodeConfig, only=TEXT_SETTINGS)
 @options_of(RunConfig, only=("device", "precision", "batch_size", "decoders"))
@@ -94,19 +95,15 @@ def evaluate(
     per_image: str | None,
     **options: Any,
 ) -> None:
-    """Score captions against what people wrote: BLEU, METEOR, ROUGE-L, CIDEr.
+    """Score captions against captions that people wrote: BLEU, METEOR, ROUGE-L, CIDEr.
 
-    With --model, SOURCE is a dataset in any form that captioner train takes, and its images are
-    captioned first. With --references, SOURCE is the output of a caption job, whose images are
-    matched with the dataset's, or the reviewed output's, by URI, or else by file name.
+    With --model, SOURCE is a dataset in any format that captioner train reads; its images are
+    captioned and then scored. With --references, SOURCE is the output of a caption job. Its images
+    are matched with those of the dataset or the reviewed output by URI, or else by file name.
     """
-    if (model is None) == (references is None):
-        raise InputError("give one of --model and --references")
-    if split and names:
-        raise InputError("give one of --split and --list")
-    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-    if references is not None and given:
-        raise InputError(f"{given[0]} goes with --model: the captions in {source} are made already")
+    _check_choices(source, model, references, split, names)
+    if references is not None:
+        _refuse_beside_references(source, options)
     decode = configure(DecodeConfig(attention="none"), options)
     run = configure(RunConfig(), options)
     with importing():
@@ -120,7 +117,7 @@ def evaluate(
         references or source,
         images,
         needed=_needed_splits(split, of_model=model is not None),
-        allow_missing=allow_missing or names is not None,  # a list says itself what is needed
+        allow_missing=allow_missing or names is not None,  # choose_images checks a list
     )
     if names is None and split is None:
         split = data.default_split if model else "all"
@@ -135,8 +132,36 @@ def evaluate(
     _write(result, json_file, per_image)
 
 
+def _check_choices(
+    source: str,
+    model: str | None,
+    references: str | None,
+    split: str | None,
+    names: str | None,
+) -> None:
+    """Refuses options that exclude each other, or none of two where one is needed."""
+    if model is None and references is None:
+        raise InputError(
+            f"add --model MODEL to caption the images of {source}, or --references DATA to score "
+            "its captions"
+        )
+    if model is not None and references is not None:
+        raise InputError("give --model or --references, not both")
+    if split and names:
+        raise InputError("give --split or --list, not both")
+
+
+def _refuse_beside_references(source: str, options: Mapping[str, Any]) -> None:
+    """Refuses options of captioning for captions that exist."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} needs --model: the captions in {source} exist already"
+            )
+
+
 def _write(result: "Evaluation", json_file: str | None, per_image: str | None) -> None:
-    """Prints a result, and writes the files that were asked for."""
+    """Prints a result and writes the requested files."""
     from captioner import storage
 
     for line in result.captioned.describe_left_out() + result.scores.describe_left_out():
@@ -153,6 +178,6 @@ def _write(result: "Evaluation", json_file: str | None, per_image: str | None) -
 
 
 def _needed_splits(split: str | None, *, of_model: bool) -> tuple[str, ...] | None:
-    """The splits of which images are scored, where the dataset has splits; None: all of them."""
+    """The splits whose images are scored; None for all of them."""
     split = split or ("test" if of_model else "all")
     return None if split == "all" else (split,)

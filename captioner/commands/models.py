@@ -52,4 +52,4 @@ def import_model(model: str, directory: str) -> None:
     with importing():
         from captioner.model.huggingface.importing import import_model as convert
 
-    click.echo(f"{printable(str(convert(model, directory)))} holds the model now")
+    click.echo(f"model written to {printable(str(convert(model, directory)))}")

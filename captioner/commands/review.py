@@ -58,7 +58,7 @@ def review(output: str, host: str, port: int, token: str | None, open_browser: b
         port=port,
         token=token,
         open_browser=open_browser,
-        announce=lambda address: click.echo(f"review page: {address}  (Ctrl-C ends it)"),
+        announce=lambda address: click.echo(f"review page: {address}  (press Ctrl-C to end)"),
     )
 
 

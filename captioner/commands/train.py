@@ -27,7 +27,7 @@ _ARCHITECTURE = ("backbone", "image_size", "width", "layers", "heads")  # with o
     default="small",
     show_default=True,
     group="Model",
-    help="Model architecture, unless --model is given, and defaults of the options below.",
+    help="Defaults of the options below and, without --model, the model's architecture.",
 )
 @options_of(ModelConfig, presets=_PRESETS, only=_ARCHITECTURE)
 @option(
@@ -69,15 +69,15 @@ _ARCHITECTURE = ("backbone", "image_size", "width", "layers", "heads")  # with o
     metavar="DATA[:WEIGHT]",
     multiple=True,
     group="Data",
-    help="Train on this dataset too, WEIGHT times in each epoch; repeatable. The best epoch has "
-    "the highest mean CIDEr, weighted likewise; DATA has weight 1.  [default: DATA alone]",
+    help="Train on this dataset too, WEIGHT times per epoch; DATA has the weight 1. The mean CIDEr "
+    "that chooses the best epoch has the same weights. Repeatable.  [default: DATA alone]",
 )
 @option(
     "--val-data",
     metavar="FILE",
     multiple=True,
     group="Data",
-    help="Validate on this dataset, in any form of DATA, and train on all of DATA.  "
+    help="Validate on this dataset, in any format of DATA, and train on all of DATA.  "
     "[default: part of DATA]",
 )
 @option(
@@ -99,8 +99,8 @@ _ARCHITECTURE = ("backbone", "image_size", "width", "layers", "heads")  # with o
     "--tokenizer",
     type=click.Choice(["words", "bpe"]),
     group="Vocabulary",
-    help="What captions are made of: words, or subwords (bpe), which are learned on the training "
-    "captions and spell any word.  [default: words; with --model the model's own]",
+    help="Units of captions: words, or subwords (bpe), which are learned from the training "
+    "captions and can spell any word.  [default: words; with --model the model's own]",
 )
 @options_of(TrainConfig, presets=_PRESETS)
 @options_of(LaunchConfig)
@@ -134,11 +134,11 @@ def train(
     - a JSON file in Karpathy's format, such as dataset_coco.json, which contains the split.
 
     The validation images come from --val-data, from --train-list and --val-list, or from Karpathy's
-    split. Without any of these, the last 100 images are kept for testing and the 200 images before
-    them are used for validation. With --data, give --images, --val-data, --train-list and
-    --val-list once for each dataset, DATA first, or "none" for a dataset that needs none.
+    split. Without these, the last 100 images are kept for testing and the 200 images before them
+    are used for validation. With --data, give --images, --val-data, --train-list and --val-list
+    once for each dataset, DATA first, or "none" for a dataset that needs none.
 
-    Run the same command again to resume.
+    Run the same command again to resume a run that was stopped.
     """
     architecture = {name: options.pop(name) for name in _ARCHITECTURE} | {"dropout": dropout}
     if model:
@@ -180,17 +180,13 @@ def train(
         initial_model=model,
         overwrite=overwrite,
     )
-    epoch = journal.best_of(epochs)
-    best = epoch.best
-    text = f"{output}: CIDEr {best.validation_cider:.1f} on the validation images"
-    place = f"epoch {epoch.epoch}" if best is epoch else f"step {best.step}, in epoch {epoch.epoch}"
-    click.echo(printable(f"{text} after {place}"))
+    click.echo(printable(f"{output}: {journal.describe_best(epochs)}"))
 
 
 def _refuse_beside_model(encoder_weights: str | None, architecture: Mapping[str, Any]) -> None:
     """Refuses options that a model to continue from already decides."""
     if encoder_weights:
-        raise InputError("give --model or --encoder-weights, not both: a model has an encoder")
+        raise InputError("give --model or --encoder-weights, not both: a model keeps its encoder")
     if names := [name for name, value in architecture.items() if value is not None]:
         shown = "--encoder" if names[0] == "backbone" else "--" + names[0].replace("_", "-")
         raise InputError(f"give --model or {shown}, not both: a model keeps its architecture")

@@ -33,18 +33,18 @@ class DecodeConfig(Settings):
     )
     max_words: int | None = setting(
         None,
-        "Longest caption, in words, its end included; in subwords for a model of subwords.",
+        "Longest caption, in words, including its end; for a model with subwords, in subwords.",
         minimum=1,
         maximum=1024,
-        unset="the longest that the model knows",
+        unset="the model's longest",
     )
     allow_unknown: bool = setting(
         False, "Allow <unk>, <pad> and <start> in captions, as the notebook does."
     )
     prompt: str | None = setting(
         None,
-        "Prompt for a pretrained model: a beginning of the caption, a task or a question, as its "
-        "family takes it.",
+        "Prompt for a pretrained model: the beginning of the caption, a task or a question, "
+        "depending on its family.",
         unset="the family's own",
         group=_PRETRAINED,
     )
@@ -61,21 +61,21 @@ class DecodeConfig(Settings):
     )
     temperature: float = setting(
         0.0,
-        "Sample captions at this temperature; 0 takes the likeliest words.",
+        "Temperature of sampling; 0 disables sampling and chooses the likeliest words.",
         minimum=0,
         maximum=100,
         group=_PRETRAINED,
     )
     top_p: float = setting(
         1.0,
-        "Sample among the likeliest tokens that have this share of the probability together.",
+        "Sample only among the likeliest tokens whose probabilities add up to this share.",
         minimum=0,
         maximum=1,
         group=_PRETRAINED,
     )
     repetition_penalty: float | None = setting(
         None,
-        "Divide the scores of tokens that the caption has already by this factor.",
+        "Divide the scores of tokens that are already in the caption by this factor.",
         minimum=0.01,
         maximum=100,
         unset="the model's own",
@@ -83,22 +83,23 @@ class DecodeConfig(Settings):
     )
     seed: int = setting(
         0,
-        "Seed of --sample and of sampled captions, which depend on it and on the image alone.",
+        "Seed of --sample and of sampled captions; a caption depends only on the seed and its "
+        "image.",
         minimum=0,
         maximum=2**32 - 1,
         group=_PRETRAINED,
     )
     captions: int = setting(
         1,
-        "Captions to sample for each image; the first is the caption.",
+        "Captions to sample for each image; the first becomes the column caption.",
         minimum=1,
         maximum=1000,
         group=_PRETRAINED,
     )
     attention: Literal["auto", "tokens", "mean", "none"] = setting(
         "auto",
-        "Attention maps to keep: one per word (tokens), their mean, or none; auto is none for "
-        "chat models, PaliGemma and BLIP-2, else tokens.",
+        "Attention maps to keep: one per word (tokens), their mean, or none; auto keeps none for "
+        "chat models, PaliGemma and BLIP-2, and tokens for other models.",
     )
     attention_levels: Literal[15, 31, 63, 127, 255] = setting(
         127, "Steps between 0 and the largest value of an attention map; fewer compress better."

@@ -16,13 +16,13 @@ class ExportConfig(Settings):
 
     where: str | None = setting(
         None,
-        'SQL condition that exported rows meet, for example "score > -0.5".',
+        'SQL condition that rows must meet, for example "score > -0.5".',
         unset="every row",
     )
     reviewed: Literal["ignore", "accepted", "edited", "all"] = setting(
         "ignore",
-        "Review decisions that exported captions need: accepted (edited captions included), "
-        "edited, or all but rejected; ignore exports the captions as the model wrote them.",
+        "Captions to export by review decision: accepted (including edited), edited, or all "
+        "except rejected; ignore exports the captions as the model wrote them.",
     )
     columns: str | None = setting(
         None, "Columns to export, separated by commas.", unset="those that the format needs"

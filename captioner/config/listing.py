@@ -20,8 +20,8 @@ class ListingConfig(Settings):
     )
     exclude: tuple[str, ...] = setting(
         (),
-        "Pattern of names to leave out, files and folders, such as '*-draft.jpg'; one with a slash "
-        "is for the path from SOURCE. Repeatable.",
+        "Pattern of file and folder names to leave out, such as '*-draft.jpg'; a pattern with a "
+        "slash matches the path below SOURCE. Repeatable.",
     )
     column: str | None = setting(
         None,
@@ -30,24 +30,24 @@ class ListingConfig(Settings):
     )
     keep: str | None = setting(
         None,
-        "Columns of the source to copy into the output, separated by commas; all for every column, "
-        "old=new to rename one.",
+        "Columns of the source to copy into the output, separated by commas; all copies every "
+        "column, old=new renames one.",
         unset="no columns",
     )
     id: str | None = setting(
         None,
-        "Column of the source that names its images in messages, beside their URIs; it is kept.",
+        "Column of the source to show in messages beside an image's URI; it is also kept.",
         unset="no column",
     )
     sample: int | None = setting(
         None,
-        "List only a random sample of N images, which --seed chooses; for a first look.",
+        "Caption only a random sample of N images, which depends on --seed.",
         minimum=1,
         unset="all images",
     )
     limit: int | None = setting(
         None,
-        "List only the first N images, including those already captioned.",
+        "Caption only the first N images; finished images count.",
         minimum=1,
         unset="all images",
     )
@@ -56,10 +56,12 @@ class ListingConfig(Settings):
         super().__post_init__()
         if not all(self.endings):
             raise SettingError(
-                "extensions", f"must be words separated by commas, not {self.extensions!r}"
+                "extensions",
+                f"must be words separated by commas, not {self.extensions!r}; use for example "
+                "jpg,png",
             )
         if not all(pattern.strip("/") for pattern in self.exclude):
-            raise SettingError("exclude", "must be a pattern, for example '*-draft.jpg' or old")
+            raise SettingError("exclude", "must be a pattern; use for example '*-draft.jpg' or old")
 
     @property
     def endings(self) -> tuple[str, ...]:

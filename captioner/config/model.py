@@ -19,8 +19,8 @@ class ModelConfig(Settings):
     )
     image_size: int = setting(
         256,
-        "Height and width that images are resized to, in pixels; with --encoder the size that it "
-        "was trained on.",
+        "Height and width to which images are resized, in pixels; with --encoder, by default the "
+        "size that it was trained on.",
         minimum=32,
         maximum=2048,
     )

@@ -24,6 +24,6 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise InputError(f"{name[:100]!r} is there twice")
+            raise InputError(f"{name[:100]!r} occurs twice")
         values[name] = value
     return values

@@ -26,23 +26,24 @@ class RunConfig(Settings):
 
     engine: Literal["auto", "local", "ray"] = setting(
         "auto",
-        "Where the job runs: local, in this process, or ray, on a cluster; auto takes ray in "
-        "a Ray job, where RAY_ADDRESS is set, and with several GPUs.",
+        "Where the job runs: in this process (local) or on a Ray cluster (ray); auto chooses ray "
+        "in a Ray job, if RAY_ADDRESS is set, or with several GPUs.",
     )
     device: str = setting(
-        "auto", "Device: auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."
+        "auto", "Device: auto, cpu, cuda, cuda:1 or mps; auto chooses a GPU if there is one."
     )
     precision: Precision = setting(
-        "auto", "Precision of matrix products; auto takes bf16 where the hardware computes in it."
+        "auto", "Precision of matrix products; auto chooses bf16 if the hardware computes in bf16."
     )
     compile: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Compile the encoder, which takes seconds; auto compiles on a CPU for 10000 images "
-        "and more.",
+        "Compile the encoder, which takes several seconds; auto compiles on a CPU for 10000 "
+        "images or more.",
     )
     batch_size: int | Literal["auto"] = setting(
         64,
-        "Images per forward pass; auto starts with 8 and doubles while that is faster.",
+        "Images per forward pass; auto, for caption jobs only, starts with 8 and doubles while "
+        "that is faster.",
         minimum=1,
         maximum=1_000_000,
     )
@@ -57,22 +58,22 @@ class RunConfig(Settings):
     )
     actors: str | None = setting(
         None,
-        "Captioning processes: N, or MIN:MAX to scale.",
+        "Number of captioning processes: N, or MIN:MAX for Ray to scale.",
         unset="one per GPU, or one per 8 CPUs",
         group="Ray cluster",
     )
     cpus_per_actor: float | None = setting(
         None,
-        "Logical CPUs per actor; without a GPU also its threads.",
+        "Logical CPUs per captioning process; without a GPU also its threads.",
         minimum=0.1,
         unset="an equal share of the cluster",
         group="Ray cluster",
     )
     gpus_per_actor: float | None = setting(
         None,
-        "GPUs per actor; fractions share a GPU.",
+        "GPUs per captioning process; with a fraction, processes share a GPU.",
         minimum=0,
-        unset="1 where the cluster has GPUs, else 0",
+        unset="1 if the cluster has GPUs, else 0",
         group="Ray cluster",
     )
     cpus_per_decode: float = setting(
@@ -80,24 +81,24 @@ class RunConfig(Settings):
     )
     wait_for_nodes: bool = setting(
         False,
-        "Wait for the cluster to grow where it has no room for the actors yet.",
+        "Wait for the cluster to grow if it has no room for the captioning processes yet.",
         group="Ray cluster",
     )
     max_pixels: int = setting(
         256_000_000,
-        "Largest image, in pixels; a larger one is rejected without decoding it.",
+        "Largest image, in pixels; larger images are rejected without decoding.",
         minimum=1,
         group="Limits and failures",
     )
     max_bytes: int = setting(
         256_000_000,
-        "Largest file, in bytes; a larger one is rejected without reading it.",
+        "Largest file, in bytes; larger files are rejected without reading.",
         minimum=1,
         group="Limits and failures",
     )
     retries: int = setting(
         3,
-        "Retries after the first failure to read an image.",
+        "Number of retries after the first failure to read an image.",
         minimum=0,
         group="Limits and failures",
     )
@@ -116,7 +117,7 @@ class RunConfig(Settings):
     )
     max_error_rate: float = setting(
         0.1,
-        "Exit with 3 if more than this share of the listed images is not ok, 0 to 1.",
+        "Exit with 3 if the share of listed images that are not ok is larger, 0 to 1.",
         minimum=0,
         maximum=1,
         group="Limits and failures",
@@ -124,27 +125,27 @@ class RunConfig(Settings):
 
     user_agent: str | None = setting(
         None,
-        "Header User-Agent for web servers; add how to reach you.",
+        "Header User-Agent for web servers; include a way to contact you.",
         unset="captioner/VERSION",
         group="Web addresses",
     )
     connections_per_host: int = setting(
         6,
-        "Connections to one web host at a time, per process; a Ray worker is a process.",
+        "Simultaneous connections to one web host, per process; each Ray worker is a process.",
         minimum=1,
         maximum=1000,
         group="Web addresses",
     )
     http_timeout: float = setting(
         60.0,
-        "Seconds for one request to a web server, from the connection to the last byte.",
+        "Longest time of a request to a web server, in seconds, from connection to last byte.",
         minimum=0.1,
         maximum=86_400,
         group="Web addresses",
     )
     allow_private_hosts: bool = setting(
         False,
-        "Also read web addresses of this machine and of private networks.",
+        "Allow web addresses of this machine and of private networks.",
         group="Web addresses",
     )
 

@@ -21,19 +21,20 @@ class TrainConfig(Settings):
     epochs: int = setting(4, "Passes over the training images.", minimum=0)
     early_stopping: int | None = setting(
         None,
-        "Stop after this many epochs in a row without a higher validation CIDEr; none never stops.",
+        "Stop after N epochs in a row without a higher validation CIDEr; none never stops.",
         minimum=1,
     )
     validate_every: int | None = setting(
         None,
-        "Also validate after every N steps; the best model may come from there. None validates "
-        "after each epoch only.",
+        "Also validate after every N steps, and consider these weights for the model; none "
+        "validates after each epoch only.",
         minimum=1,
     )
     batch_size: int = setting(64, "Images per step, over all workers.", minimum=1)
     accumulate: int = setting(
         1,
-        "Parts into which a worker splits its share of a step; more parts need less memory.",
+        "Number of parts into which a worker splits its share of a batch; more parts need less "
+        "memory.",
         minimum=1,
     )
     captions: Literal["first", "all"] = setting(
@@ -41,32 +42,33 @@ class TrainConfig(Settings):
     )
     views: int = setting(
         1,
-        "Versions of each image: the image, its mirror image, then random crops.",
+        "Number of versions of each image: the image, its mirror image, then random crops.",
         minimum=1,
         group="Data",
     )
     augmentation: Literal["crops", "strong"] = setting(
         "crops",
-        "How crops are changed; strong also varies brightness, contrast and saturation, and "
-        "erases a part.",
+        "Changes to the views: random crops; strong also varies brightness, contrast and "
+        "saturation, and erases a part.",
         group="Data",
     )
     sort_batches: int = setting(
         1,
-        "Batches sorted together by caption length, which saves computation; 1 disables sorting.",
+        "Number of batches whose images are sorted together by caption length, which saves "
+        "computation; 1 disables sorting.",
         minimum=1,
     )
     minimum_count: int = setting(
         5,
-        "Occurrences in the training captions that a word or subword needs to enter the "
+        "Number of times that a word or subword must occur in the training captions to enter the "
         "vocabulary.",
         minimum=1,
         group="Vocabulary",
     )
     largest_vocabulary: int | None = setting(
         None,
-        "Largest number of words, of which the most frequent are kept, or of subwords; none is "
-        "all words, or 8000 subwords.",
+        "Largest number of words (the most frequent) or of subwords; none allows all words, or "
+        "8000 subwords.",
         minimum=1,
         option="--vocabulary-size",
         group="Vocabulary",
@@ -78,7 +80,8 @@ class TrainConfig(Settings):
     )
     largest_unknown: float = setting(
         0.3,
-        "With --model, largest share of training words that its vocabulary may not know, 0 to 1.",
+        "With --model, largest share of training words that may be missing in its vocabulary, "
+        "0 to 1.",
         minimum=0,
         maximum=1,
         group="Vocabulary",
@@ -91,8 +94,8 @@ class TrainConfig(Settings):
     )
     encoder_learning_rate: float | None = setting(
         None,
-        "Peak learning rate of the encoder's weights before self-critical training; none takes "
-        "--learning-rate.",
+        "Peak learning rate of the encoder, except in self-critical training; none is the value "
+        "of --learning-rate.",
         minimum=0,
         group="Encoder fine-tuning",
     )
@@ -133,7 +136,7 @@ class TrainConfig(Settings):
     )
     scst_epochs: int = setting(
         0,
-        "Epochs of self-critical training on CIDEr (Rennie et al. 2017), after the others.",
+        "Epochs of self-critical training on CIDEr (Rennie et al. 2017), after --epochs.",
         minimum=0,
         group="Self-critical training",
     )
@@ -157,14 +160,14 @@ class TrainConfig(Settings):
     )
     drop_path: float = setting(
         0.0,
-        "Stochastic depth: probability of dropping the last residual branch of a trained "
-        "encoder; lower for earlier branches.",
+        "Stochastic depth: probability of dropping the last residual branch of a trained encoder; "
+        "earlier branches have a lower probability.",
         minimum=0,
         maximum=0.9,
         group="Encoder fine-tuning",
     )
     precision: Precision = setting(
-        "auto", "Precision of matrix products; auto takes bf16 where the hardware computes in it."
+        "auto", "Precision of matrix products; auto chooses bf16 if the hardware computes in bf16."
     )
     seed: int = setting(
         0,
@@ -176,19 +179,17 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.drop_path and self.fine_tune_from is None:
-            raise SettingError(
-                "drop_path", "needs an encoder that is trained: give --fine-tune-from too"
-            )
+            raise SettingError("drop_path", "needs a trained encoder; add --fine-tune-from")
         if self.encoder_learning_rate is not None and self.fine_tune_from is None:
             raise SettingError(
                 "encoder_learning_rate",
-                "needs an encoder that is trained: give --fine-tune-from too",
+                "needs a trained encoder; add --fine-tune-from",
             )
         if self.augmentation == "strong" and self.views < 3:
             raise SettingError(
                 "augmentation",
-                f"strong changes random crops, and --views {self.views} has none: "
-                "give --views 3 or more",
+                f"strong changes random crops, and --views {self.views} has none; "
+                "use --views 3 or more",
             )
 
 
@@ -205,18 +206,18 @@ class LaunchConfig(Settings):
         0, "Ray Train workers; 0 trains in this process, without Ray.", minimum=0
     )
     device: str = setting(
-        "auto", "Device: auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one."
+        "auto", "Device: auto, cpu, cuda, cuda:1 or mps; auto chooses a GPU if there is one."
     )
     cpus_per_worker: float = setting(0.75, "Logical CPUs that Ray reserves per worker.", minimum=0)
     max_failures: int = setting(
         3,
-        "Times that failed workers are replaced; training resumes from the last epoch.",
+        "Number of times that failed workers are replaced; training resumes from the last epoch.",
         minimum=0,
     )
     log: tuple[LogKind, ...] = setting(
         ("tensorboard",),
-        "Where to log the figures of steps and epochs, beside metrics.jsonl; wandb and mlflow need "
-        "the extra of the same name. Repeatable.",
+        "Where to log the figures of steps and epochs, in addition to metrics.jsonl; wandb and "
+        "mlflow need the extra of the same name. Repeatable.",
         group="Logging",
     )
 

@@ -79,19 +79,21 @@ class Keep:
         check_columns(self._prompt, [])
         if self:
             option = "--keep" if self._names else "--id"
-            raise InputError(f"{option} is for columns, and {source} has none: leave it out")
+            raise InputError(f"{option}: {source} has no columns; remove {option}")
 
     def _check(self, chosen: dict[str, str], source: str) -> None:
         names = list(chosen.values())
         for old, new in chosen.items():
             if new in COLUMNS.names:
                 raise InputError(
-                    f"--keep: the column {new} of {source} has the name of a column of the output: "
-                    f"rename it, for example {self._renamed(old)}"
+                    f"--keep: the column {new} of {source} has the same name as a column of the "
+                    f"output; rename it, for example {self._renamed(old)}"
                 )
             if not new or names.count(new) > 1:
-                problem = "an empty name" if not new else f"the name {new} twice"
-                raise InputError(f"--keep would give {problem}: rename, for example {old}=NAME")
+                problem = "without a name" if not new else f"called {new} twice"
+                raise InputError(
+                    f"--keep: a column would be {problem}; rename it, for example {old}=NAME"
+                )
 
     def _renamed(self, old: str) -> str:
         others = ",".join(name for name in self._names if name != old)
@@ -136,6 +138,6 @@ def infer_column(values: Sequence[Any], place_of: Callable[[int], str], name: st
         alike = (type(first), type(None))
         place = next((n for n, each in enumerate(values) if not isinstance(each, alike)), 0)
         raise InputError(
-            f"{name}: {values[place]!r:.100} in {place_of(place)} is of another type than "
-            f"{first!r:.100}: leave the column out of --keep, or make its values alike"
+            f"{name}: {values[place]!r:.100} in {place_of(place)} has another type than "
+            f"{first!r:.100}; leave the column out of --keep, or convert its values to one type"
         ) from error

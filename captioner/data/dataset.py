@@ -56,7 +56,7 @@ class Dataset:
             InputError: one of the two has splits of its own.
         """
         if self.splits is not None or other.splits is not None:
-            raise InputError("the dataset has its own split to validate on: leave out --val-data")
+            raise InputError("the dataset has its own validation split: remove --val-data")
         return Dataset(
             images=self.images + other.images,
             empty_captions=self.empty_captions + other.empty_captions,
@@ -99,7 +99,7 @@ class Dataset:
         elif train_list is None and validation_list is None and test_list is None:
             split = self._own_split()
         else:
-            raise InputError("--train-list and --val-list go together: give both")
+            raise InputError("--train-list and --val-list need each other: give both")
         warn_if_single(split.validation, "validate on")
         return split
 
@@ -109,16 +109,16 @@ class Dataset:
             for name, images in (("train", split.train), ("validate", split.validation)):
                 if not images:
                     raise InputError(
-                        f"the dataset's own split has no images to {name} on: "
-                        "name some with --train-list and --val-list"
+                        f"the dataset's split has no images to {name} on: "
+                        "name images with --train-list and --val-list"
                     )
             return split
         held_out = _VALIDATION + _TEST
         if len(self.images) <= held_out:
             raise InputError(
                 f"{len(self.images)} images are too few to hold out the last {held_out} for "
-                "validation and testing: name the images with --train-list and --val-list, or "
-                "give others with --val-data"
+                "validation and testing: name images with --train-list and --val-list, or give "
+                "another dataset with --val-data"
             )
         images = self.images
         return Split(images[:-held_out], images[-held_out:-_TEST], images[-_TEST:])

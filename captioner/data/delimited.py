@@ -60,7 +60,7 @@ class CsvTable:
         self._separator = separator
         first = self._next()
         if first is None:
-            raise InputError(f"{uri} is empty: its first line names the columns")
+            raise InputError(f"{uri} is empty: its first line must name the columns")
         self.columns = first.fields
 
     def rows(self, name: str) -> Iterator[Row]:
@@ -164,7 +164,7 @@ def decode_text(uri: str, data: bytes) -> str:
         ) from error
     if (place := text.find("\0")) >= 0:
         line = text.count("\n", 0, place) + 1
-        raise InputError(f"{uri}, line {line}: a zero byte, which text does not have")
+        raise InputError(f"{uri}, line {line}: a zero byte, which text cannot contain")
     return text
 
 

@@ -80,7 +80,7 @@ class Gathering:
         if not self.kept:
             raise InputError(max(problems)[1])
         if self._share_of_lost(needed) > MOST_MISSING and not allow_missing:
-            raise InputError(f"{max(problems)[1]}; --allow-missing accepts it")
+            raise InputError(f"{max(problems)[1]}; to accept this, add --allow-missing")
         for _, problem in problems:
             _logger.warning("left out: %s", problem)
 

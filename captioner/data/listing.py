@@ -87,7 +87,9 @@ def _sample(images: pa.Table, count: int, seed: int) -> pa.Table:
 
 def _list_rows(source: str, listing: ListingConfig, keep: Keep, mapper: Mapper) -> pa.Table:
     if listing.exclude:
-        raise InputError(f"--exclude is for a folder, and {source} is a list: shorten the list")
+        raise InputError(
+            f"--exclude is for a folder, and {source} is a list: remove lines from the list instead"
+        )
     if source.lower().endswith(".txt"):
         uris: list[str] = read_list(source, listing.column)["uri"].to_pylist()
         for uri in uris:

@@ -78,7 +78,7 @@ def read_list(source: str, column: str | None = None, keep: Keep | None = None) 
     """
     kind, wanted = _kind(source), _Wanted(column, keep or Keep(None))
     if kind == "txt" and column is not None:
-        raise InputError(f"--column is for a table, and {source} has no columns: leave it out")
+        raise InputError(f"--column: {source} has no columns; remove --column")
     if kind == "txt":
         wanted.keep.refuse(source)
     rows = _READERS[kind](source, _read(source), wanted)
@@ -88,11 +88,11 @@ def read_list(source: str, column: str | None = None, keep: Keep | None = None) 
             first.setdefault(resolve_uri(source, uri), number)
     given = sum(bool(uri) for uri in rows.uris)
     if empty := len(rows.uris) - given:
-        _logger.warning("left out: %d rows of %s without a URI", empty, source)
+        _logger.warning("rows of %s without a URI, left out: %d", source, empty)
     if not first:
         raise InputError(f"{source} lists no images")
     if repeated := given - len(first):
-        _logger.warning("left out: %d URIs of %s that it lists already", repeated, source)
+        _logger.warning("repeated URIs in %s, left out: %d", source, repeated)
     listing = list_files(Listed(uri, None) for uri in first)
     return with_kept(listing, rows.kept.take(pa.array(first.values(), pa.int64())))
 
@@ -236,7 +236,9 @@ def uri_column(
     if column is not None:
         if names.count(column) != 1:
             how_often = "no column" if column not in names else "several columns called"
-            raise InputError(f"--column {column}: {source} has {how_often} {column}, but {shown}")
+            raise InputError(
+                f"--column {column}: {source} has {how_often} {column}; its columns are {shown}"
+            )
         return column
     if names.count("uri") == 1:
         return "uri"
@@ -251,12 +253,12 @@ def uri_column(
         return known[0]
     if known:
         raise InputError(
-            f"{source}: {' and '.join(known)} may each be the column of URIs: "
+            f"{source}: each of the columns {' and '.join(known)} may be the column of URIs; "
             "choose one with --column"
         )
     raise InputError(
-        f"{source} has no column that is known to hold URIs, but {shown}: name it with --column; "
-        "the first line of a CSV or TSV file names the columns"
+        f"{source} has no column with a usual name for URIs; its columns are {shown}. Name the "
+        "column of URIs with --column; the first line of a CSV or TSV file must name the columns"
     )
 
 
@@ -264,8 +266,8 @@ def _check_only_column(name: str, source: str) -> None:
     """Refuses what is not the name of a column, but the first row or several names."""
     if ";" in name or "\t" in name:
         raise InputError(
-            f"{source} must have commas between its columns, not {name!r}: convert it, or call a "
-            "file with tabs .tsv"
+            f"{source} must separate columns by commas, but its first line is {name!r}: convert "
+            "the file, or rename a file with tabs to .tsv"
         )
     if "." in name or "/" in name or _is_file(resolve_uri(source, name)):
         raise InputError(

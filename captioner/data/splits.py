@@ -139,7 +139,7 @@ def named_images(
         if not chosen:
             raise InputError(problem)
         if len(unknown) > MOST_MISSING * len(names) and not allow_missing:
-            raise InputError(f"{problem}; --allow-missing accepts the list")
+            raise InputError(f"{problem}; to accept this, add --allow-missing")
         _logger.warning("left out: %s", problem)
     return [image for image in images if image.uri in chosen]
 
@@ -153,7 +153,7 @@ def _read_names(uri: str) -> list[str]:
     lines = (line.strip(" \t\r") for line in text.split("\n"))
     names = list(dict.fromkeys(line for line in lines if line))
     if not names:
-        raise InputError(f"{uri} is empty: each line names an image")
+        raise InputError(f"{uri} is empty: each line must name an image")
     return names
 
 
@@ -181,4 +181,4 @@ def warn_if_single(images: Sequence[CaptionedImage], purpose: str) -> None:
         purpose: what they are for, such as ``validate on``.
     """
     if len(images) == 1:
-        _logger.warning("only 1 image to %s: CIDEr is always 0 for it; give more", purpose)
+        _logger.warning("only 1 image to %s: its CIDEr is always 0; give more images", purpose)

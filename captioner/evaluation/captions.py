@@ -72,7 +72,7 @@ def caption_dataset(
         InputError: the device does not exist, or ``run.batch_size`` is ``auto``.
     """
     if run.batch_size == "auto":
-        raise InputError("--batch-size auto is for caption jobs: give a number to evaluate")
+        raise InputError("--batch-size auto is only for caption jobs; give a number")
     found = load_model(model)
     decode = found.resolve(decode)
     check_columns(decode.prompt, [])

@@ -110,7 +110,7 @@ def score(
     """
     chosen = choose_tokenizer(tokenizer)
     if len(captions) != len(references) or not all(references):
-        raise InputError("every caption needs one reference or more")
+        raise InputError("every caption needs at least one reference")
     flat = tokenize([*captions, *(each for image in references for each in image)], chosen)
     tokenized = iter(flat)
     # Keys of equal length: the scorers sort them as text.
@@ -120,7 +120,7 @@ def score(
         for key, image in zip(hypotheses, references, strict=True)
     }
     if not any(flat[len(captions) :]):
-        raise InputError("no reference has a word: check the dataset's captions")
+        raise InputError("no reference contains a word; check the dataset's captions")
     return _score_tokenized(hypotheses, targets, chosen, spice)
 
 

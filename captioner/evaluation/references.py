@@ -64,7 +64,9 @@ def read_references(
         )
     for option, given in (("--images", images_directory), ("--split", needed)):
         if given is not None:
-            raise InputError(f"{option} goes with a dataset: {source} is a caption job's output")
+            raise InputError(
+                f"{option} needs a dataset, but {source} is a caption job's output; remove {option}"
+            )
     accepted = {
         uri: decision.caption
         for uri, decision in read_decisions(output.uri).items()
@@ -115,5 +117,7 @@ def describe_seen(
     known = " and ".join(f"{use} {count}" for use, count in counts.items() if count)
     text = f"{model} was {known} of these {len(images)} images, by their names"
     if counts["trained on"] and split in ("val", "test"):
-        raise InputError(f"{text}: it was trained on another split; name the images with --list")
+        raise InputError(
+            f"{text}: the model was trained on another split; name the images with --list"
+        )
     return text

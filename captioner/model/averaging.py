@@ -55,9 +55,9 @@ def average_models(
     widest = max(loaded, key=lambda each: len(each.vocabulary))
     for model, each in zip(models, loaded, strict=True):
         if _comparable(each.config) != _comparable(widest.config):
-            raise InputError(f"{model} has another config.json than the other models")
+            raise InputError(f"{model} and the other models differ in config.json")
         if not _is_extended(each.vocabulary, widest.vocabulary):
-            raise InputError(f"{model} has another tokenizer.json than the other models")
+            raise InputError(f"{model} and the other models differ in tokenizer.json")
     state = _mean([each.model.state_dict() for each in loaded], widest.model.state_dict())
     if encoder_weights is not None:
         published = build_model(widest.config, encoder_weights).state_dict()

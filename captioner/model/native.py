@@ -189,7 +189,8 @@ class Captioner:
         except Exception as problem:  # a compiler that torch calls fails or is not installed
             reason = str(problem).strip().splitlines()
             _logger.warning(
-                "the encoder runs uncompiled: %s", reason[0] if reason else type(problem).__name__
+                "cannot compile the encoder, which runs uncompiled: %s",
+                reason[0] if reason else type(problem).__name__,
             )
             self._compiles, self._compiled_for = False, []
         else:

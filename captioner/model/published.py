@@ -86,7 +86,7 @@ def _unwrapped(state: Any, path: str) -> dict[str, Tensor]:
         if not wrapped:
             break
         state = wrapped[0]
-    raise InputError(f"{path} is not a state dict: it holds other things than tensors")
+    raise InputError(f"{path} is not a state dict: not all of its values are tensors")
 
 
 def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,18 +81,18 @@ def _refuse_parquet(images: pa.Table, shards: Sequence[Shard]) -> None:
     if len(images):
         raise OutputError(
             f"{images['container'][0]} has changed since it was listed, and {len(images)} of its "
-            "images have no caption yet: its rows may be other images now. Put the earlier file "
-            "back, with its modification time, use another output, or --overwrite"
+            "images have no caption yet: a row may be another image now. Restore the earlier "
+            "file with its modification time, use another output, or add --overwrite"
         )
 
 
 def _report(images: pa.Table, found: int) -> None:
     tars = pc.unique(images["container"]).to_pylist()
     _logger.warning(
-        "tar files that have changed since they were listed: %d: %s; of %d images to caption in "
-        "them, %d are still there",
+        "tar files that have changed since they were listed: %d: %s; they still contain %d of "
+        "the %d images to caption",
         len(tars),
         first_of(tars, _SHOWN),
-        len(images),
         found,
+        len(images),
     )

@@ -208,7 +208,10 @@ def rewrite(
                 next(pieces, None)  # raises, before the file is in its place, where rows are left
     for part in targets:
         if not storage.version(storage.join(directory, part.name)):
-            raise OutputError(f"{part.name} is gone: another job is at work on {directory}")
+            raise OutputError(
+                f"{part.name} is gone: another job is using {directory}; run the command again "
+                "when that job has ended"
+            )
     delete_parts(directory, sources)
 
 

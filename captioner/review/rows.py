@@ -81,7 +81,7 @@ def find_row(output: str, uri: str) -> CaptionedRow:
     directory.finish_compaction()
     part = read_row(directory, found["shard"][0].as_py(), found["row"][0].as_py())
     if part is None:
-        raise InputError(f"{uri} has no row yet: run captioner caption again to resume")
+        raise InputError(f"{uri} has no row yet; run captioner caption again to resume")
     [values] = part.to_pylist()
     if values["status"] != "ok":
         raise InputError(f"{uri} has no caption: {values['status']}, {values['error']}")

@@ -42,7 +42,7 @@ def connected(*, log_to_driver: bool = False) -> Iterator[Any]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address.startswith("http"):
         raise InputError(
-            f"RAY_ADDRESS is {address}, the address for ray job submit: unset it, or set it to "
+            f"RAY_ADDRESS is {address}, an address for ray job submit only; unset it, or set it to "
             "the cluster's address"
         )
     import ray

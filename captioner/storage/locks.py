@@ -46,7 +46,9 @@ def locked(uri: str, *, wait: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().decode(errors="replace")
-            raise OutputError(f"another job is at work: {uri} is locked by {holder}") from error
+            raise OutputError(
+                f"another job is using this output: {uri} is locked by {holder}; wait until it ends"
+            ) from error
         except OSError as error:
             # Some network file systems have no locks.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):

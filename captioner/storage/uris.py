@@ -50,7 +50,7 @@ def refuse_credentials(uri: str) -> None:
         uri = uri.partition("::")[2]
     if match := _CREDENTIALS.match(uri) or _WEB_CREDENTIALS.match(uri):
         redacted = f"{match[1]}…@{uri[match.end() :]}"
-        raise InputError(f"{redacted} has credentials in it: give them by the environment")
+        raise InputError(f"{redacted} contains credentials: give them in the environment")
 
 
 def absolute(uri: str, base: str | None = None) -> str:

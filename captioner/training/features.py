@@ -197,7 +197,7 @@ def _make_room(
     if needed > free:
         raise OutputError(
             f"features take {needed / 1e9:.1f} GB, and {cache} has {free / 1e9:.1f} GB free: "
-            "free some with captioner cache clear, take fewer --views, or set XDG_CACHE_HOME to a "
+            "free space with captioner cache clear, use fewer --views, or set XDG_CACHE_HOME to a "
             "directory on another disk"
         )
 

@@ -17,6 +17,7 @@ __all__ = [
     "Epoch",
     "StepValidation",
     "best_of",
+    "describe_best",
     "escape_markdown",
     "rank_of",
     "write_journal",
@@ -129,6 +130,14 @@ def rank_of(validated: "StepValidation | Epoch") -> tuple[float, float]:
 def best_of(epochs: Sequence[Epoch]) -> Epoch:
     """The epoch whose best validation is the best of all: its model is saved."""
     return max(epochs, key=lambda each: rank_of(each.best))
+
+
+def describe_best(epochs: Sequence[Epoch]) -> str:
+    """The highest validation CIDEr and where in the run it was reached, in one line."""
+    epoch = best_of(epochs)
+    best = epoch.best
+    place = f"epoch {epoch.epoch}" if best is epoch else f"step {best.step}, in epoch {epoch.epoch}"
+    return f"CIDEr {best.validation_cider:.1f} on the validation images after {place}"
 
 
 def write_metrics(

@@ -112,7 +112,7 @@ class _Loop:
             stops = len(self._epochs) - best >= patience
             if stops:
                 _logger.info(
-                    "stopped early after epoch %d of %d: epoch %d is the best",
+                    "stopped early after epoch %d of %d; the best epoch is %d",
                     len(self._epochs),
                     self._last,
                     best,

@@ -118,9 +118,13 @@ def _uses_gpus(ray: Any, launch: LaunchConfig) -> bool:
 
     gpus = ray.cluster_resources().get("GPU", 0)
     if launch.device.startswith("cuda:"):
-        raise InputError(f"Ray chooses the GPUs of its workers: --device cuda, not {launch.device}")
+        raise InputError(
+            f"--device {launch.device}: Ray chooses the GPUs of its workers; use --device cuda"
+        )
     if launch.device == "cuda" and gpus < launch.workers and not is_known_to_grow(ray):
-        raise InputError(f"{launch.workers} workers need a GPU each: the cluster has {gpus:g}")
+        raise InputError(
+            f"--device cuda: {launch.workers} workers need a GPU each, but the cluster has {gpus:g}"
+        )
     return launch.device == "cuda" or (launch.device == "auto" and gpus >= launch.workers)
 
 

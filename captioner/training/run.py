@@ -161,7 +161,7 @@ def _load_start(model: str) -> Bundle:
 
 def _check_batches(split: Split, config: TrainConfig, workers: int) -> None:
     if not config.epochs + config.scst_epochs:
-        raise InputError("there is nothing to train: --epochs and --scst-epochs are 0")
+        raise InputError("nothing to train: --epochs and --scst-epochs are both 0")
     images = sum(portion.images_per_epoch for portion in split.portions)
     batches = steps_per_epoch(split.portions, config.batch_size)
     if images < workers * batches:  # the batches' sizes differ by one at most
@@ -172,8 +172,8 @@ def _check_batches(split: Split, config: TrainConfig, workers: int) -> None:
     steps = batches * config.epochs
     if config.epochs and config.warmup_steps >= steps:
         _logger.warning(
-            "the learning rate never reaches its peak: %d steps of warm-up, %d steps in all; "
-            "use a lower --warmup-steps",
+            "the learning rate never reaches its peak: --warmup-steps is %d, but the run has %d "
+            "steps; use a lower --warmup-steps",
             config.warmup_steps,
             steps,
         )

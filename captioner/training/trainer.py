@@ -206,7 +206,7 @@ class Trainer:
             if not (math.isfinite(value) and math.isfinite(self.gradient_norm)):
                 option = "--learning-rate" if step is None else "--scst-learning-rate"
                 raise CaptionerError(
-                    f"the loss is not finite in step {number + 1}, epoch {epoch}: run the same "
+                    f"the loss is not finite in step {number + 1} of epoch {epoch}; run the same "
                     f"command again with a lower {option}"
                 )
             total, count = total + value, count + weight

@@ -91,8 +91,8 @@ def prepare_vocabulary(
     if config.extend_vocabulary:
         if not isinstance(vocabulary, WordVocabulary):
             raise InputError(
-                "--extend-vocabulary is for models of words, and this model's subwords spell any "
-                "word: remove --extend-vocabulary"
+                "--extend-vocabulary is for models with words, but this model has subwords, which "
+                "can spell any word; remove --extend-vocabulary"
             )
         model, vocabulary = _extend(model, vocabulary, captions, config.minimum_count)
     coverage = _cover(vocabulary, captions, model.config.max_length)

@@ -154,7 +154,7 @@ def test_a_tar_file_that_changed_is_read_as_it_is_where_rows_are_missing(
     assert found[7:12] == before[7:]
     assert (found[12]["status"], found[12]["number"]) == ("ok", 7)
     assert "changed since they were listed: 1: " in caplog.text
-    assert "of 7 images to caption in them, 6 are still there" in caplog.text
+    assert "they still contain 6 of the 7 images to caption" in caplog.text
     # What shows photos finds them where they are now, and the next run has nothing to do.
     ok = [row for row in others if row["status"] == "ok"]
     assert draw(str(output), find_row(str(output), ok[0]["uri"])).startswith(b"\x89PNG")

@@ -52,7 +52,7 @@ def test_a_job_whose_first_images_all_fail_alike_stops_and_writes_no_row(
     with pytest.raises(InputError) as caught:
         caption_images(source, str(output), str(model_directory), run=run)
     message = str(caught.value)
-    assert message.startswith("the first 15 images all fail alike: unreadable: ")
+    assert message.startswith("the first 15 images all fail for the same reason: unreadable: ")
     assert f"for example {tmp_path}/disk/" in message
     assert message.endswith("add --stop-after-failures none")
     assert _rows(output) in {"local": [0], "ray": [0, 2]}[engine]  # Ray may be at the sound ones

@@ -344,7 +344,7 @@ def test_images_that_are_not_listed_any_more_keep_their_rows(photos, model_direc
 
 def test_a_second_job_on_one_output_is_refused(photos, model_directory, tmp_path):
     directory = OutputDirectory(str(tmp_path / "out"))
-    with directory.locked(), pytest.raises(OutputError, match=r"^another job is at work"):
+    with directory.locked(), pytest.raises(OutputError, match=r"^another job is using"):
         caption_images(str(photos), directory.uri, str(model_directory), run=RUN)
     assert not _rows(tmp_path / "out")
     caption_images(str(photos), directory.uri, str(model_directory), run=RUN)

@@ -104,7 +104,7 @@ def test_a_cluster_that_grows_may_have_no_room_yet(told):
         (2, {}, True),
         (2, {"device": "cpu"}, False),
         (2, {"device": "cuda"}, True),
-        (1, {"device": "cuda"}, "2 workers need a GPU each: the cluster has 1"),
+        (1, {"device": "cuda"}, "2 workers need a GPU each, but the cluster has 1"),
         (2, {"device": "cuda:1"}, "Ray chooses the GPUs of its workers"),
     ],
 )
@@ -138,7 +138,7 @@ def test_actors_of_nodes_that_are_yet_to_come(settings, expected):
     [
         (
             "http://127.0.0.1:8265",
-            "RAY_ADDRESS is http://127.0.0.1:8265, the address for ray job su",
+            "RAY_ADDRESS is http://127.0.0.1:8265, an address for ray job su",
         ),
         ("here and there", "cannot reach Ray at RAY_ADDRESS, here and there: "),
     ],

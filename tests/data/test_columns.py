@@ -44,11 +44,14 @@ def test_columns_are_chosen_and_renamed(option, expected):
             r"^--keep width: no column 'width' in list.csv; the columns are url, id, licence, "
             "caption$",
         ),
-        ("caption", r"column caption of list.csv has the name of a column of the output: rename"),
+        (
+            "caption",
+            r"column caption of list.csv has the same name as a column of the output; rename",
+        ),
         ("all", r"for example --keep all,caption=source_caption$"),
-        ("id=score", r"the column score of list.csv has the name of a column of the output"),
-        ("id=licence,licence", r"would give the name licence twice: rename, for example"),
-        ("id=", r"would give an empty name"),
+        ("id=score", r"the column score of list.csv has the same name as a column of the output"),
+        ("id=licence,licence", r"a column would be called licence twice; rename it, for example"),
+        ("id=", r"a column would be without a name"),
     ],
 )
 def test_columns_that_cannot_be_kept_are_refused(option, message):
@@ -65,7 +68,7 @@ def test_the_columns_of_the_prompt_and_of_the_ids_are_kept():
         InputError, match=r"^--id number: no column 'number' in list.csv; the columns are url,"
     ):
         Keep(None, id_column="number").choose(COLUMNS, "list.csv", "url")
-    with pytest.raises(InputError, match=r"^--id is for columns, and photos has none: leave it"):
+    with pytest.raises(InputError, match=r"^--id: photos has no columns; remove"):
         Keep(None, id_column="number").refuse("photos")
 
 
@@ -102,7 +105,7 @@ def test_columns_of_json_lines_without_a_common_type_are_refused(tmp_path):
     rows = [{"url": "a.jpg", "n": 1}, {"url": "b.jpg", "n": "two"}]
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match=r"n: 'two' in line 2 is of another type than 1: leave"):
+    with pytest.raises(InputError, match=r"n: 'two' in line 2 has another type than 1; leave"):
         _kept(path, "n")
 
 
@@ -125,8 +128,8 @@ def test_columns_of_parquet_keep_their_types(tmp_path):
 
 def test_columns_are_refused_where_there_are_none(tmp_path: Path):
     write_photos(tmp_path, 1)
-    with pytest.raises(InputError, match=r"^--keep is for columns, and .* has none: leave it out"):
+    with pytest.raises(InputError, match=r"^--keep: .* has no columns; remove --keep"):
         list_source(str(tmp_path), ListingConfig(keep="id"))
     (tmp_path / "list.txt").write_text("0.jpg")
-    with pytest.raises(InputError, match=r"^--keep is for columns, and .*list.txt has none"):
+    with pytest.raises(InputError, match=r"^--keep: .*list.txt has no columns"):
         list_source(f"{tmp_path}/list.txt", ListingConfig(keep="id"))

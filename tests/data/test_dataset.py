@@ -171,7 +171,7 @@ def test_other_data_to_validate_on(photos: Path, tmp_path: Path):
         both.split()
     names = [("b/photo-0001.jpg", "train"), ("b/photo-0002.jpg", "val")]
     own = _json(tmp_path / "own.json", _karpathy(names))
-    with pytest.raises(InputError, match="leave out --val-data"):
+    with pytest.raises(InputError, match="remove --val-data"):
         read_dataset(own, str(photos)).validated_by(read_dataset(other, str(photos)))
 
 
@@ -205,9 +205,9 @@ def test_lists_of_names(photos: Path, tmp_path: Path):
         (train, val, leak): "1 images are in both train and test",
         (train, ambiguous): r"2 images are called photo-0000\.jpg",
         (train, foreign): r"1 of the 1 names in .*/foreign are of no captioned image: none\.jpg$",
-        (train,): "go together",
-        (None, val): "go together",
-        (None, None, test): "go together",
+        (train,): "need each other",
+        (None, val): "need each other",
+        (None, None, test): "need each other",
         (train, str(tmp_path / "nowhere")): "cannot read",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -262,13 +262,13 @@ def test_names_of_no_image_are_logged_and_more_than_half_are_refused(
         if is_refused:
             with pytest.raises(InputError) as error:
                 read.listed(str(path))
-            assert str(error.value) == f"{message}; --allow-missing accepts the list"
+            assert str(error.value) == f"{message}; to accept this, add --allow-missing"
             assert read.listed(str(path), allow_missing=True) == read.images
         else:
             assert read.listed(str(path)) == read.images
         assert caplog.messages == ([f"left out: {message}"] if message else [])
     path.write_text("\n \n")
-    with pytest.raises(InputError, match="is empty: each line names an image"):
+    with pytest.raises(InputError, match="is empty: each line must name an image"):
         read.listed(str(path))
 
 
@@ -436,7 +436,7 @@ def test_more_than_half_of_the_images_missing_is_refused_unless_allowed(
         "(--images says where the images are)"
     ]
     most = _flickr(tmp_path / "most", names, names[:4])
-    with pytest.raises(InputError, match=r"6 of the 10 .*; --allow-missing accepts it$"):
+    with pytest.raises(InputError, match=r"6 of the 10 .*; to accept this, add --allow-missing$"):
         read_dataset(most)
     assert len(read_dataset(most, allow_missing=True).images) == 4
 
@@ -478,7 +478,9 @@ def test_only_the_splits_that_are_needed_may_not_be_missing(photos: Path, tmp_pa
     read = read_dataset(path, str(photos), needed=("test",))
     assert (len(read.images), read.without_image) == (2, 5)
     for needed in (None, ("train",), ("train", "val")):
-        with pytest.raises(InputError, match=r"5 of the 7 images .*; --allow-missing accepts it$"):
+        with pytest.raises(
+            InputError, match=r"5 of the 7 images .*; to accept this, add --allow-missing$"
+        ):
             read_dataset(path, str(photos), needed=needed)
 
 
@@ -487,7 +489,7 @@ def test_a_single_image_to_validate_on_is_worth_a_warning(caplog: pytest.LogCapt
     dataset.Dataset(images, splits=["train", "train", "val", "val"]).split()
     assert caplog.messages == []
     dataset.Dataset(images[:3], splits=["train", "train", "val"]).split()
-    assert caplog.messages == ["only 1 image to validate on: CIDEr is always 0 for it; give more"]
+    assert caplog.messages == ["only 1 image to validate on: its CIDEr is always 0; give more"]
 
 
 def test_captions_that_are_not_text_are_counted(photos: Path, tmp_path: Path):

@@ -167,13 +167,15 @@ def test_a_column_may_be_named(tmp_path, kind):
         frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
     assert _uris(path) == [f"{tmp_path}/x.jpg", f"{tmp_path}/y.jpg"]
     assert _uris(path, column="Where") == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
-    with pytest.raises(InputError, match=r"^--column where: .* has no column where, but uri, W"):
+    with pytest.raises(
+        InputError, match=r"^--column where: .* has no column where; its columns are uri, W"
+    ):
         _uris(path, column="where")
 
 
 def test_a_column_is_of_a_table(tmp_path):
     (tmp_path / "list.txt").write_text("a.jpg\n")
-    with pytest.raises(InputError, match=r"list\.txt has no columns: leave it out"):
+    with pytest.raises(InputError, match=r"list\.txt has no columns; remove --column"):
         _uris(tmp_path / "list.txt", column="uri")
     with pytest.raises(
         InputError, match=r"--column is for a list, and .* is not one by its ending"
@@ -196,13 +198,13 @@ def test_json_lines(tmp_path, caplog):
     path = tmp_path / "list.jsonl"
     path.write_text('{"n": 1}\n\n{"url": "a.jpg", "n": 2}\r\n{"url": null}\n{"url": "b.jpg"}\n')
     assert _uris(path) == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
-    assert caplog.messages == [f"left out: 2 rows of {path} without a URI"]
+    assert caplog.messages == [f"rows of {path} without a URI, left out: 2"]
     for line, problem in {
         '{"url": ': "line 2: not valid JSON: ",
-        '{"url": "a", "url": "b"}': "line 2: not valid JSON: 'url' is there twice",
+        '{"url": "a", "url": "b"}': "line 2: not valid JSON: 'url' occurs twice",
         "[]": "line 2: not an object, as ",
         '{"url": 3}': "line 2: url is 3, not text$",
-        '{"url": "a", "image": "b"}': "url and image may each be the column of URIs",
+        '{"url": "a", "image": "b"}': "each of the columns url and image may be the column of URIs",
     }.items():
         path.write_text('{"url": "a.jpg"}\n' + line + "\n")
         with pytest.raises(InputError, match=problem) as error:
@@ -279,13 +281,22 @@ def test_what_looks_like_a_number_is_a_name(tmp_path):
             b"id,label\na.jpg,1\n",
             "no column that is known to hold URIs, but id, label: name",
         ),
-        (b"path,URL,n\na.jpg,b,1\n", "path and URL may each be the column of URIs: choose one"),
+        (
+            b"path,URL,n\na.jpg,b,1\n",
+            "each of the columns path and URL may be the column of URIs; choose one",
+        ),
         (b"url,url,n\na.jpg,b,1\n", "has several columns called url: rename one"),
-        (b"uri;label\na.jpg;1\n", "must have commas between its columns, not 'uri;label': conv"),
-        (b"uri\tlabel\na.jpg\t1\n", r"must have commas between its columns, not 'uri\\tlabel'"),
+        (
+            b"uri;label\na.jpg;1\n",
+            "must separate columns by commas, but its first line is 'uri;label': conv",
+        ),
+        (
+            b"uri\tlabel\na.jpg\t1\n",
+            r"must separate columns by commas, but its first line is 'uri\\tlabel'",
+        ),
         (b"uri\n", "lists no images"),
         (b'uri\n""\n', "lists no images"),
-        (b"", r"list\.csv is empty: its first line names the columns"),
+        (b"", r"list\.csv is empty: its first line must name the columns"),
         (b"uri,n\na.jpg,1\nb.jpg\n", r"list\.csv, line 3: 1 field, but 2 columns"),
         (b"uri\n\xff.jpg\n", r"list\.csv, line 2: not UTF-8 text \(byte 0xff\)"),
         (b"uri,uri\na.jpg,b.jpg\n", "has several columns called uri: rename one"),
@@ -314,8 +325,8 @@ def test_what_a_list_has_twice_or_leaves_empty_is_told(place, caplog):
     storage.write(f"{place}/list.csv", b'uri,n\na.jpg,1\n"",2\na.jpg,3\nb.jpg,4\n"",5\n./a.jpg,6\n')
     assert _uris(f"{place}/list.csv") == [f"{place}/a.jpg", f"{place}/b.jpg"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"left out: 2 rows of {place}/list.csv without a URI",
-        f"left out: 2 URIs of {place}/list.csv that it lists already",
+        f"rows of {place}/list.csv without a URI, left out: 2",
+        f"repeated URIs in {place}/list.csv, left out: 2",
     ]
 
 

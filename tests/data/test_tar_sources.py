@@ -73,7 +73,7 @@ def test_names_that_differ_only_where_a_uri_does_not_are_images_of_their_own(tmp
     assert len({row["uri"] for row in rows}) == len(names)
     assert rows[1]["uri"] == f"tar://a.jpg#offset={rows[1]['position']}::file://{tmp_path}/a.tar"
     assert rows[3]["uri"] == f"tar://b.jpg::file://{tmp_path}/a.tar"
-    assert "told apart by offset: 3" in caplog.text
+    assert "whose URIs get an offset: 3" in caplog.text
 
 
 def test_a_tar_file_may_have_the_name_of_a_pattern(tmp_path):
@@ -89,7 +89,7 @@ def test_an_at_sign_in_a_path_is_no_credential(tmp_path):
     assert storage.absolute(row["uri"]) == row["uri"]
     with fsspec.open(row["uri"]) as file:
         assert file.read() == b"1"
-    with pytest.raises(InputError, match=r"^s3://…@b/a.tar has credentials in it"):
+    with pytest.raises(InputError, match=r"^s3://…@b/a.tar contains credentials"):
         storage.absolute("tar://a.jpg::s3://key:secret@b/a.tar")
 
 

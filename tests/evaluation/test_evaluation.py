@@ -110,7 +110,7 @@ def test_images_that_the_model_has_seen_are_told(data: Path, tmp_path: Path, mod
         assert result.exit_code == 0, result.output
         told = [line for line in result.stderr.splitlines() if "METEOR" not in line]
         if listed == (3, 4):
-            assert told.pop(0) == "only 1 image to score: CIDEr is always 0 for it; give more"
+            assert told.pop(0) == "only 1 image to score: its CIDEr is always 0; give more"
         assert told == ([f"{model} was {known} images, by their names"] if known else [])
 
 
@@ -142,7 +142,7 @@ def test_a_split_with_images_that_the_model_was_trained_on_is_refused(
         if count:
             assert result.output == (
                 f"captioner: {model} was trained on {count} images, by their names: "
-                "it was trained on another split; name the images with --list\n"
+                "the model was trained on another split; name the images with --list\n"
             )
 
 
@@ -158,7 +158,7 @@ def test_the_test_images_of_a_split_may_be_there_alone(data: Path, model_directo
     assert result.exit_code == 0, result.output
     result = _run(*karpathy, "--model", model_directory, "--split=val")
     assert result.exit_code == 2, result.output
-    assert "gone.jpg, gone too.jpg; --allow-missing accepts it" in result.output
+    assert "gone.jpg, gone too.jpg; to accept this, add --allow-missing" in result.output
     result = _run(*karpathy, "--model", model_directory, "--split=val", "--allow-missing")
     assert result.exit_code == 2, result.output
     assert "the dataset has no split val: use another --split, or --list\n" in result.output
@@ -276,22 +276,28 @@ def test_a_file_name_that_several_share_joins_nothing(data: Path, output: Path, 
 def test_mistakes_get_one_line_and_exit_code_2(data: Path, output: Path, model_directory: Path):
     listed = ("--list", data / "list.txt")
     cases = {
-        "give one of --model and --references": (data,),
-        "one of --model and": (data, "--model", model_directory, "--references", data),
-        "give one of --split and --list": (
+        "add --model MODEL to caption the images of": (data,),
+        "give --model or --references, not both": (
+            data,
+            "--model",
+            model_directory,
+            "--references",
+            data,
+        ),
+        "give --split or --list, not both": (
             data,
             "--model",
             model_directory,
             "--split=val",
             *listed,
         ),
-        "--beam goes with --model": (output, "--references", data, "--beam=3"),
+        "--beam needs --model: the captions in": (output, "--references", data, "--beam=3"),
         "too few": (data, "--model", model_directory),
         "has no run.json": (data, "--references", data),
         "has no captions.txt": (output, "--references", output.parent / "photos"),
         "has no accepted captions": (output, "--references", output),
-        "--images goes with a dataset": (output, "--references", output, "--images", data),
-        "--split goes with a dataset": (output, "--references", output, "--split=val"),
+        "--images needs a dataset": (output, "--references", output, "--images", data),
+        "--split needs a dataset": (output, "--references", output, "--split=val"),
         "has no config.json": (data, "--model", data, *listed),
         "no device 'gpu'": (data, "--model", model_directory, *listed, "--device=gpu"),
     }

@@ -50,7 +50,7 @@ def test_the_average_is_stored_in_half_precision(tmp_path: Path, vocabulary):
 def test_models_of_different_settings_are_not_averaged(tmp_path: Path, vocabulary):
     bundle.save(str(tmp_path / "0"), tiny_model(), vocabulary)
     bundle.save(str(tmp_path / "1"), tiny_model(layers=1), vocabulary)
-    for other, message in (("1", "another config.json"), ("2", "it has no config.json")):
+    for other, message in (("1", "differ in config.json"), ("2", "it has no config.json")):
         refused = _average(tmp_path / "0", tmp_path / other, tmp_path / "new")
         assert refused.exit_code == 2
         [line] = refused.output.splitlines()
@@ -69,7 +69,7 @@ def test_models_of_different_tokenizers_are_not_averaged(tmp_path: Path, vocabul
     bundle.save(str(tmp_path / "words"), tiny_model(), vocabulary)
     assert _average(tmp_path / "0", tmp_path / "0", tmp_path / "same").exit_code == 0
     assert bundle.load(str(tmp_path / "same")).vocabulary.kind == "bpe"
-    for other, message in (("1", "another tokenizer.json"), ("words", "another config.json")):
+    for other, message in (("1", "differ in tokenizer.json"), ("words", "differ in config.json")):
         refused = _average(tmp_path / "0", tmp_path / other, tmp_path / "new")
         assert refused.exit_code == 2
         [line] = refused.output.splitlines()
@@ -95,7 +95,7 @@ def test_words_that_only_some_models_know_are_averaged_over_these(tmp_path: Path
     bundle.save(str(tmp_path / "2"), tiny_model(2, vocabulary_size=len(other)), other)
     refused = _average(tmp_path / "1", tmp_path / "2", tmp_path / "newer")
     assert refused.exit_code == 2
-    assert f"{tmp_path}/2 has another tokenizer.json than the other models" in refused.output
+    assert f"{tmp_path}/2 and the other models differ in tokenizer.json" in refused.output
 
 
 def test_a_forgotten_output_replaces_no_model(tmp_path: Path, vocabulary):

@@ -294,7 +294,7 @@ CONFIGS = {
     "no features": (_config(backbone="coat_tiny"), "config.json"),
     "image of 33": (_config(backbone="swin_tiny_patch4_window7_224", image_size=33), "lacks the"),
     "mean is infinite": (_replaced(C, b"0.485", b"1e999"), "mean must be"),
-    "name twice": (_replaced(C, b'"width"', b'"width": 64, "width"'), "is there twice"),
+    "name twice": (_replaced(C, b'"width"', b'"width": 64, "width"'), "occurs twice"),
     "nested": (_written(C, b'{"format": ' * 10**5), "config.json"),
     "number of 10⁶ digits": (_replaced(C, b'"width": 32', b'"width": ' + b"9" * 10**5), C),
     "not UTF-8": (_written(C, b"\xff\xfe\xff"), C),
@@ -312,7 +312,7 @@ TOKENIZERS = {
     ),
     "20 MB of one word": (_written(T, b'{"model": {"a": "' + b"a" * 20_000_000), "larger than"),
     "15 MB of one word": (_written(T, b'{"model": "' + b"a" * 15_000_000 + b'"}'), T),
-    "word twice": (_replaced(T, b'"<pad>":0', b'"<pad>":0,"<pad>":0'), "is there twice"),
+    "word twice": (_replaced(T, b'"<pad>":0', b'"<pad>":0,"<pad>":0'), "occurs twice"),
     "nested words": (_written(T, b'{"model": [' + b"[" * 10**5), T),
     "pipe": (_special(T, os.mkfifo), "not a regular file"),
 }

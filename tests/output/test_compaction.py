@@ -311,7 +311,7 @@ def test_a_part_stays_where_what_it_was_split_into_is_gone(memory_bucket, monkey
             OutputDirectory(output.uri).delete_replaced_parts()
 
     monkeypatch.setattr(storage, "writing", stolen)
-    with pytest.raises(OutputError, match=r"^part-0000.* is gone: another job is at work on "):
+    with pytest.raises(OutputError, match=r"^part-0000.* is gone: another job is using "):
         isolate_shards(output, read_manifest(output), {3})
     output.delete_replaced_parts()
     assert rows_of_parts(output.uri).equals(rows)
@@ -384,7 +384,7 @@ def test_what_cannot_be_compacted_is_one_line(tmp_path):
     with output.locked():
         result = _run("compact", output.uri)
     assert result.exit_code == 2
-    assert "another job is at work" in result.output
+    assert "another job is using" in result.output
     for size in ("0", "256XB", "-1MB", ""):
         assert _run("compact", output.uri, "--size", size).exit_code == 2
     storage.delete(storage.join(output.uri, part_name(4)))

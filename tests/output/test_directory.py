@@ -470,14 +470,17 @@ def test_a_second_job_on_the_same_directory_is_told_so(tmp_path):
         with (
             pytest.raises(
                 OutputError,
-                match=rf"^another job is at work: .+ is locked by process {os.getpid()} on ",
+                match=rf"^another job is using this output: .+ locked by process {os.getpid()} on ",
             ),
             second.locked(),
         ):
             pass
         first.begin(SETTINGS)
         first.begin({"beam": 9}, overwrite=True)  # which must not delete the lock
-        with pytest.raises(OutputError, match=r"^another job is at work"), second.locked():
+        with (
+            pytest.raises(OutputError, match=r"^another job is using"),
+            second.locked(),
+        ):
             pass
     with second.locked():
         second.begin({"beam": 9})

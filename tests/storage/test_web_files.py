@@ -257,7 +257,7 @@ def test_a_private_address_is_not_even_connected_to(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *arguments: pytest.fail("connects"))
     for host in ("10.0.0.1", "169.254.169.254", "[::ffff:169.254.169.254]", "[fd00:ec2::254]"):
         for scheme in ("http", "https"):
-            with pytest.raises(PermissionError, match="address; --allow-private-hosts allows it"):
+            with pytest.raises(PermissionError, match="address; to allow it, add"):
                 storage.read(f"{scheme}://{host}/latest/meta-data", retries=0)
 
 
@@ -336,7 +336,7 @@ def test_each_redirect_is_checked(server, monkeypatch):
 
 @pytest.mark.parametrize("user", ["user:password", "token", "user:pass/word"])
 def test_credentials_in_an_address_are_refused_and_not_repeated(user):
-    with pytest.raises(InputError, match="has credentials in it") as caught:
+    with pytest.raises(InputError, match="contains credentials") as caught:
         storage.absolute(f"https://{user}@example.com/a.jpg")
     assert user not in str(caught.value)
     assert storage.absolute("https://example.com/a@b.jpg?c=d@e") == (

@@ -249,7 +249,7 @@ def test_another_run_in_the_same_place_is_refused(data: Path, tmp_path: Path):
     assert len(run(batch_size=4, overwrite=True)) == 1
     with (
         storage.locked(f"{output}/_training/lock"),
-        pytest.raises(OutputError, match=r"^another job is at work"),
+        pytest.raises(OutputError, match=r"^another job is using"),
     ):
         run(overwrite=True)  # it would delete what the other writes
     assert (tmp_path / "model" / "epochs.json").exists()
@@ -901,7 +901,7 @@ def test_a_warm_up_longer_than_the_training_is_told(data: Path, tmp_path: Path, 
         config=_config(epochs=1, warmup_steps=1000),
         encoder_weights=_weights(tmp_path),
     )
-    assert "1000 steps of warm-up" in caplog.text
+    assert "--warmup-steps is 1000" in caplog.text
 
 
 def test_a_finished_training_can_get_more_epochs_and_another_learning_rate(
@@ -954,7 +954,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(
         return real(*arguments) * (torch.nan if len(steps) == 2 else 1)
 
     monkeypatch.setattr(trainer, "caption_loss", ruined)
-    with pytest.raises(CaptionerError, match=r"not finite in step 2, epoch 1: .*--learning-rate"):
+    with pytest.raises(CaptionerError, match=r"not finite in step 2 of epoch 1; .*--learning-rate"):
         run(learning_rate=1e-3)
     assert len(steps) == 2
     monkeypatch.undo()

@@ -56,7 +56,7 @@ def test_a_run_stops_after_epochs_that_are_not_better(
         return [each.validation_cider for each in epochs]
 
     assert run(CONFIG) == [10, 30, 20, 25]
-    assert "stopped early after epoch 4 of 6: epoch 2 is the best" in caplog.text
+    assert "stopped early after epoch 4 of 6; the best epoch is 2" in caplog.text
     assert run(CONFIG) == [10, 30, 20, 25]
     assert run(dataclasses.replace(CONFIG, early_stopping=None)) == [10, 30, 20, 25, 5, 40]
 
@@ -75,5 +75,5 @@ def test_the_encoder_has_a_learning_rate_of_its_own(vocabulary: Vocabulary):
 
 
 def test_a_frozen_encoder_has_no_learning_rate():
-    with pytest.raises(InputError, match="encoder_learning_rate needs an encoder that is trained"):
+    with pytest.raises(InputError, match="encoder_learning_rate needs a trained encoder"):
         TrainConfig(encoder_learning_rate=1e-5, fine_tune_from=None)

@@ -185,7 +185,7 @@ def test_training_on_keeps_the_models_tokenizer(folder: Path, subword_model: Pat
             "words",
         ),
         "give --model or --vocabulary-size, not both": ("--vocabulary-size", 300),
-        "--extend-vocabulary is for models of words": ("--extend-vocabulary",),
+        "--extend-vocabulary is for models with words": ("--extend-vocabulary",),
     }
     for message, options in refused.items():
         assert message in _line(_train(folder, "refused", *again, *options))

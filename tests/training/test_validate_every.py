@@ -89,7 +89,7 @@ def test_the_best_model_may_come_from_within_an_epoch(
     caplog.set_level("INFO")
     epochs = run.train(epochs=6, validate_every=2, early_stopping=2, average=0.9)
     assert [each.best.validation_cider for each in epochs] == [20, 50, 49, 2]
-    assert "stopped early after epoch 4 of 6: epoch 2 is the best" in caplog.text
+    assert "stopped early after epoch 4 of 6; the best epoch is 2" in caplog.text
     assert epochs[1].best.step == 6
     for place, expected in (("", seen[2]), ("last", seen[7])):
         model = bundle.load(str(tmp_path / "model" / place)).model

@@ -82,7 +82,7 @@ def layout(directory: Directory) -> Layout:
     )
     formats = directory.integers(Tag.SAMPLE_FORMAT)[:samples] or (UNSIGNED,)
     if not 0 < samples <= 1000 or len(set(bits[:samples])) > 1 or len(set(formats)) > 1:
-        raise ValueError("its samples are not of one kind, which is not read")
+        raise ValueError("its samples have different types, which captioner does not read")
     extra = directory.integers(Tag.EXTRA_SAMPLES)
     missing = samples - _COLOURS.get(photometric, samples) - len(extra)
     if missing < 0:

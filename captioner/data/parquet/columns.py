@@ -43,8 +43,8 @@ def image_column(schema: pa.Schema, source: str, column: str | None = None) -> s
     candidates = image_columns(schema)
     if len(candidates) > 1:
         raise InputError(
-            f"{source}: {' and '.join(candidates)} may each be the column of images: "
-            "choose one with --column"
+            f"{source}: each of the columns {' and '.join(candidates)} may be the column of "
+            "images; choose one with --column"
         )
     return candidates[0] if candidates else None
 
@@ -73,7 +73,9 @@ def _named(schema: pa.Schema, source: str, column: str) -> str | None:
     if schema.names.count(column) != 1:
         how_often = "no column" if column not in schema.names else "several columns called"
         shown = first_of(schema.names, _SHOWN)
-        raise InputError(f"--column {column}: {source} has {how_often} {column}, but {shown}")
+        raise InputError(
+            f"--column {column}: {source} has {how_often} {column}; its columns are {shown}"
+        )
     kind = schema.field(column).type
     if _is_struct(kind) or (_is_binary(kind) and column.lower() not in _TEXT_NAMES):
         return column

@@ -166,7 +166,8 @@ def _check_columns(wanted: _Wanted, uri: str, schema: pa.Schema) -> None:
         if schema.names.count(name) != 1:
             raise InputError(
                 f"{uri} has no column {name}, which other Parquet files of {wanted.source} have: "
-                "leave the file out with --exclude, or give a folder of alike files"
+                "leave the file out with --exclude, or give a folder whose files have the same "
+                "columns"
             )
 
 
@@ -236,7 +237,7 @@ def _list_uris(wanted: _Wanted, uri: str, parquet: pq.ParquetFile) -> _Rows:
     uris = values.cast(pa.string()).to_pylist()
     given = [row for row, value in enumerate(uris) if value]
     if empty := len(uris) - len(given):
-        _logger.warning("left out: %d rows of %s without a URI", empty, uri)
+        _logger.warning("rows of %s without a URI, left out: %d", uri, empty)
     listing = list_files(Listed(resolve_uri(uri, uris[row]), None) for row in given)
     return _Rows(listing, _read_kept(wanted, uri, parquet, given))
 
@@ -308,6 +309,6 @@ def _without_repeats(images: pa.Table, source: str) -> pa.Table:
     for row, uri in enumerate(images["uri"].to_pylist()):
         first.setdefault(uri, row)
     if repeated := len(images) - len(first):
-        _logger.warning("left out: %d URIs of %s that it lists already", repeated, source)
+        _logger.warning("repeated URIs in %s, left out: %d", source, repeated)
         return images.take(pa.array(first.values(), pa.int64()))
     return images

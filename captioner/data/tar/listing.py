@@ -117,10 +117,10 @@ def _report(tars: Sequence[str], listed: Sequence[_Listed]) -> None:
     if counts:
         _logger.info("members of other extensions passed over: %s", first_of(counts, _SHOWN))
     if repeated := sum(each.repeated for each in listed):
-        _logger.warning("names that their tar file has already, told apart by offset: %d", repeated)
+        _logger.warning("repeated names in a tar file, whose URIs get an offset: %d", repeated)
     if bad := [name for each in listed for name in each.bad_texts]:
         _logger.warning(
-            "columns left empty, as their member is not valid JSON or too long: %d: %s",
+            "members that are not valid JSON or too long, whose columns stay empty: %d: %s",
             len(bad),
             first_of(bad, _SHOWN),
         )

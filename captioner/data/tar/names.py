@@ -41,8 +41,8 @@ def refuse_compressed(uri: str) -> None:
     """
     if uri.lower().endswith(COMPRESSED):
         raise InputError(
-            f"{uri} is a compressed tar file, whose images cannot be read one by one: decompress "
-            "it to a .tar"
+            f"{uri} is a compressed tar file, whose images cannot be read one by one; decompress "
+            "it to a .tar file"
         )
 
 
@@ -83,7 +83,7 @@ def _choices(inner: str, pattern: str) -> list[str]:
     elif "," in inner:
         return inner.split(",")
     raise InputError(
-        f"{pattern}: cannot expand {{{inner}}}: write {{000..099}}, or {{first,second}}"
+        f"{pattern}: cannot expand {{{inner}}}; use for example {{000..099}} or {{first,second}}"
     )
 
 

@@ -241,8 +241,8 @@ def hub_errors(uri: str) -> Iterator[None]:
         raise BundleError(f"the model {name} has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise BundleError(
-            f"there is no model {uri}: no directory here, and none on the hub that is public; "
-            "for a private model set HF_TOKEN"
+            f"there is no model {uri}: no such directory, and no public model of this name on the "
+            "hub; for a private model set HF_TOKEN"
         ) from error
     except errors.RemoteEntryNotFoundError as error:
         raise BundleError(f"{uri} is not a model: {one_line(error)[-200:]}") from error
@@ -250,12 +250,12 @@ def hub_errors(uri: str) -> Iterator[None]:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub is not reached"
         raise BundleError(
             f"the model {uri} is not in the cache, and {why}; check the network, download the "
-            "model where there is one, or give a directory"
+            "model on a machine with a network, or give a directory"
         ) from error
     except (errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise BundleError(
-            f"cannot reach the hub for the model {uri}: {one_line(error)[:200]}; if it was "
-            "downloaded before, set HF_HUB_OFFLINE=1"
+            f"cannot reach the hub for the model {uri}: {one_line(error)[:200]}; if the model is "
+            "in the cache, set HF_HUB_OFFLINE=1"
         ) from error
     except OSError as error:
         if isinstance(error, BundleError):

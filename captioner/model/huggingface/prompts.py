@@ -74,9 +74,8 @@ def render(processor: Any, prompt: str, system_prompt: str | None = None) -> str
     """
     if not getattr(processor, "chat_template", None):
         raise BundleError(
-            "the model has no chat template, which its prompt needs; "
-            "choose the variant of the model that is made for chats (its name ends in -Instruct "
-            "or -it)"
+            "the model has no chat template, which its prompt needs; choose the model's chat "
+            "variant (its name ends in -Instruct or -it)"
         )
     turns: list[dict[str, Any]] = []
     if system_prompt is not None:

@@ -43,8 +43,8 @@ class GenerationSettings:
             raise InputError(f"{family.name} has no attention maps: use --attention none")
         if self.temperature and (self.beam or 1) > 1:
             raise InputError(
-                f"--temperature {self.temperature:g} samples captions and --beam {self.beam} "
-                "searches for the likeliest: give one of them"
+                f"--temperature {self.temperature:g} samples captions, but --beam {self.beam} "
+                "searches for the likeliest: remove one of them"
             )
         if not self.temperature:
             for option, value, default in (

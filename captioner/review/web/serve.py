@@ -48,7 +48,7 @@ def serve(
     """
     if not is_loopback(host) and not token:
         raise InputError(
-            f"--host {host} is reachable from other machines: protect the page with --token"
+            f"--host {host} is reachable from other machines; protect the page with --token SECRET"
         )
     directory = OutputDirectory(output)
     directory.read_json("run.json")

@@ -131,7 +131,7 @@ class Client:
             proxy = proxies.get(parts.scheme or "") or proxies.get("all")
         is_checked = proxy is not None and not self._access.allow_private_hosts
         if is_checked and (kind := private_host(host)) is not None:
-            raise PermissionError(f"the host is {kind}; --allow-private-hosts allows it")
+            raise PermissionError(f"the host is {kind}; to allow it, add --allow-private-hosts")
         if proxy not in self._managers:
             self._managers[proxy] = self._new_manager(proxy)
         return self._managers[proxy]
@@ -168,7 +168,7 @@ def _parsed(url: str) -> Url:
     if parts.scheme not in ("http", "https") or not parts.host:
         raise OSError("it is not a valid web address")
     if parts.auth is not None:
-        raise OSError("the address has credentials in it")
+        raise OSError("the address contains credentials")
     return parts._replace(fragment=None)
 
 

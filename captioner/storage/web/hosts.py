@@ -53,8 +53,8 @@ class Host:
         while remaining := self.remaining:
             if remaining > LONGEST_WAIT:
                 raise OSError(
-                    f"the server asks for no requests for another {remaining:.0f} seconds; "
-                    "--retry-failed tries again later"
+                    f"the server refuses requests for another {remaining:.0f} seconds; "
+                    "try again later with --retry-failed"
                 )
             time.sleep(remaining)
 

@@ -64,11 +64,15 @@ def test_what_datasets_writes_is_known():
 
 def test_of_several_columns_one_is_to_be_chosen():
     schema = pa.schema({"left": IMAGE, "right": IMAGE, "url": pa.string()})
-    with pytest.raises(InputError, match=r"^f: left and right may each be .* with --column$"):
+    with pytest.raises(
+        InputError, match=r"^f: each of the columns left and right may be .* with --column$"
+    ):
         image_column(schema, "f")
     assert image_column(schema, "f", "right") == "right"
     assert image_column(schema, "f", "url") is None
-    with pytest.raises(InputError, match=r"^--column up: f has no column up, but left, right, url"):
+    with pytest.raises(
+        InputError, match=r"^--column up: f has no column up; its columns are left, right, url"
+    ):
         image_column(schema, "f", "up")
 
 
