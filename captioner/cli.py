@@ -44,7 +44,7 @@ _MOST_SECONDS_TO_STOP = 20  # after a signal: Kubernetes grants 30 seconds
 
 
 class _Echo(logging.Handler):
-    """What the library tells goes to stderr."""
+    """Sends the library's log lines to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(printable(record.getMessage()), err=True)

@@ -58,7 +58,7 @@ COLUMNS = pa.schema(
 )
 
 #: The images of a source, each once, in a stable order. Where an image is a file, ``container`` is
-#: null, and so is all that says where the image is in its container. A listing may have one more
+#: null, and so are the columns that locate the image in its container. A listing may have one more
 #: column, :data:`KEPT`.
 LISTING = pa.schema(
     [
@@ -73,7 +73,7 @@ LISTING = pa.schema(
     ]
 )
 
-#: The column of a listing and of a manifest that holds the source's columns that come along: a
+#: The column of a listing and of a manifest that holds the kept columns of the source: a
 #: struct, whose fields become columns of the parts.
 KEPT = "kept"
 
@@ -110,14 +110,14 @@ class CaptionRow:
 
 
 def kept_fields(images: pa.Schema) -> list[pa.Field]:
-    """The columns that come along from the source, from a listing's or a manifest's schema."""
+    """The kept columns of the source, from a listing's or a manifest's schema."""
     return list(images.field(KEPT).type) if KEPT in images.names else []
 
 
 def part_schema(*, attention: str, levels: int, kept: Sequence[pa.Field] = ()) -> pa.Schema:
     """The schema of a part, with the metadata that a reader of its attention maps needs.
 
-    ``kept`` are the columns that come along from the source.
+    ``kept`` are the kept columns of the source.
     """
     return pa.schema([*COLUMNS, *kept]).with_metadata(
         {

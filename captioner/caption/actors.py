@@ -28,7 +28,7 @@ class ActorPool:
         gpus: GPUs that Ray reserves for each actor.
         threads: torch's threads in each actor; None keeps torch's default, on a GPU.
         decoders: decode tasks that fit beside the actors; None if the cluster may grow.
-        room: actors that fit on the cluster as it is.
+        room: actors that fit on the cluster at present.
         cluster: a description of the cluster, for messages.
     """
 
@@ -49,7 +49,7 @@ class ActorPool:
 
 
 def fit_actors(ray: Any, run: RunConfig) -> ActorPool:
-    """Chooses the actors for a run on the cluster as it is, or as it may grow.
+    """Chooses the actors for a run, for the present cluster or for one that may grow.
 
     Raises:
         InputError: the actors do not fit on the cluster, and it is not known to grow.

@@ -38,8 +38,8 @@ class BatchCaptioner:
     """Captions any number of images in batches that fit the device; contains faults.
 
     Attributes:
-        batch_size: images a batch; halved for good when memory runs out. Given as ``auto``, it is
-            doubled while larger batches caption more images a second, up to ``most``.
+        batch_size: images per batch; halved permanently when memory runs out. Given as ``auto``, it
+            is doubled while larger batches caption more images per second, up to ``most``.
         device: the piece of hardware, by name.
         timing: the time since :meth:`take_timing` was called last.
     """

@@ -1,6 +1,6 @@
 """Stops a job whose first images all fail for the same kind of reason, before it writes a row.
 
-The cause then lies in the job and not in the images: a disk that is not mounted, a list with wrong
+Then the job is at fault and not the images: a disk that is not mounted, a list with wrong
 paths, a limit that is too low. Written rows would count as done, and the next run would skip them.
 The rows of the first shards are therefore withheld while every image fails alike. They are written
 once an image fails differently or succeeds, or when the job ends below the limit.

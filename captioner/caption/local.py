@@ -117,7 +117,7 @@ class _Engine:
     def _batches(
         self, shards: list[Shard], readers: ThreadPoolExecutor
     ) -> Iterator[tuple[Shard, Iterator[list[Loaded]]]]:
-        """Each shard with its batches of loaded images; loading goes ahead, across shards."""
+        """Each shard with its batches of loaded images; threads load ahead, across shards."""
         loading = look_ahead(
             self._load(shards, readers),
             lambda: min(

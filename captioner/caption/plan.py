@@ -160,7 +160,7 @@ def placed(run: RunConfig, *, dry: bool = False) -> Iterator[Placement]:
 def precision_on_ray(
     ray: Any, pool: ActorPool, run: RunConfig, *, dry: bool
 ) -> Literal["fp32", "bf16"]:
-    """The precision of the actors: one for all of them, as a task in an actor's place resolves it.
+    """The precision of all actors, resolved by a task with an actor's resources.
 
     A dry run does not wait for a place: it takes bf16 for GPUs that are yet to come.
     """

@@ -118,9 +118,9 @@ def _context(job: CaptionJob, shards: Sequence[Shard], pool: "ActorPool") -> Any
 
 
 def _errors_as_rows(stage: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
-    """A stage whose errors come out in its row, which later stages hand on as it is.
+    """A stage that writes its errors into its row, which later stages pass on unchanged.
 
-    Raised in a stage they would reach the driver as pages of Ray's own frames.
+    Ray would add a long traceback of its own code to an error that a stage raises.
     """
 
     @wraps(stage)
@@ -225,7 +225,7 @@ class CaptionStage:
                     f"nvidia-smi shows with torch's CUDA version, {torch.version.cuda}"
                 )
             self.captioner = BatchCaptioner.load(job, model)
-        except CaptionerError as error:  # raised here, it would come as pages of Ray's frames
+        except CaptionerError as error:  # Ray would add a long traceback to an error raised here
             self.error = error
         self.ended: float | None = None  # when the last shard did
 

@@ -1,6 +1,6 @@
-"""Calls of a function as tasks on Ray.
+"""Calls a function on many items, as tasks on Ray.
 
-The tasks import this module, and therefore not torch, which takes seconds and memory.
+The tasks import this module, which does not import torch: that takes seconds and memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,10 +14,10 @@ from captioner.runtime.prefetch import look_ahead, map_in_threads
 
 __all__ = ["map_on_ray"]
 
-_CPUS = 0.5  # of a task, as of one that decodes: the same processes serve both
-_FEW = 16  # calls: threads are done with them before Ray has started a process for each
-_LEAST_AHEAD = 32  # tasks in progress, also on a cluster that has no CPU yet
-_RETRIES = 2  # of a task whose process dies
+_CPUS = 0.5  # logical CPUs of a task; the same as of a decode task, to reuse its processes
+_FEW = 16  # calls that threads finish before Ray has started its processes
+_LEAST_AHEAD = 32  # fewest tasks in progress, also on a cluster that has no CPU yet
+_RETRIES = 2  # retries of a task whose process dies
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,19 +30,19 @@ def map_on_ray(
     web: storage.WebAccess,
     connection: ExitStack,
 ) -> Iterator[Result]:
-    """``map``, in order, each call a task on Ray.
+    """Calls a function on each item, as tasks on Ray; yields the results in order.
 
-    A few calls run in threads of this process. More connect to Ray, until ``connection`` is closed.
+    Up to 16 calls run in threads of this process instead, without Ray.
 
     Args:
-        function: what to call; it and its results can be pickled.
-        items: its arguments.
+        function: the function to call; the function and its results can be pickled.
+        items: the arguments, one for each call.
         web: how the tasks access web servers.
-        connection: see above.
+        connection: keeps the connection to Ray open until the caller closes it.
 
     Raises:
-        CaptionerError: as a call raised it.
-        InputError: Ray cannot be reached, or a task's process dies again and again.
+        CaptionerError: a call raised it.
+        InputError: Ray cannot be reached, or the process of a task dies repeatedly.
     """
     items = list(items)
     if len(items) <= _FEW:
@@ -65,7 +65,7 @@ def map_on_ray(
 
 
 def _call(shared: tuple[Callable[[Item], Result], storage.WebAccess], item: Item) -> object:
-    """A call's result, or its error: raised in a task, it would come as pages of Ray's frames."""
+    """Returns a call's result or error; Ray adds a long traceback to an error that is raised."""
     function, web = shared
     storage.set_web_access(web)
     try:

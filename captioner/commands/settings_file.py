@@ -147,7 +147,7 @@ def _options(context: click.Context) -> list[click.Option]:
 
 
 def _key(parameter: click.Option) -> str:
-    """The name of an option in a file: as it is typed, without dashes before it."""
+    """The name of an option in a file: as typed, without the leading dashes."""
     return parameter.opts[0].removeprefix("--")
 
 

@@ -50,7 +50,7 @@ def setting(
 
 
 class SettingError(InputError):
-    """A setting has a wrong value: ``name`` is the setting, ``problem`` says what is wrong."""
+    """A setting has a wrong value: ``name`` is the setting, ``problem`` describes the problem."""
 
     def __init__(self, name: str, problem: str):
         super().__init__(name, problem)

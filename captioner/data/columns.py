@@ -1,4 +1,4 @@
-"""The columns of a source that come along into the rows: which, under which names and types."""
+"""The columns of a source that are kept in the rows: which, under which names and types."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ class Keep:
         self._needed = columns_of(prompt or "")
 
     def __bool__(self) -> bool:
-        """Whether any column is to come along."""
+        """Whether any column is kept."""
         return bool(self._names or self._needed or self._id)
 
     def may_keep(self, column: str) -> bool:
@@ -107,7 +107,7 @@ def _shown(columns: Sequence[str]) -> str:
 
 
 def with_kept(listing: pa.Table, kept: pa.Table) -> pa.Table:
-    """A listing with the columns that come along, row by row; as it is where there are none."""
+    """A listing with the kept columns, row by row; unchanged if there are none."""
     if not kept.column_names:
         return listing
     columns = [kept[name].combine_chunks() for name in kept.column_names]

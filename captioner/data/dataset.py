@@ -29,7 +29,7 @@ class Dataset:
     """All captioned images in the order of the table, and how much had to be left out.
 
     Attributes:
-        images: the images that are there and have a caption.
+        images: the images that exist and have a caption.
         empty_captions: captions left out, being empty or not text.
         without_image: images left out, being named and captioned, but not found.
         without_caption: images left out, having no caption.
@@ -224,7 +224,7 @@ def read_dataset(
     for entry in entries:
         gathered.add(entry)
     gathered.check(needed, allow_missing=allow_missing, hint=hint)
-    # A folder's images are all meant to have captions. Those of a JSON file may stand among others.
+    # All images of a folder should have captions. Those of a JSON file may be among others.
     endings = ListingConfig().endings
     pictures = [] if is_json else [uri for uri in files if uri.lower().endswith(endings)]
     own = [split for split in gathered.splits.values() if split is not None]

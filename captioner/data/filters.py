@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 __all__ = ["PROGRAMS_FILES", "Exclusion"]
 
-#: What programs leave among people's photos: companions and copies of them, caches, trash.
+#: Files that programs leave among people's photos: companions and copies of photos, caches, trash.
 PROGRAMS_FILES = (
     "._*",  # macOS's metadata of each file, on disks of other systems
     "__MACOSX",

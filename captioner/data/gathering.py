@@ -59,7 +59,7 @@ class Gathering:
             self.kept[uri] = _merged(self.kept[uri], image)
 
     def check(self, needed: Collection[str] | None, *, allow_missing: bool, hint: str) -> None:
-        """Refuses a table that cannot be meant for the directory; logs which images are left out.
+        """Refuses a table that does not belong to the directory; logs which images are left out.
 
         Args:
             needed: the splits whose images are needed, where the table has splits; None: all.

@@ -80,7 +80,7 @@ def _decoded(
 ) -> DecodedImage:
     """The outcome for a file that is not too long; a large image enters ``alone``.
 
-    The image and its decoder are local here, so that they go before ``alone`` is left: closing the
+    The image and its decoder are local here: they are freed before ``alone`` is left. Closing the
     image keeps the decoder.
     """
     width = height = None

@@ -1,4 +1,4 @@
-"""Published weights of image encoders: reads a file of them, and gives them timm's names.
+"""Reads published weights of image encoders from a file and gives them timm's names.
 
 A file is in safetensors, or a state dict that torch saved, which is read with ``weights_only``:
 nothing in it is executed.

@@ -148,7 +148,7 @@ class Journal:
 
 
 def _run(output: str) -> bytes | None:
-    """What says which job began the output."""
+    """The file that identifies the job that began the output."""
     try:
         return storage.read(storage.join(output, f"{PRIVATE}/run.json"))
     except FileNotFoundError:

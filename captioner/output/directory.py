@@ -50,7 +50,7 @@ class OutputDirectory:
         return self._within(PRIVATE, name)
 
     def is_begun(self) -> bool:
-        """Whether a caption job began it; False where that cannot be told, as of a file."""
+        """Whether a caption job began the output; False if that is unknown, as for a file."""
         try:
             return storage.is_directory(self.uri) and "run.json" in storage.names(self.private(""))
         except OSError:

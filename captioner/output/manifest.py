@@ -38,13 +38,11 @@ __all__ = [
 class Shard:
     """Some consecutive images of the manifest, all of one container or none: one part file.
 
-    Where ``redone`` is not empty, these are only some of a part's images, to be captioned again:
-    the numbers of their rows in the part.
-
     Attributes:
         number: counts from 0.
         images: rows of a listing: :data:`captioner.schema.LISTING`.
-        redone: see above.
+        redone: empty for a new part. Otherwise the images are only some of those of an existing
+            part, to be captioned again; these are the numbers of their rows in the part.
     """
 
     number: int
@@ -62,7 +60,7 @@ class Shard:
         return uris
 
     def kept(self, column: str) -> list[Any]:
-        """The values of a column that comes along from the source, one for each image."""
+        """The values of a kept column of the source, one for each image."""
         values: list[Any] = pc.struct_field(self.images[KEPT], column).to_pylist()
         return values
 
@@ -144,7 +142,7 @@ def _joined(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _typed(table: pa.Table) -> pa.Table:
-    """A manifest with its types, and with the columns that come along as they are.
+    """A manifest with its types; the kept columns stay unchanged.
 
     Raises:
         ValueError: the table is not a manifest.

@@ -1,4 +1,4 @@
-"""Images whose tar file has changed since they were listed: where they are in it now."""
+"""Finds images again whose tar file has changed since they were listed."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -18,14 +18,14 @@ _logger = logging.getLogger(__name__)
 
 
 def moved_images(manifest: pa.Table, listing: pa.Table, shards: Sequence[Shard]) -> pa.Table:
-    """The images to caption whose tar file has changed: their rows of the manifest as they are now.
+    """The images to caption whose tar file has changed, with their new rows of the manifest.
 
     An image of the same name is the same image. One that the tar file does not hold any more keeps
     its row, and is found unreadable.
 
     Args:
         manifest: the images ever listed.
-        listing: the images of the source as it is.
+        listing: the images that the source contains at present.
         shards: what is to be captioned.
 
     Raises:

@@ -68,7 +68,7 @@ def catch_signals() -> Iterator[Signals]:
 
 @contextmanager
 def _watchdog() -> Iterator[None]:
-    """Ends the process when the limit is over, whatever the main thread is doing.
+    """Ends the process after the time limit, whatever the main thread does.
 
     The interpreter itself writes a signal's number to a socket as the signal arrives. The handler
     has to wait for the main thread, which may be in a library; and it could not start a thread if

@@ -137,7 +137,7 @@ def _names(error: BaseException) -> set[str]:
 
 
 def http_status(error: Exception) -> int | None:
-    """The HTTP status that an error, or its cause, stands for."""
+    """The HTTP status of an error or of its cause."""
     for each in (error, error.__cause__):
         response = getattr(each, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}

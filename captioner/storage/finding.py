@@ -18,7 +18,7 @@ from captioner.storage.uris import from_operating_system, readable
 
 __all__ = ["FolderError", "Listed", "PassedOver", "find"]
 
-#: Says of a path from the directory which pattern excludes it, or None.
+#: Returns the pattern that excludes a path below the directory, or None.
 Exclude = Callable[[str], str | None]
 
 
@@ -77,7 +77,7 @@ def find(
     Args:
         directory: searched with all that is below it.
         endings: in lower case, with the dot.
-        exclude: says of a path from the directory which pattern excludes it, or None. A folder is
+        exclude: returns the pattern that excludes a path below the directory, or None. A folder is
             excluded with all that is in it.
         passed_over: filled with what is not listed.
 

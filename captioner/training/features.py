@@ -1,13 +1,13 @@
-"""What a frozen encoder makes of the images, computed once and kept on this machine's disk.
+"""Features of images from a frozen encoder, computed once and cached on this machine's disk.
 
-The features stand in files of a few hundred images, each named for all that they depend on: the
-encoder's weights, the images and their versions, the view. A run that was killed resumes with the
-next file; images that were added cost no more than themselves. A file records for each image
-whether it could be read: a file with an image that could not is computed again by the next run,
-since its name does not change when the disk or the bucket works again.
+Each file has the features of a few hundred images. Its name depends on the encoder's weights, the
+images and their versions, and the view. A killed run resumes with the next file; for added images,
+only their own features are computed. A file records for each image whether it could be read. The
+next run computes a file with an unreadable image again, because the disk or the bucket may work
+again.
 
-The cache is bounded: before new files are written, the least recently used files that this run
-does not need are deleted until all fit into 50 GB. A run that needs more by itself gets it.
+The size of the cache is limited: before the run writes new files, it deletes the least recently
+used files that it does not need until all fit into 50 GB. A single run may need more.
 """
 
 import copy
@@ -77,7 +77,7 @@ def compute_features(
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] | None = None,
 ) -> list[Features]:
-    """The features of each image, from the user's cache directory where they stand there already.
+    """The features of each image, from the user's cache directory if they are there.
 
     Args:
         encoder: in eval mode; it is left as it is.

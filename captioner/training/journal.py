@@ -1,6 +1,6 @@
 """What a training run leaves for people to look at: metrics, curves, sample captions.
 
-The files are written anew after each epoch, ``metrics.jsonl`` also after each validation within
+The files are rewritten after each epoch, ``metrics.jsonl`` also after each validation within
 one: a run that was killed and resumed looks like one that was not.
 """
 
@@ -79,7 +79,7 @@ class Epoch:
 
     @property
     def best(self) -> "StepValidation | Epoch":
-        """The best of the epoch's validations; the epoch itself stands for the one at its end."""
+        """The best of the epoch's validations; the epoch itself is the validation at its end."""
         validations: list[StepValidation | Epoch] = [*self.validations, self]
         return max(validations, key=rank_of)
 
@@ -231,6 +231,6 @@ def _samples(epochs: Sequence[Epoch], examples: Sequence[tuple[str, Sequence[str
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text that Markdown shows unchanged."""
     printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#+-.!|&" else c for c in printable)

@@ -58,15 +58,15 @@ def train(
 
     Args:
         split: the images.
-        output: the bundle's directory, local or in a bucket; with several machines one that all
-            of them reach.
-        model_config: the model, unless ``initial_model`` is one; the size of its vocabulary follows
-            from the captions.
+        output: the bundle's directory, local or in a bucket; with several machines, one that all
+            machines reach.
+        model_config: the settings of a new model, unless ``initial_model`` is given; the captions
+            decide the size of its vocabulary.
         config: how to train.
         launch: where to train.
         encoder_weights: see :func:`captioner.model.build.build_model`.
-        initial_model: a bundle whose weights and vocabulary to start from.
-        overwrite: start anew where ``output`` holds a model.
+        initial_model: a bundle with the weights and the vocabulary to start from.
+        overwrite: replace a model in ``output``.
 
     Returns:
         The figures of each epoch.
@@ -75,9 +75,9 @@ def train(
         InputError: the encoder's weights cannot be loaded, none of the images can be decoded, a
             service to log to needs a package or cannot be reached, or the vocabulary does not
             fit the captions.
-        BundleError: ``initial_model`` is not a sound bundle.
-        OutputError: ``output`` holds another model, another process trains one there (unnoticed in
-            a bucket), or it cannot be written.
+        BundleError: ``initial_model`` is damaged or not a bundle.
+        OutputError: ``output`` holds another model, another process trains a model there (not
+            detected in a bucket), or it cannot be written.
         StoppedError: SIGTERM or Ctrl-C ended the run.
     """
     launch = launch or LaunchConfig()

@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check_tokenizer(model: str, tokenizer: str) -> None:
-    """Checks that a model to continue from splits captions as it is asked to.
+    """Checks that a model to continue from has the requested tokenizer.
 
     Args:
         model: the model's directory.

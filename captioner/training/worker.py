@@ -1,4 +1,4 @@
-"""The processes that train a model together: what each is told, and its way to the others."""
+"""The worker processes that train a model together: their settings and their communication."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["Job", "Worker"]
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told.
+    """The settings that every worker gets.
 
     Attributes:
         split: the images to train and to validate on.

@@ -1,4 +1,4 @@
-"""BMPs whose samples are told by masks: Pillow knows a few masks, and ignores alpha in 16 bits."""
+"""BMPs whose samples are given by masks: Pillow reads a few masks, and ignores alpha in 16 bits."""
 
 import struct
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ class MaskedBmp(Picture):
         return 0
 
     def load(self) -> None:
-        """Checks that all rows are there.
+        """Checks that the file contains all rows.
 
         Raises:
             ValueError: the file is cut short.

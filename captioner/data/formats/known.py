@@ -126,7 +126,7 @@ def _identify(data: bytes) -> Known | None:
 
 
 def _identify_elsewhere(data: bytes) -> Known | None:
-    """What a file is by what stands later in it, or by a pattern."""
+    """The format of a file by bytes after its beginning, or by a pattern."""
     if data[8:10] == b"CR" and data[:2] in (b"II", b"MM"):
         return Known(_NOT_READ.format("camera raw (CR2)"))
     if data[128:132] == b"DICM":

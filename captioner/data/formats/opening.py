@@ -17,7 +17,7 @@ __all__ = ["UnknownFormatError", "open_picture"]
 
 
 class UnknownFormatError(Exception):
-    """A file is not in a format that is read; the message says what it is."""
+    """A file is not in a supported format; the message names the format."""
 
     def __init__(self, known_as: known.Known | None) -> None:
         super().__init__(known_as.reason if known_as else "not an image in a known format")

@@ -27,7 +27,7 @@ class Picture:
 
     Args:
         file: its bytes.
-        orientation: what its metadata says; None to ask Pillow after decoding.
+        orientation: from the metadata; None if Pillow finds it after decoding.
         data: the whole file, to count a JPEG's scans in.
 
     Attributes:

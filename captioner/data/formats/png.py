@@ -63,7 +63,7 @@ class _Chunks:
         self.exif = self.xmp = b""
 
     def take(self, kind: bytes, chunk: memoryview) -> None:
-        """Keeps a chunk, or what it says; passes over what is broken and not critical."""
+        """Keeps a chunk or its content; skips a broken chunk that is not critical."""
         content = chunk[8:-4]
         if kind == b"IHDR" and len(content) >= 10:
             self.depth, self.colour_type = content[8], content[9]

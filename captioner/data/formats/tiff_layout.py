@@ -1,4 +1,4 @@
-"""TIFF: how the samples of a file lie, and whether Pillow reads them rightly.
+"""TIFF: the layout of a file's samples, and whether Pillow reads them correctly.
 
 Pillow knows a TIFF by a table of layouts, and takes some of them for others: 12 bits for 16, black
 for white, unsigned for signed. What is not in :func:`_pillow_reads` is read by
@@ -26,7 +26,7 @@ ASSOCIATED, _UNASSOCIATED = 1, 2  # alpha
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the samples of a TIFF lie, and what they mean."""
+    """The layout of the samples of a TIFF, and what they mean."""
 
     width: int
     height: int

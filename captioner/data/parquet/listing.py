@@ -1,6 +1,6 @@
 """Lists the rows of Parquet files: images in their cells, or URIs of images.
 
-Only footers are read, and the columns that come along; the column of images is not.
+Listing reads the footers and the kept columns, but not the column of images.
 """
 
 import logging
@@ -42,7 +42,7 @@ class _Wanted:
         source: the source, for messages.
         column: of images or of URIs.
         is_images: whether the column holds images.
-        kept: the columns that come along, each with its new name.
+        kept: the kept columns, each with its new name.
         partitions: the names that the folders of the files have, as in ``split=train``.
     """
 
@@ -55,7 +55,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a file: a listing, and row by row the columns that come along."""
+    """The rows of a file: a listing and, row by row, the kept columns."""
 
     listing: pa.Table
     kept: pa.Table
@@ -86,7 +86,7 @@ def list_parquet(
         source: a folder, whose folders may be named ``key=value``, or a file.
         files: its Parquet files, in order.
         listing: which column holds the images, and how many images to list at most.
-        keep: the columns that come along.
+        keep: the columns to keep.
 
     Raises:
         InputError: no file can be read, the files differ in their columns, or they have no images.
@@ -136,7 +136,7 @@ def _read_schema(uri: str) -> pa.Schema:
 
 
 def _list_file(wanted: _Wanted, file: Listed) -> _Rows:
-    """The rows of a file; of a damaged one, a row that says so.
+    """The rows of a file; for a damaged file, one row with the problem.
 
     Raises:
         InputError: the file has other columns than the first.
@@ -245,7 +245,7 @@ def _list_uris(wanted: _Wanted, uri: str, parquet: pq.ParquetFile) -> _Rows:
 def _read_kept(
     wanted: _Wanted, uri: str, parquet: pq.ParquetFile, rows: Sequence[int] | None
 ) -> pa.Table:
-    """The columns of a file that come along, of some rows or all, by their new names."""
+    """The kept columns of a file, for some rows or all, by their new names."""
     own = [name for name in wanted.kept if name not in wanted.partitions]
     table = parquet.read(own, use_threads=False) if own else pa.table({})
     if own and rows is not None:
@@ -275,7 +275,7 @@ def _partition(source: str, uri: str) -> dict[str, str | None]:
 
 
 def _join_kept(wanted: _Wanted, tables: Sequence[_Rows]) -> pa.Table:
-    """The columns that come along, of all files, with a type for each.
+    """The kept columns of all files, with a type for each.
 
     Raises:
         InputError: the files have a column with types that do not fit together.

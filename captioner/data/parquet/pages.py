@@ -60,7 +60,7 @@ class Page:
 
 
 class TruncatedHeaderError(DamagedError):
-    """The header of a page is longer than the bytes that are there."""
+    """The header of a page is longer than the bytes that were read."""
 
 
 def parse_page(data: bytes | memoryview, begin: int) -> Page:

@@ -1,4 +1,4 @@
-"""Values that the threads of a process share: made once, kept while there is room."""
+"""A cache that the threads of a process share; each value is computed once."""
 
 import threading
 from collections import OrderedDict

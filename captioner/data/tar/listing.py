@@ -1,4 +1,4 @@
-"""Lists the images in tar files, with the columns that come along."""
+"""Lists the images in tar files, with the kept columns."""
 
 import logging
 from collections import Counter
@@ -25,7 +25,7 @@ _SHOWN = 5  # names in a message
 
 _logger = logging.getLogger(__name__)
 
-#: Says of a member's name which pattern excludes it, or None.
+#: Returns the pattern that excludes a member's name, or None.
 _Exclude = Callable[[str], str | None]
 
 
@@ -76,8 +76,8 @@ def list_tars(
     Args:
         tars: the URIs of the tar files.
         endings: of images, in lower case, with the dot.
-        keep: the columns that come along.
-        exclude: says of a member's name which pattern excludes it, or None.
+        keep: the columns to keep.
+        exclude: returns the pattern that excludes a member's name, or None.
         mapper: lists several tar files at a time; what it calls can be pickled.
 
     Raises:
@@ -105,7 +105,7 @@ def _called(tars: Sequence[str]) -> str:
 
 
 def _report(tars: Sequence[str], listed: Sequence[_Listed]) -> None:
-    """Says what was not listed, and what is odd.
+    """Logs what was not listed and what is unusual.
 
     Raises:
         InputError: there is no image.

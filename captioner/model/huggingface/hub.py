@@ -119,7 +119,7 @@ def locate(uri: str) -> Location:
 
 
 def _samples(file: Any, size: int) -> Iterator[bytes]:
-    """What of a file is hashed: all of it, or, of a large one, parts from begin to end."""
+    """The bytes of a file that are hashed: all or, for a large file, evenly spaced parts."""
     if size <= _HASHED_WHOLE:
         while part := file.read(1 << 20):
             yield part
@@ -220,7 +220,7 @@ def _fetch_hub(location: Location) -> Path:
 
 @contextlib.contextmanager
 def hub_errors(uri: str) -> Iterator[None]:
-    """Makes one line that says what to do of what the hub's client raises."""
+    """Turns an error of the hub's client into one line that says what to do."""
     try:
         from huggingface_hub import constants, errors
         from huggingface_hub.utils import httpx

@@ -65,7 +65,7 @@ class ExportJob:
     advance: Callable[[int], object]
 
     def text(self, caption: str) -> str:
-        """A caption as it is exported."""
+        """The text of a caption in the export."""
         return f"{self.config.prefix}{caption}{self.config.suffix}"
 
     def may_write(self, target: str) -> bool:

@@ -1,4 +1,4 @@
-"""Bodies of responses: no more of them than the caller wants, and never a part for the whole."""
+"""Reads bodies of responses: only the bytes that are asked for, and all of them or an error."""
 
 import zlib
 from typing import Protocol
@@ -15,7 +15,7 @@ class Body(Protocol):
     """A response's body, as it comes; an error where the connection ends before it does."""
 
     def read1(self, amt: int, decode_content: bool) -> bytes:
-        """The bytes that are there, at most ``amt``; empty at the end."""
+        """The next bytes, at most ``amt``; empty at the end."""
 
 
 def read_body(body: Body, coding: str, end: int | None) -> bytes:

@@ -33,7 +33,7 @@ class FinalError(Exception):
 
 
 class Deadline:
-    """Ends a request of this thread when its time is over, whatever it waits for.
+    """Ends a request of this thread after its longest time, even while the request waits.
 
     urllib3's timeouts are for each wait: a server that sends one byte in a while has no end.
 
@@ -60,7 +60,7 @@ class Deadline:
         self.attach(None)
 
     def attach(self, connected: socket.socket | None) -> None:
-        """Says which socket the request waits for."""
+        """Sets the socket that the request waits for."""
         with self._lock:
             self._socket = connected
             if self.expired:

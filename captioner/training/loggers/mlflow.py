@@ -54,7 +54,7 @@ class MlflowLogger:
             raise InputError(f"--log mlflow: {_without_credentials(error)}") from error
 
     def _resume(self, directory: TrainingDirectory) -> str | None:
-        """Continues the run that has begun; None where there is none."""
+        """Continues the run that has begun; None if there is none."""
         run = directory.read_id("mlflow")
         if run is None:
             return None

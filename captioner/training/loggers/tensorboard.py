@@ -75,7 +75,7 @@ def _add(place: int, figures: Mapping[str, float], now: float, writer: Any) -> N
 
 
 def _append(uri: str, records: bytes) -> None:
-    """Appends to a file; in a bucket the file is written anew."""
+    """Appends to a file; in a bucket, rewrites the file."""
     try:
         if storage.is_local(uri):
             path = Path(storage.as_path(uri))
