@@ -66,7 +66,7 @@ def test_the_training_options_name_each_presets_value():
     text = " ".join(_run("train", "--help").output.split())
     for values in (
         "[default: small: 14, notebook: 4]",
-        "[default: small none, notebook 2]",
+        "[default: small: none, notebook: 2]",
         "[default: small: 0.0005, notebook: 0.0001]",
         "[default: small matrices, notebook all]",
         "[default: small 1, notebook none]",
@@ -77,7 +77,9 @@ def test_the_training_options_name_each_presets_value():
 def test_a_wrong_value_names_the_option_as_it_is_typed(tmp_path: Path):
     cases = {
         "--learning-rate must be at least 0, not -1.0": ("--learning-rate=-1",),
-        "--ext must be words separated by commas, not 'jpg,'": ("--ext=jpg,",),
+        "--ext must be words separated by commas, not 'jpg,'; use for example jpg,png": (
+            "--ext=jpg,",
+        ),
         "--actors must be N or MIN:MAX, not '3:1'": ("--actors=3:1",),
         "--drop-path needs a trained encoder; add --fine-tune-from": ("--drop-path=0.1",),
     }

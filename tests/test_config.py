@@ -96,7 +96,7 @@ def _refused(kind: type, message: str, **values: object) -> None:
         (
             ListingConfig,
             {"extensions": "jpg,,png"},
-            "extensions must be words separated by commas, not 'jpg,,png'",
+            "extensions must be words separated by commas, not 'jpg,,png'; use for example jpg,png",
         ),
         (ListingConfig, {"exclude": "a"}, "exclude must be a tuple, each text, not 'a'"),
         (ListingConfig, {"exclude": ("a", 1)}, "exclude must be a tuple, each text, not ('a', 1)"),
@@ -105,11 +105,15 @@ def _refused(kind: type, message: str, **values: object) -> None:
             {"exclude": ("a", "/")},
             "exclude must be a pattern; use for example '*-draft.jpg' or old",
         ),
-        (ListingConfig, {"extensions": ""}, "extensions must be words separated by commas, not ''"),
+        (
+            ListingConfig,
+            {"extensions": ""},
+            "extensions must be words separated by commas, not ''; use for example jpg,png",
+        ),
         (
             ListingConfig,
             {"extensions": "."},
-            "extensions must be words separated by commas, not '.'",
+            "extensions must be words separated by commas, not '.'; use for example jpg,png",
         ),
         (RunConfig, {"engine": "spark"}, "engine must be one of auto, local, ray, not 'spark'"),
         (RunConfig, {"shard_size": 0}, "shard_size must be at least 1, not 0"),

@@ -98,8 +98,8 @@ class DecodeConfig(Settings):
     )
     attention: Literal["auto", "tokens", "mean", "none"] = setting(
         "auto",
-        "Attention maps to keep: one per word (tokens), their mean, or none; auto keeps none for "
-        "chat models, PaliGemma and BLIP-2, and tokens for other models.",
+        "Attention maps to keep: one per word (tokens), their mean, or none; auto is none for chat "
+        "models, PaliGemma and BLIP-2, and tokens for others.",
     )
     attention_levels: Literal[15, 31, 63, 127, 255] = setting(
         127, "Steps between 0 and the largest value of an attention map; fewer compress better."

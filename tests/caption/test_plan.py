@@ -79,7 +79,11 @@ def test_actors_fit_the_cluster(nodes, settings, expected):
             "leave 1.25 CPUs to decode images, which takes 1.5 ",
         ),
         ([{"CPU": 8}], {"device": "cuda"}, "^--device cuda needs a GPU: the cluster has 1"),
-        ([{"CPU": 8, "GPU": 4}], {"gpus_per_actor": 1.5}, "must be whole or at most 1, not 1.5"),
+        (
+            [{"CPU": 8, "GPU": 4}],
+            {"gpus_per_actor": 1.5},
+            "must be a whole number or at most 1, not 1.5",
+        ),
     ],
 )
 def test_a_cluster_without_room_says_what_is_missing(nodes, settings, problem):

@@ -68,7 +68,7 @@ def test_a_finished_job_has_no_trace_and_says_so(tmp_path: Path, model_directory
     for _ in range(2):
         _caption(photos, tmp_path / "out", model_directory, trace if trace.exists() else None)
         trace.touch()
-    assert f"no image is left to caption; {trace} is not written" in caplog.messages
+    assert f"--profile: no image is left to caption; {trace} is not written" in caplog.messages
     assert trace.read_bytes() == b""
 
 

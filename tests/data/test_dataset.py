@@ -489,7 +489,9 @@ def test_a_single_image_to_validate_on_is_worth_a_warning(caplog: pytest.LogCapt
     dataset.Dataset(images, splits=["train", "train", "val", "val"]).split()
     assert caplog.messages == []
     dataset.Dataset(images[:3], splits=["train", "train", "val"]).split()
-    assert caplog.messages == ["only 1 image to validate on: its CIDEr is always 0; give more"]
+    assert caplog.messages == [
+        "only 1 image to validate on: its CIDEr is always 0; give more images"
+    ]
 
 
 def test_captions_that_are_not_text_are_counted(photos: Path, tmp_path: Path):

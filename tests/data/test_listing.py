@@ -279,7 +279,7 @@ def test_what_looks_like_a_number_is_a_name(tmp_path):
         (b"n,Image_URL\n1,a.jpg\n", None),
         (
             b"id,label\na.jpg,1\n",
-            "no column that is known to hold URIs, but id, label: name",
+            "no column with a usual name for URIs; its columns are id, label. Name",
         ),
         (
             b"path,URL,n\na.jpg,b,1\n",

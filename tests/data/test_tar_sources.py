@@ -130,7 +130,7 @@ def test_columns_that_cannot_be_parsed_are_empty_and_told(tmp_path, text, caplog
     members = [("a.jpg", b"1"), ("a.json", text), ("b.jpg", b"1"), ("b.json", b'{"id": 2}')]
     make(tmp_path / "a.tar", members)
     assert kept(tmp_path / "a.tar", "id") == [{"id": None}, {"id": 2}]
-    assert "not valid JSON or too long: 1: a.json" in caplog.text
+    assert "not valid JSON or too long, whose columns stay empty: 1: a.json" in caplog.text
     caplog.clear()
     listed(tmp_path / "a.tar")
     assert "JSON" not in caplog.text, "columns that nobody keeps are not parsed"

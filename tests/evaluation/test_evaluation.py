@@ -110,7 +110,7 @@ def test_images_that_the_model_has_seen_are_told(data: Path, tmp_path: Path, mod
         assert result.exit_code == 0, result.output
         told = [line for line in result.stderr.splitlines() if "METEOR" not in line]
         if listed == (3, 4):
-            assert told.pop(0) == "only 1 image to score: its CIDEr is always 0; give more"
+            assert told.pop(0) == "only 1 image to score: its CIDEr is always 0; give more images"
         assert told == ([f"{model} was {known} images, by their names"] if known else [])
 
 

@@ -19,7 +19,7 @@ from captioner.storage.web.addresses import private_kind
 __all__ = ["Deadline", "FinalError", "pool_classes"]
 
 _ADDRESSES = 4  # of one name that are tried
-_HOW_TO_ALLOW = "--allow-private-hosts allows it"
+_HOW_TO_ALLOW = "to allow it, add --allow-private-hosts"
 
 _current = threading.local()
 
