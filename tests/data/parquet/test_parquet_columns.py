@@ -3,13 +3,14 @@
 import io
 import json
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from captioner.data.parquet.columns import image_column, image_columns
 from captioner.errors import InputError
+
+datasets = pytest.importorskip("datasets")  # does not admit our lowest versions
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 IMAGE_FEATURE = {"_type": "Image"}

@@ -5,7 +5,6 @@ import json
 import random
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +17,8 @@ from captioner.data.reading import groups, is_in_container, read_images
 from captioner.errors import InputError
 from captioner.schema import KEPT
 from conftest import write_photos
+
+datasets = pytest.importorskip("datasets")  # does not admit our lowest versions
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
