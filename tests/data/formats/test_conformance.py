@@ -4,6 +4,7 @@ import io
 
 import conformance
 import numpy as np
+import PIL
 import pytest
 
 CASES = {case.name: case for case in conformance.cases()}
@@ -18,6 +19,8 @@ def test_the_picture_is_decoded(name):
     case = CASES[name]
     if case.kind == "JPEG 2000" or (case.kind == "AVIF" and "8 bits" not in case.content):
         pytest.importorskip("imagecodecs")
+    if name.startswith("TIFF, YCbCr") and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow reads uncompressed YCbCr since version 13")
     assert case.worst() <= case.slack
 
 
