@@ -68,8 +68,8 @@ def test_the_training_options_name_each_presets_value():
         "[default: small: 14, notebook: 4]",
         "[default: small: none, notebook: 2]",
         "[default: small: 0.0005, notebook: 0.0001]",
-        "[default: small matrices, notebook all]",
-        "[default: small 1, notebook none]",
+        "[default: small: matrices, notebook: all]",
+        "[default: small: 1, notebook: none]",
     ):
         assert values in text
 
