@@ -11,23 +11,41 @@ lower scores have half of their dataset's mean CIDEr, or less, on the mean of th
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet as pq
 
 from captioner import storage
+from captioner.errors import CaptionerError, InputError
+from captioner.model.bundle import load_config
 from captioner.runtime.plotting import prepare_matplotlib
 
 BINS = 10
 LEAST_SHARE = 0.02  # of a dataset's images, below the low score: fewer say nothing
 HALF = 0.5
+_GIVE = "give a file that captioner evaluate --model MODEL --per-image FILE has written"
 
 
 def read(path: str) -> pd.DataFrame:
-    """The images' scores and CIDEr, the lowest score first."""
-    frame = pd.read_parquet(path, columns=["score", "cider"])
+    """The images' scores and CIDEr, the lowest score first.
+
+    Raises:
+        InputError: the file is not what ``captioner evaluate --per-image`` writes.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read: {reason}; {_GIVE}") from error
+    columns = [name for name in ("score", "cider") if name in table.column_names]
+    frame = table.select(columns).to_pandas()
+    if len(columns) < 2 or set(frame.dtypes) != {np.dtype(float)} or frame.isna().any(axis=None):
+        raise InputError(f"{path} lacks the score or the CIDEr of an image; {_GIVE}")
+    if frame.empty:
+        raise InputError(f"{path} has no images; {_GIVE}")
     return frame.sort_values("score", kind="stable").reset_index(drop=True)
 
 
@@ -81,8 +99,9 @@ def plot(frames: dict[str, pd.DataFrame], low: float | None, path: str) -> None:
 
 def write(model: str, low: float | None) -> None:
     """Records the low score in a model's config.json."""
+    load_config(model)  # raises if this is not a model's directory
     path = storage.join(storage.absolute(model), "config.json")
-    config: dict[str, Any] = json.loads(storage.read(path))
+    config = json.loads(storage.read(path))
     config["model"]["low_score"] = low
     storage.write(path, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -93,6 +112,13 @@ def write(model: str, low: float | None) -> None:
 @click.option("--write", "model", help="Model whose low score to set.  [default: none]")
 def main(files: tuple[str, ...], picture: str | None, model: str | None) -> None:
     """Compares scores with CIDEr."""
+    try:
+        _compare(files, picture, model)
+    except CaptionerError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _compare(files: tuple[str, ...], picture: str | None, model: str | None) -> None:
     frames = {Path(path).stem: read(path) for path in files}
     low = find_low_score(list(frames.values()))
     results = {}
