@@ -120,14 +120,19 @@ def _summary(name: str, value: Any) -> str:
 
 
 def _signature(name: str, value: Any) -> str:
-    parameters = [
-        re.sub(r"captioner\.[\w.]+\.(\w+)", r"\1", str(each).replace("collections.abc.", ""))
-        for each in inspect.signature(value).parameters.values()
-    ]
-    kinds = [each.kind for each in inspect.signature(value).parameters.values()]
+    whole = inspect.signature(value)
+    parameters = [_short(str(each)) for each in whole.parameters.values()]
+    kinds = [each.kind for each in whole.parameters.values()]
     if inspect.Parameter.KEYWORD_ONLY in kinds:
         parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
-    return f"captioner.{name}(\n" + "".join(f"    {each},\n" for each in parameters) + ")"
+    returned = _short(inspect.formatannotation(whole.return_annotation))
+    lines = "".join(f"    {each},\n" for each in parameters)
+    return f"captioner.{name}(\n{lines}) -> {returned}"
+
+
+def _short(annotation: str) -> str:
+    """An annotation without the modules of its types."""
+    return re.sub(r"\b(?:[a-z_]\w*\.)+([A-Za-z]\w*)", r"\1", annotation)
 
 
 def _sections(doc: str) -> Iterator[str]:
