@@ -142,5 +142,5 @@ def test_an_encoder_that_cannot_be_compiled_is_used_as_it_is(vocabulary, monkeyp
     captioner = Captioner(Bundle(tiny_model(), vocabulary, {}, (3, 3)), device="cpu", compiled=True)
     assert len(captioner(_images(3))) == 3
     assert [record.getMessage() for record in caplog.records] == [
-        "the encoder runs uncompiled: no C++ compiler"
+        "cannot compile the encoder, which runs uncompiled: no C++ compiler"
     ]
