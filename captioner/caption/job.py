@@ -6,34 +6,25 @@ twice, and what was finished before a crash stays finished.
 
 import logging
 import signal
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
-from datetime import UTC, datetime
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from captioner import storage
-from captioner.caption.crash_log import CrashLog
 from captioner.caption.early_failures import EarlyFailures
 from captioner.caption.inputs import Inputs
 from captioner.caption.local import run_local
+from captioner.caption.outcome import Outcome, check_error_rate
 from captioner.caption.plan import OnRay, Placement, Plan, make_plan, placed
 from captioner.caption.ray import run_on_ray
 from captioner.caption.steps import ShardResult
 from captioner.caption.summary import Done, Summary
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.errors import (
-    CaptionerError,
-    DeviceError,
-    ErrorRateError,
-    IncompleteError,
     StoppedError,
-    counted,
 )
-from captioner.output.audit import audit, remaining_shards, shards_to_retry
+from captioner.output.audit import remaining_shards, shards_to_retry
 from captioner.output.compaction import isolate_shards
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import (
@@ -44,7 +35,6 @@ from captioner.output.manifest import (
     replace_images,
 )
 from captioner.output.moved import moved_images
-from captioner.output.rows import read_rows
 from captioner.runtime.memory import keep_few_kernels
 from captioner.runtime.progress import progress_bar
 from captioner.runtime.signals import Signals, catch_signals
@@ -143,7 +133,7 @@ def _execute(
     try:
         with connection, placed(inputs.run) as placement:
             plan, unlisted = _begin(inputs, placement, overwrite=overwrite)
-            outcome = _Outcome(inputs.directory, plan.images, len(unlisted))
+            outcome = Outcome(inputs.directory, plan.images, len(unlisted))
             for result in _results(plan, inputs, signals):
                 done.add(result.rows, result.timing)
     except BaseException as problem:
@@ -152,7 +142,7 @@ def _execute(
                 outcome.close_after(problem, done, signals)
         raise
     summary = outcome.close(done)
-    _check_error_rate(summary, inputs, unlisted)
+    check_error_rate(summary, inputs, unlisted)
     return summary
 
 
@@ -214,100 +204,6 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
         yield from failures.release()
 
 
-class _Outcome:
-    """Records the outcome of a run, what it did and what the output holds, in summary.json."""
-
-    def __init__(self, directory: OutputDirectory, images: int, unlisted: int):
-        self._directory, self._images, self._unlisted = directory, images, unlisted
-        self._crash_log = CrashLog(directory.uri)
-        self._started, self._begin = _now(), time.monotonic()
-
-    def close(self, done: Done) -> Summary:
-        """After all shards.
-
-        Raises:
-            IncompleteError: images have no row.
-        """
-        self._directory.delete_leftovers()
-        accounts = audit(self._directory)
-        summary = self._write(done, accounts.rows, missing=len(accounts.missing))
-        if accounts.missing:
-            first = ", ".join(accounts.missing_names[:_SHOWN])
-            raise IncompleteError(
-                f"{counted(len(accounts.missing), 'image')} without a row; run the same command "
-                "again. "
-                f"Missing: {first}"
-            )
-        self._crash_log.delete()
-        return summary
-
-    def close_after(self, problem: BaseException, done: Done, signals: Signals) -> None:
-        """After an error or a signal, which leaves no time to read the parts."""
-        self._directory.delete_leftovers()
-        orderly = isinstance(problem, (CaptionerError, KeyboardInterrupt))
-        if orderly and not isinstance(
-            problem, DeviceError
-        ):  # its crash log names the image at fault
-            self._crash_log.clear_after_orderly_end()
-        if signals.received is not None or isinstance(problem, KeyboardInterrupt):
-            self._write(done, {}, missing=self._images - self._finished(), error="stopped")
-            return
-        accounts = audit(self._directory)
-        error = str(problem) or type(problem).__name__
-        self._write(done, accounts.rows, missing=len(accounts.missing), error=error)
-
-    def _finished(self) -> int:
-        manifest = read_manifest(self._directory)
-        left = sum(map(len, remaining_shards(self._directory, manifest)))
-        return len(manifest) - left
-
-    def _write(
-        self, done: Done, rows: dict[str, int], *, missing: int, error: str | None = None
-    ) -> Summary:
-        summary = Summary(
-            output=self._directory.uri,
-            images=self._images,
-            rows=rows,
-            missing=missing,
-            unlisted=self._unlisted,
-            captioned=done.images,
-            seconds=time.monotonic() - self._begin,
-            started=self._started,
-            ended=_now(),
-            timing=done.timing,
-            error=error,
-        )
-        self._directory.write_summary(summary.figures())
-        return summary
-
-
-def _check_error_rate(summary: Summary, inputs: Inputs, unlisted: set[str]) -> None:
-    """Compares the share of listed images that are not ok with the limit.
-
-    Raises:
-        ErrorRateError: it is larger.
-    """
-    rows = Counter(summary.rows)
-    if unlisted:
-        rows -= _statuses(inputs.directory, unlisted)
-    images = rows.total()
-    bad = (images - rows["ok"]) / images if images else 0.0
-    if bad > inputs.run.max_error_rate:
-        raise ErrorRateError(
-            f"{summary.counts()}: {bad:.1%} of the listed images are not ok, "
-            f"more than --max-error-rate {inputs.run.max_error_rate:.1%}; "
-            "captioner report shows why"
-        )
-
-
-def _statuses(directory: OutputDirectory, uris: set[str]) -> Counter[str]:
-    """The rows of some images, by status."""
-    wanted, counts = pa.array(sorted(uris), pa.string()), Counter[str]()
-    for rows in read_rows(directory, ["uri", "status"]):
-        counts.update(rows.filter(pc.is_in(rows["uri"], wanted))["status"].to_pylist())
-    return counts
-
-
 def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:
     name, again = signal.Signals(number).name, "run the same command again to resume"
     manifest = MANIFEST.empty_table()
@@ -320,7 +216,3 @@ def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:
     return StoppedError(
         f"stopped by {name}: {done} of {len(manifest)} images done; {again}", number
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -5,14 +5,13 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 
-from captioner.errors import CaptionerError, InputError, first_of
+from captioner.errors import CaptionerError, InputError
 from captioner.model.network import CaptionModel
 from captioner.runtime.progress import Progress, progress_bar
 from captioner.training.batches import TrainingImages, steps_per_epoch
-from captioner.training.features import compute_features
+from captioner.training.images import load_images, report_unreadable
 from captioner.training.journal import Epoch, StepValidation, best_of, rank_of
 from captioner.training.loggers.base import Loggers
 from captioner.training.self_critical import SelfCriticalTraining
@@ -44,8 +43,8 @@ def train_loop(job: Job, worker: Worker) -> None:
         rank=worker.rank,
         workers=worker.workers,
     )
-    training = _load_images(job, trainer, worker, "training")
-    validation = _load_images(job, trainer, worker, "validation")
+    training = load_images(job, trainer, worker, "training")
+    validation = load_images(job, trainer, worker, "validation")
     _Loop(job, worker, trainer, training, validation).run()
 
 
@@ -209,7 +208,7 @@ class _Loop:
         found = self._training.unreadable | self._validation.images.unreadable
         unreadable = set().union(*self._worker.gather(found))
         if self._worker.rank == 0:
-            _report_unreadable(unreadable - self._reported)
+            report_unreadable(unreadable - self._reported)
         self._reported |= unreadable
         for portion, indices in zip(self._portions, self._validation.ranges, strict=True):
             if not any(i in captions for i in indices):
@@ -271,50 +270,3 @@ def _print(line: str) -> None:
     """Writes a line to standard output; print would write it twice on Ray Train's workers."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def _load_images(job: Job, trainer: Trainer, worker: Worker, which: str) -> TrainingImages:
-    """The images of a split; with a frozen encoder their features.
-
-    Raises:
-        InputError: none of the images can be read or decoded.
-    """
-    examples = job.split.train if which == "training" else job.split.validation
-    config, model = job.config, trainer.model
-    make: Callable[..., TrainingImages] = partial(
-        TrainingImages,
-        examples,
-        model=model.config,
-        vocabulary=trainer.vocabulary,
-        captions=config.captions,
-        augmentation=config.augmentation,
-        portions=job.split.portions,
-    )
-    if not model.encoder.frozen:
-        return make(views=None)
-    views = compute_features(
-        model.encoder.eval(),
-        examples,
-        image_size=model.config.image_size,
-        views=config.views if which == "training" else 1,
-        augmentation=config.augmentation,
-        dtype=trainer.dtype,
-        share=worker.local,
-        wait=worker.wait,
-    )
-    images = make(views=views)
-    images.unreadable = set().union(*worker.gather(images.unreadable))
-    if len(images.unreadable) == len(examples):
-        raise InputError(f"none of the {which} images can be read or decoded")
-    if worker.rank == 0:
-        _report_unreadable(images.unreadable)
-    return images
-
-
-def _report_unreadable(uris: set[str]) -> None:
-    """Names the images that are left out of training and validation."""
-    if uris:
-        first = first_of(sorted(uris), 5)
-        _logger.warning(
-            "%d images cannot be read or decoded and are left out: %s", len(uris), first
-        )

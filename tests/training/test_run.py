@@ -31,10 +31,11 @@ from captioner.model.encoder import ImageEncoder
 from captioner.model.native import Captioner
 from captioner.model.vocabulary import EOS, PAD, START, Vocabulary
 from captioner.training import features as features_module
-from captioner.training import loop, self_critical, trainer
 from captioner.training import run as training
+from captioner.training import self_critical, trainer
 from captioner.training.batches import TrainingImages, collate
 from captioner.training.features import compute_features
+from captioner.training.images import load_images
 from captioner.training.journal import Epoch, best_of
 from captioner.training.self_critical import SelfCriticalTraining
 from captioner.training.validation import Validation
@@ -809,7 +810,7 @@ def test_an_image_that_any_worker_lacks_in_any_view_is_left_out(
     worker = Worker(0, 2, (0, 1), gather, lambda *_: None)
     seen = SeenImages(frozenset(), frozenset())
     job = Job(split, "", _config(views=2), "cpu", seen)
-    source = loop._load_images(job, own, worker, "training")
+    source = load_images(job, own, worker, "training")
     assert source.unreadable == {examples[2].uri, examples[4].uri}
     assert len(source.lengths) == 6
     assert "2 images cannot be read or decoded and are left out: " in caplog.text

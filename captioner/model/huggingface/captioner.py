@@ -10,8 +10,9 @@ import torch
 
 from captioner.model import words as grouping
 from captioner.model.base import Caption
-from captioner.model.huggingface.architectures import Generated, Replayed, architecture_of, square
+from captioner.model.huggingface.architectures import architecture_of
 from captioner.model.huggingface.families import Family
+from captioner.model.huggingface.generation import Generated, Replayed, square
 from captioner.model.huggingface.prompts import prepare
 from captioner.model.huggingface.sampling import (
     RecordLogprobs,

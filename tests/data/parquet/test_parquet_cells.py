@@ -16,7 +16,8 @@ import pytest
 from captioner import storage
 from captioner.config import ListingConfig
 from captioner.data.listing import list_source
-from captioner.data.parquet import cells
+from captioner.data.parquet import cells, chunks
+from captioner.data.parquet.shared import SharedCache
 from captioner.data.reading import groups, is_in_container, read_images
 from captioner.errors import StorageError
 
@@ -45,7 +46,7 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def _empty_caches() -> Iterator[None]:
     yield
-    for cache in (cells._footers, cells._chunks, cells._pages):
+    for cache in (cells._footers, cells._chunks, chunks._pages):
         cache.clear()
 
 
@@ -117,7 +118,7 @@ def test_only_the_begin_of_an_image_over_the_limit_is_returned(tmp_path):
 def test_an_image_far_over_the_limit_is_not_decompressed(tmp_path, monkeypatch):
     path = _write(tmp_path / "a.parquet", [bytes(70_000_000)], compression="zstd")
     images = _list(path)
-    monkeypatch.setattr(cells._Chunk, "_decode_now", None)
+    monkeypatch.setattr(chunks.Chunk, "_decode_now", None)
     assert _read(images, 1000) == [bytes(1001)]
 
 
@@ -169,13 +170,13 @@ def test_a_page_is_decoded_once_whatever_threads_ask_for_it(tmp_path, monkeypatc
     blobs = _blobs(600)
     images = _list(_write(tmp_path / "a.parquet", blobs, use_dictionary=False))
     decoded = []
-    decode = cells._Chunk._decode_now
+    decode = chunks.Chunk._decode_now
 
     def count(chunk, pages, span):
         decoded.append(pages[-1].begin)
         return decode(chunk, pages, span)
 
-    monkeypatch.setattr(cells._Chunk, "_decode_now", count)
+    monkeypatch.setattr(chunks.Chunk, "_decode_now", count)
     pieces = [images.slice(begin, 10) for begin in range(0, 600, 10)]
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda piece: list(read_images(piece, LIMIT, 0)), pieces))
@@ -215,9 +216,9 @@ def test_neighbours_in_a_bucket_come_with_few_requests(memory_bucket, monkeypatc
     assert _read(images) == blobs
     assert len(requests) == 1  # a small row group is read at once
     cells._chunks.clear()
-    cells._pages.clear()
-    monkeypatch.setattr(cells, "_HELD", 0)
-    monkeypatch.setattr(cells, "_HEADER", 100)
+    chunks._pages.clear()
+    monkeypatch.setattr(chunks, "_HELD", 0)
+    monkeypatch.setattr(chunks, "_HEADER", 100)
     requests.clear()
     assert _read(images) == blobs
     assert len([size for size in requests if size > 100]) <= 4  # a group each, and its first page
@@ -231,7 +232,7 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
     pq.write_table(table, tmp_path / "a.parquet", **options)
     del table
     images = _list(tmp_path / "a.parquet")
-    monkeypatch.setattr(cells._pages, "_capacity", 1 << 24)
+    monkeypatch.setattr(chunks._pages, "_capacity", 1 << 24)
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     seen, most = 0, 0
@@ -263,9 +264,9 @@ def _pages(path: str) -> list[tuple[int, int]]:
     """Where the data pages of the images of a file begin and end."""
     images = _list(path)
     list(read_images(images.slice(len(images) - 1, 1), LIMIT, 0))
-    place = cells.Place(*(images[name][0].as_py() for name in cells.Place._fields))
+    place = chunks.Place(*(images[name][0].as_py() for name in chunks.Place._fields))
     pages = cells._open_chunk(place, "bytes", 0).pages
-    for cache in (cells._footers, cells._chunks, cells._pages):
+    for cache in (cells._footers, cells._chunks, chunks._pages):
         cache.clear()
     return [(page.begin, page.end) for page in pages]
 
@@ -346,7 +347,7 @@ def test_random_damage_never_gives_other_bytes_silently_or_raises(tmp_path):
         place = generator.randrange(4, end)
         _damage(path, 0, original)
         _damage(path, place, generator.randbytes(generator.randint(1, 8)))
-        for cache in (cells._footers, cells._chunks, cells._pages):
+        for cache in (cells._footers, cells._chunks, chunks._pages):
             cache.clear()
         read = _read(images)
         assert len(read) == len(images)
@@ -374,7 +375,7 @@ def test_a_failure_to_read_is_the_images_and_is_tried_again(tmp_path, monkeypatc
 
 
 def test_threads_that_wait_get_the_error_of_the_one_that_makes(tmp_path):
-    cache = cells.SharedCache[int](2)
+    cache = SharedCache[int](2)
     began, go_on = threading.Event(), threading.Event()
 
     def fail() -> int:
