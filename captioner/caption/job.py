@@ -18,7 +18,7 @@ from captioner.caption.local import run_local
 from captioner.caption.outcome import Outcome, check_error_rate
 from captioner.caption.plan import OnRay, Placement, Plan, make_plan, placed
 from captioner.caption.ray import run_on_ray
-from captioner.caption.steps import ShardResult
+from captioner.caption.steps import Results, ShardResult
 from captioner.caption.summary import Done, Summary
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.errors import (
@@ -36,7 +36,7 @@ from captioner.output.manifest import (
 )
 from captioner.output.moved import moved_images
 from captioner.runtime.memory import keep_few_kernels
-from captioner.runtime.progress import progress_bar
+from captioner.runtime.progress import Progress, progress_bar
 from captioner.runtime.signals import Signals, catch_signals
 from captioner.schema import MANIFEST
 
@@ -185,23 +185,29 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
             )
         return
     _logger.info(plan.describe())
-    job, shards = inputs.job(plan), list(plan.shards)
-    if isinstance(plan.placement, OnRay):
-        engine = run_on_ray(job, inputs.model, shards, plan.placement.ray, plan.placement.pool)
-    else:
-        engine = run_local(job, inputs.model, shards)
-    failures, bad = EarlyFailures(job), 0
+    failures, bad = EarlyFailures(inputs.job(plan)), 0
     already = plan.images - plan.remaining
     bar = progress_bar(plan.images, unit="image", initial=already, description="captioning")
-    with bar as progress, closing(engine) as running:
+    with bar as progress, closing(_engine(plan, inputs, progress)) as running:
         for result in running:
-            count = sum(result.rows.values())
-            if bad := bad + count - result.rows["ok"]:
+            if bad := bad + sum(result.rows.values()) - result.rows["ok"]:
                 progress.set_postfix(bad=bad)
-            progress.update(count)
             yield from failures.admit(result)
             signals.check()
         yield from failures.release()
+
+
+def _engine(plan: Plan, inputs: Inputs, progress: Progress) -> Results:
+    """Captions the plan's shards where it says; counts images on the progress bar."""
+    job, shards, placement = inputs.job(plan), list(plan.shards), plan.placement
+    if not isinstance(placement, OnRay):
+        yield from run_local(job, inputs.model, shards, progress.update)
+        return
+    engine = run_on_ray(job, inputs.model, shards, placement.ray, placement.pool)
+    with closing(engine) as running:
+        for result in running:
+            progress.update(sum(result.rows.values()))
+            yield result
 
 
 def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:

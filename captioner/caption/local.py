@@ -43,8 +43,16 @@ _Loading = tuple[int, Future[list[Loaded]], int]
 _CRASH_LOG_SECONDS = 5  # to wait for the crash log's entries when the job stops
 
 
-def run_local(job: CaptionJob, model: Model, shards: list[Shard]) -> Results:
+def run_local(
+    job: CaptionJob, model: Model, shards: list[Shard], captioned: Callable[[int], None]
+) -> Results:
     """Captions shards, beginning with the shards that processes died on.
+
+    Args:
+        job: the settings.
+        model: the model.
+        shards: the shards.
+        captioned: called with the number of images after each batch; a shard may take minutes.
 
     Raises:
         DeviceError: the device is lost: only another process can use it again.
@@ -52,11 +60,11 @@ def run_local(job: CaptionJob, model: Model, shards: list[Shard]) -> Results:
     captioner = BatchCaptioner.load(job, model)
     try:
         if job.run.profile is None:
-            yield from _Engine(job, captioner, nullcontext).run(shards)
+            yield from _Engine(job, captioner, nullcontext, captioned).run(shards)
             return
         only_one = len(shards) == 1 and len(shards[0]) <= captioner.batch_size
         with Profiler(job.run.profile, skip=0 if only_one else 1) as profiler:
-            yield from _Engine(job, captioner, profiler.batch).run(shards)
+            yield from _Engine(job, captioner, profiler.batch, captioned).run(shards)
     except torch.AcceleratorError as error:
         first = str(error).strip().split("\n")[0]
         raise DeviceError(
@@ -73,8 +81,10 @@ class _Engine:
         job: CaptionJob,
         captioner: BatchCaptioner,
         around_batch: Callable[[], AbstractContextManager[None]],
+        captioned: Callable[[int], None],
     ):
-        self._job, self._captioner, self._around_batch = job, captioner, around_batch
+        self._job, self._captioner = job, captioner
+        self._around_batch, self._captioned = around_batch, captioned
         self._crash_log = CrashLog(job.output)
         self._decoders = job.run.decoders or os.cpu_count() or 1
         self._begun: list[Future[None]] = []  # entries in the crash log
@@ -85,6 +95,7 @@ class _Engine:
         for shard in shards:
             if shard.number in suspects:  # first, while no other image is in progress
                 rows = caption_suspects(self._job, self._captioner, shard, self._crash_log)
+                self._captioned(len(rows))
                 yield finish_shard(self._job, shard, rows, self._captioner.take_timing())
         readers = ThreadPoolExecutor(self._decoders, thread_name_prefix="decode")
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")
@@ -107,6 +118,7 @@ class _Engine:
             for batch in batches:
                 with self._around_batch():
                     self._captioner(batch)
+                self._captioned(len(batch))
                 rows += [loaded.row for loaded in batch]
             if writing:
                 yield self._written(writing)

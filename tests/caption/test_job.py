@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from captioner.caption import plan
+from captioner.caption import job, plan
 from captioner.caption.job import caption_images, plan_captioning
 from captioner.caption.plan import choose_engine
 from captioner.cli import main
@@ -25,6 +25,7 @@ from captioner.output.compaction import compact
 from captioner.output.directory import OutputDirectory
 from captioner.review.report import summarise
 from captioner.runtime.device import resolve_precision
+from captioner.runtime.progress import Progress
 from captioner.schema import COLUMNS
 from conftest import tiny_model, write_photos
 
@@ -88,6 +89,19 @@ def test_every_listed_image_has_its_row_in_order(
         else:
             assert row["caption"] is row["tokens"] is row["attention"] is None
             assert row["error"]
+
+
+def test_progress_is_seen_within_a_shard(photos, model_directory, tmp_path, monkeypatch):
+    counted = []
+
+    class Counted(Progress):
+        def update(self, count: int = 1) -> None:
+            counted.append(count)
+
+    monkeypatch.setattr(job, "progress_bar", lambda *_, **__: Counted())
+    run = dataclasses.replace(RUN, shard_size=256, batch_size=3)
+    caption_images(str(photos), str(tmp_path / "out"), str(model_directory), run=run)
+    assert counted == [3, 3, 3, 3, 1]
 
 
 def test_both_engines_write_the_same_rows(photos, model_directory, tmp_path, request):
