@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ from captioner.commands.models import average_models, import_model
 from captioner.commands.output import compact, export, report
 from captioner.commands.review import demo, gallery, review, show
 from captioner.commands.train import train
-from captioner.errors import CaptionerError, printable
+from captioner.errors import CaptionerError, printable, without_signatures
 from captioner.options import option
 from captioner.runtime.signals import limit_stopping
 from captioner.runtime.streams import error_of_stdout, has_own_streams, protect_streams
@@ -47,7 +48,7 @@ class _Echo(logging.Handler):
     """Sends the library's log lines to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(printable(record.getMessage()), err=True)
+        click.echo(printable(without_signatures(record.getMessage())), err=True)
 
 
 class _Commands(click.Group):
@@ -88,11 +89,18 @@ class _Commands(click.Group):
         except CaptionerError as error:
             if context.params.get("debug"):
                 raise
-            click.echo(f"captioner: {printable(str(error))}", err=True)
+            click.echo(f"captioner: {printable(without_signatures(str(error)))}", err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo(INTERRUPTED, err=True)
             context.exit(130)
+
+
+def _silence_libraries() -> None:
+    """Keeps warnings of libraries from the terminal; ``--debug`` and ``python -W`` show them."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.lastResort = None  # prints the warnings of loggers that nobody has set up
 
 
 def _is_at_work() -> bool:
@@ -109,6 +117,8 @@ def main(debug: bool) -> None:
     """Caption images into Parquet, review and export the captions, train and score models."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's are: names in any script
+    if has_own_streams() and not debug:
+        _silence_libraries()
     logger = logging.getLogger("captioner")
     if not any(isinstance(handler, _Echo) for handler in logger.handlers):
         logger.addHandler(_Echo())

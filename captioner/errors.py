@@ -17,6 +17,7 @@ The command line prints the message as one line and exits with ``exit_code``. Ev
 that is raised is a bug or a fault of the machine.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,15 @@ __all__ = [
     "first_of",
     "one_line",
     "printable",
+    "without_signatures",
 ]
+
+# Of S3, Google, CloudFront, Azure, and what other servers call a secret.
+_SIGNATURE = re.compile(
+    r"([?&](?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId"
+    r"|GoogleAccessId|Key-Pair-Id|Policy|sig|auth|\w*(?:token|secret|password|api_?key))=)[^&#\s'\"]*",
+    re.IGNORECASE,
+)
 
 
 class CaptionerError(Exception):
@@ -108,6 +117,11 @@ def _unpickled(kind: type[CaptionerError], arguments: tuple[Any, ...]) -> Captio
 def printable(text: str) -> str:
     """Escapes line breaks and control characters, for example of a file name."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_signatures(text: str) -> str:
+    """Removes the values of signatures and tokens from the queries of web addresses in a text."""
+    return _SIGNATURE.sub(r"\1…", text)
 
 
 def one_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Callable, Container, Mapping
+from decimal import Decimal
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ __all__ = [
 Config = TypeVar("Config")
 
 _LAST_GROUP = "Other"
+_MAY_BE_EMPTY = {"prefix", "suffix", "prompt", "system_prompt"}
 
 
 class GroupedOption(click.Option):
@@ -54,6 +56,22 @@ BUNDLED_DEFAULT = "  [default: the bundled model]"
 
 class GroupedCommand(click.Command):
     """A command whose ``--help`` lists its options in groups, in the order of the options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuses empty values, which mean that a variable of the shell is not set.
+
+        Raises:
+            InputError: an argument, or the value of an option, is empty.
+        """
+        rest = super().parse_args(ctx, args)
+        for each in self.params:
+            value = ctx.params.get(each.name or "")
+            if each.name not in _MAY_BE_EMPTY and (value == "" or value == ("",)):
+                is_option = isinstance(each, click.Option)
+                shown = each.opts[0] if is_option else str(each.name).upper()
+                remedy = "give a value, or leave it out" if is_option else "give a value"
+                raise InputError(f"{shown} is empty: {remedy}")
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes a section for each group; ``--help`` itself comes last."""
@@ -196,4 +214,4 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B|)", str(value).upper())
         if match is None:
             self.fail(f"{value!r} is not a size; use for example 256MB.", param, ctx)
-        return int(float(match[1]) * self._units[match[2]])
+        return int(Decimal(match[1]) * self._units[match[2]])

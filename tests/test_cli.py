@@ -90,6 +90,33 @@ def test_a_wrong_value_names_the_option_as_it_is_typed(tmp_path: Path):
         assert result.output == f"captioner: {message}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "empty"),
+    [
+        (["caption", "", "out"], "SOURCE"),
+        (["caption", "photos", ""], "OUTPUT"),
+        (["caption", "photos", "out", "--model", ""], "--model"),
+        (["caption", "photos", "out", "--keep="], "--keep"),
+        (["export", "out", "", "--format", "csv"], "DESTINATION"),
+        (["train", "data", "model", "--images", ""], "--images"),
+        (["review", "out", "--token", ""], "--token"),
+    ],
+)
+def test_an_empty_value_is_refused(arguments: list[str], empty: str):
+    result = _run(*arguments)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert result.output.startswith(f"captioner: {empty} is empty: give a value")
+
+
+def test_a_message_has_no_signature_of_a_web_address():
+    uri = "https://host/x/?X-Amz-Signature=SECRET&id=7"
+    result = _run("caption", uri, "out")
+    assert (result.exit_code, "SECRET" in result.output) == (2, False)
+    assert "X-Amz-Signature=…&id=7" in result.output
+    result = _run("caption", uri.replace("//", "//me:SECRET@"), "out")
+    assert (result.exit_code, "SECRET" in result.output) == (2, False)
+
+
 @pytest.mark.parametrize("size", ["256MBB", "MB", "-1", "1.5.2GB", "ten"])
 def test_what_is_not_a_size_is_refused_with_an_example(tmp_path: Path, size: str):
     result = _run("compact", tmp_path, f"--size={size}")

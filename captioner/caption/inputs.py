@@ -70,6 +70,8 @@ class Inputs:
         run = run or RunConfig()
         mapper = mapper_of(run, connection)  # rejects invalid settings before anything is read
         directory = OutputDirectory(storage.absolute(output))
+        if run.profile is not None:
+            storage.check_target(storage.absolute(run.profile))
         found = load_model(model)
         decode = decode or DecodeConfig()
         seed = decode.seed

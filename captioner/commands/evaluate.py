@@ -111,7 +111,13 @@ def evaluate(
         from captioner.data.dataset import read_dataset
         from captioner.evaluation import captions, evaluation, metrics
         from captioner.evaluation import references as scored
+        from captioner.output.directory import OutputDirectory
 
+    targets = [file for file in (json_file, per_image) if file is not None and file != "-"]
+    for target in map(storage.absolute, targets):
+        storage.check_target(target)
+        if references is not None:
+            OutputDirectory(storage.absolute(source)).refuse_own(target)
     chosen_tokenizer = metrics.choose_tokenizer(tokenizer)
     data = (read_dataset if references is None else scored.read_references)(
         references or source,

@@ -95,12 +95,16 @@ def gallery(output: str, target: str, count: int, order: typing.Any, seed: int) 
 
     Point at a word to see where the model looked. The page is one file without scripts or links.
     """
+    if not target.lower().endswith((".html", ".htm")):
+        raise InputError(f"--page {target}: not an HTML file; use a name that ends with .html")
     with importing():
         from captioner import storage
         from captioner.review.gallery import make_gallery
 
+    target = storage.absolute(target)
+    storage.check_target(target)
     page = make_gallery(storage.absolute(output), count=count, order=order, seed=seed)
-    storage.write(storage.absolute(target), page.encode())
+    storage.write(target, page.encode())
 
 
 @click.command(cls=GroupedCommand, short_help="Draw where the model looked in an image.")
@@ -126,9 +130,10 @@ def show(output: str, uri: str, target: str) -> None:
         from captioner import storage
         from captioner.review import rows
 
-    output = storage.absolute(output)
+    output, target = storage.absolute(output), storage.absolute(target)
     row = rows.find_row(output, uri)
-    storage.write(storage.absolute(target), rows.draw(output, row))
+    rows.refuse_listed(output, target)
+    storage.write(target, rows.draw(output, row))
     click.echo(printable(row.caption))
 
 

@@ -1,9 +1,11 @@
 """Settings of an export."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from captioner.config.settings import Settings, setting
+from captioner.config.listing import ListingConfig
+from captioner.config.settings import SettingError, Settings, setting
 
 __all__ = ["ExportConfig"]
 
@@ -54,3 +56,10 @@ class ExportConfig(Settings):
         maximum=1_000_000,
         group="Files",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"\.?[\w-]+(\.[\w-]+)*", self.extension):
+            raise SettingError("extension", f"must be letters, such as txt, not {self.extension!r}")
+        if f".{self.extension.lower()}".endswith(ListingConfig().endings):
+            raise SettingError("extension", f"must not be an image's: {self.extension}")

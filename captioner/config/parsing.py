@@ -16,7 +16,11 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         return json.loads(text, object_pairs_hook=_named_once)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise InputError("it is nested too deep") from error
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's limit, and its advice to programs
+            raise InputError("a number has more than 4300 digits") from error
         raise InputError(str(error)) from error
 
 

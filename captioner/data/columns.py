@@ -1,5 +1,6 @@
 """The columns of a source that are kept in the rows: which, under which names and types."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ from captioner.data.prompts import check_columns, columns_of
 from captioner.errors import InputError, first_of
 from captioner.schema import COLUMNS, KEPT
 
-__all__ = ["Keep", "infer_column", "with_kept"]
+__all__ = ["Keep", "infer_column", "is_unicode", "with_kept", "without_views"]
 
 _SHOWN = 20  # names of columns in a message
+_DEEPEST = 40  # lists or objects within each other; Arrow reads 100 levels, two for each list
 
 
 class Keep:
@@ -86,8 +88,13 @@ class Keep:
         for old, new in chosen.items():
             if new in COLUMNS.names:
                 raise InputError(
-                    f"--keep: the column {new} of {source} has the same name as a column of the "
-                    f"output; rename it, for example {self._renamed(old)}"
+                    f"--keep: the column {old} of {source} would have the name {new}, which a "
+                    f"column of the output has; rename it, for example {self._renamed(old)}"
+                )
+            if not is_unicode(new):
+                raise InputError(
+                    f"--keep: the name of the column {new!a} of {source} is not valid Unicode; "
+                    "leave the column out"
                 )
             if not new or names.count(new) > 1:
                 problem = "without a name" if not new else f"called {new} twice"
@@ -96,7 +103,7 @@ class Keep:
                 )
 
     def _renamed(self, old: str) -> str:
-        others = ",".join(name for name in self._names if name != old)
+        others = ",".join(name for name in self._names if name.partition("=")[0] != old)
         return f"--keep {others + ',' if others else ''}{old}=source_{old}"
 
 
@@ -107,7 +114,11 @@ def _shown(columns: Sequence[str]) -> str:
 
 
 def with_kept(listing: pa.Table, kept: pa.Table) -> pa.Table:
-    """A listing with the kept columns, row by row; unchanged if there are none."""
+    """A listing with the kept columns, row by row; unchanged if there are none.
+
+    Raises:
+        InputError: Parquet cannot store a column.
+    """
     if not kept.column_names:
         return listing
     columns = [kept[name].combine_chunks() for name in kept.column_names]
@@ -115,8 +126,66 @@ def with_kept(listing: pa.Table, kept: pa.Table) -> pa.Table:
         pa.concat_arrays(each.chunks) if isinstance(each, pa.ChunkedArray) else each
         for each in columns
     ]
+    for field in kept.schema:
+        _refuse_unstorable(field)
     struct = pa.StructArray.from_arrays(columns, fields=list(kept.schema))
     return listing.append_column(KEPT, struct)
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """A table without Arrow's views of strings, of which Arrow itself cannot take rows."""
+    fields = [each.with_type(_plain(each.type)) for each in table.schema]
+    plain = pa.schema(fields, table.schema.metadata)
+    return table if plain.equals(table.schema) else table.cast(plain)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([each.with_type(_plain(each.type)) for each in kind])
+    return kind
+
+
+def _refuse_unstorable(field: pa.Field) -> None:
+    """Refuses a column that Parquet cannot store, or can store but not read back."""
+    kinds, depth = [field.type], 0
+    while kinds and depth <= _DEEPEST:
+        if any(pa.types.is_struct(kind) and not kind.num_fields for kind in kinds):
+            raise InputError(
+                f"--keep: the column {field.name} holds {{}}, an object without names, which "
+                "Parquet cannot store: leave the column out"
+            )
+        kinds = [
+            kind.field(place).type
+            for kind in kinds
+            for place in range(getattr(kind, "num_fields", 0))
+        ]
+        depth += 1
+    if kinds:
+        raise InputError(
+            f"--keep: the column {field.name} has lists or objects within each other more than "
+            f"{_DEEPEST} deep, which Parquet cannot store: leave the column out"
+        )
+
+
+def is_unicode(value: object) -> bool:
+    """Whether a value of JSON has no half of a surrogate pair, which JSON can spell."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _place_of_huge(values: Sequence[Any]) -> int | None:
+    """The row of the first number that Arrow has no integer for."""
+    numbers = ((n, each) for n, each in enumerate(values) if isinstance(each, int))
+    return next((n for n, each in numbers if not -(2**63) <= each < 2**63), None)
 
 
 def infer_column(values: Sequence[Any], place_of: Callable[[int], str], name: str) -> pa.Array:
@@ -133,7 +202,18 @@ def infer_column(values: Sequence[Any], place_of: Callable[[int], str], name: st
     try:
         column = pa.array(values)
         return column.cast(pa.string()) if pa.types.is_null(column.type) else column
+    except UnicodeEncodeError as error:
+        place = next(n for n, each in enumerate(values) if not is_unicode(each))
+        raise InputError(
+            f"{name}: the text in {place_of(place)} is not valid Unicode (half of a surrogate "
+            "pair): leave the column out of --keep, or mend the text"
+        ) from error
     except (pa.ArrowException, OverflowError) as error:
+        if (huge := _place_of_huge(values)) is not None:
+            raise InputError(
+                f"{name}: {values[huge]!r:.100} in {place_of(huge)} has more than 64 bits: leave "
+                "the column out of --keep, or write the number as text"
+            ) from error
         first = next(value for value in values if value is not None)
         alike = (type(first), type(None))
         place = next((n for n, each in enumerate(values) if not isinstance(each, alike)), 0)

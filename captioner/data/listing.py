@@ -91,7 +91,8 @@ def _list_rows(source: str, listing: ListingConfig, keep: Keep, mapper: Mapper) 
             f"--exclude is for a folder, and {source} is a list: remove lines from the list instead"
         )
     if source.lower().endswith(".txt"):
-        uris: list[str] = read_list(source, listing.column)["uri"].to_pylist()
+        images = read_list(source, listing.column)
+        uris: list[str] = images["uri"].to_pylist()
         for uri in uris:
             refuse_compressed(uri)
         tars = [uri for uri in uris if is_tar(uri)]
@@ -103,6 +104,8 @@ def _list_rows(source: str, listing: ListingConfig, keep: Keep, mapper: Mapper) 
         if tars:
             expanded = (name for pattern in tars for name in expand(pattern))
             return _list_tars([*dict.fromkeys(expanded)], listing, keep, mapper)
+        keep.refuse(source)
+        return images
     if is_parquet(source) and holds_images(source, listing.column):
         return list_parquet(source, [Listed(source, None)], listing, keep)
     return read_list(source, listing.column, keep)

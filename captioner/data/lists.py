@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from captioner import storage
 from captioner.config import parse_json
-from captioner.data.columns import Keep, infer_column, with_kept
+from captioner.data.columns import Keep, infer_column, with_kept, without_views
 from captioner.data.delimited import CsvTable, decode_text
 from captioner.data.source import list_files
 from captioner.errors import InputError, first_of, one_line
@@ -204,9 +204,9 @@ def _read_parquet(source: str, data: bytes, wanted: _Wanted) -> _Rows:
         names = file.schema_arrow.names
         name = uri_column(names, source, wanted.column, is_text=True)
         chosen = wanted.keep.choose(names, source, name)
-        table = file.read([name, *chosen], use_threads=False)
+        table = without_views(file.read([name, *chosen], use_threads=False))
         values = table[name]
-        if pa.types.is_primitive(values.type):
+        if pa.types.is_primitive(values.type) or pa.types.is_nested(values.type):
             raise InputError(
                 f"{source}: the column {name} holds {values.type}, "
                 "neither images nor the URIs of images"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -88,6 +89,23 @@ class OutputDirectory:
         except OSError as error:
             reason = error.strerror or one_line(error)
             raise OutputError(f"cannot use {self.uri} for output: {reason}") from error
+
+    def refuse_own(self, target: str) -> None:
+        """Refuses to write a file that a caption job keeps here: a part, or one of its own.
+
+        Args:
+            target: the file, or the folder of files, that another command is to write.
+
+        Raises:
+            OutputError: it is one.
+        """
+        place, own = _real(target), _real(self.uri)
+        folder, _, name = place.rpartition("/")
+        is_part = folder == own and any(map(bool, find_parts([name])))
+        if is_part or f"{place}/".startswith(f"{own}/{PRIVATE}/"):
+            raise OutputError(
+                f"{target} belongs to the caption job of {self.uri}: write to another place"
+            )
 
     def parts(self) -> list[Part]:
         """The parts that count, in order.
@@ -279,3 +297,9 @@ def _difference(name: str, before: Any, now: Any) -> str:
         before, now = (", ".join(map(str, each or [])) or "nothing" for each in (before, now))
     option = f"--{name.replace('_', '-')}" if name in _OPTIONS else name
     return f"{option} was {before}, is {now}"
+
+
+def _real(uri: str) -> str:
+    """A place's one spelling; for a local one without links."""
+    uri = storage.absolute(uri).rstrip("/")
+    return os.path.realpath(uri) if storage.is_local(uri) and uri.startswith("/") else uri

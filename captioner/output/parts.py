@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.errors import OutputError
+from captioner.errors import OutputError, one_line
 
 __all__ = [
     "Part",
@@ -38,6 +38,7 @@ __all__ = [
 _NAME = re.compile(r"part-(\d{6,})(?:-(\d{6,}))?\.parquet")
 _ROW_GROUP = 8192  # rows of a merged part in memory at once: some 10 MB
 _GAP = 64_000  # bytes between columns; fewer are read along rather than cost a request
+_DAMAGED = "; delete the file, and run the caption job again to caption its images again"
 _THREADS = 16  # that delete: mostly waiting, for a bucket
 
 
@@ -148,7 +149,8 @@ def open_part(directory: str, part: Part) -> Iterator[PartFile]:
         with storage.open_binary(uri, ranges=part.first != part.last) as file:
             yield PartFile(file)
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
+        advice = "" if isinstance(error, OSError) else _DAMAGED
+        raise OutputError(f"cannot read {uri}: {one_line(error).rstrip('.')}{advice}") from error
 
 
 def read_part(directory: str, part: Part, columns: list[str] | None = None) -> pa.Table:

@@ -54,11 +54,13 @@ def make_gallery(output: str, *, count: int = 100, order: Order = "random", seed
         seed: the seed of the random sample.
 
     Raises:
-        InputError: ``count`` is below 1.
+        InputError: ``count`` is below 1, or ``seed`` below 0.
         OutputError: ``output`` is not a caption job's output, or cannot be read.
     """
     if count < 1:
         raise InputError(f"--images must be at least 1, not {count}")
+    if seed < 0:
+        raise InputError(f"--seed must be at least 0, not {seed}")
     directory = OutputDirectory(output)
     directory.read_json("run.json")
     directory.finish_compaction()

@@ -22,7 +22,7 @@ from captioner.output.manifest import read_manifest
 from captioner.output.rows import read_row
 from captioner.runtime.plotting import prepare_matplotlib
 
-__all__ = ["CaptionedRow", "attention_maps", "draw", "find_row", "read_photo"]
+__all__ = ["CaptionedRow", "attention_maps", "draw", "find_row", "read_photo", "refuse_listed"]
 
 _LONGEST_SIDE = 480  # pixels, of an image in a drawing
 _MAX_BYTES = 256_000_000  # of an image file
@@ -90,6 +90,19 @@ def find_row(output: str, uri: str) -> CaptionedRow:
     maps_TGG = attention_maps(values, part.schema)
     is_low = values["score"] < directory.low_score
     return CaptionedRow(values["uri"], values["caption"], values["tokens"], maps_TGG, is_low)
+
+
+def refuse_listed(output: str, target: str) -> None:
+    """Refuses to write over an image that an output lists, or a file of the output's own.
+
+    Raises:
+        InputError: the file is an image of the output.
+        OutputError: it is the output's own.
+    """
+    directory = OutputDirectory(output)
+    directory.refuse_own(target)
+    if pc.any(pc.equal(read_manifest(directory)["uri"], target)).as_py():
+        raise InputError(f"{target} is an image of {output}: write to another file")
 
 
 def attention_maps(row: dict[str, Any], schema: pa.Schema) -> np.ndarray:

@@ -40,7 +40,7 @@ from captioner.storage.uris import (
     readable,
 )
 from captioner.storage.web import WebAccess, set_web_access, web_access
-from captioner.storage.writing import delete, is_temporary, write, writing
+from captioner.storage.writing import check_target, delete, is_temporary, write, writing
 
 __all__ = [
     "CACHES",
@@ -56,6 +56,7 @@ __all__ = [
     "arrow_filesystem",
     "as_path",
     "cache_directory",
+    "check_target",
     "clear_cache",
     "delete",
     "find",

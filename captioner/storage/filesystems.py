@@ -22,6 +22,15 @@ _EXTRAS = {
 }
 
 
+# fsspec's systems over other systems, whose URIs mean nothing without settings of their own.
+_WRAPPERS = frozenset(
+    (
+        *("blockcache", "cached", "filecache", "simplecache", "generic", "reference"),
+        *("data", "dir", "libarchive", "tar", "zip"),
+    )
+)
+
+
 def filesystem(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI, and the path in it.
 
@@ -33,6 +42,11 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return LocalFileSystem(), to_operating_system(path)
     refuse_credentials(uri)
     scheme = uri.split("://")[0]
+    if scheme in _WRAPPERS:
+        raise InputError(
+            f"cannot open {scheme}:// URIs, which lead to files within others: give local paths, "
+            "or URIs of a bucket or a web server"
+        )
     if scheme in ("http", "https"):
         from captioner.storage.web.files import web_file_system
 

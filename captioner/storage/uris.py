@@ -11,7 +11,7 @@ import re
 import sys
 import urllib.parse
 
-from captioner.errors import InputError
+from captioner.errors import InputError, without_signatures
 
 __all__ = [
     "absolute",
@@ -49,7 +49,7 @@ def refuse_credentials(uri: str) -> None:
     if uri.startswith("tar://"):  # an image in a tar file, whose URI follows
         uri = uri.partition("::")[2]
     if match := _CREDENTIALS.match(uri) or _WEB_CREDENTIALS.match(uri):
-        redacted = f"{match[1]}…@{uri[match.end() :]}"
+        redacted = without_signatures(f"{match[1]}…@{uri[match.end() :]}")
         raise InputError(f"{redacted} contains credentials: give them in the environment")
 
 

@@ -17,7 +17,9 @@ from captioner.storage.client_errors import http_status, reason
 from captioner.storage.filesystems import filesystem, is_local
 from captioner.storage.retries import attempt
 
-__all__ = ["delete", "is_temporary", "write", "writing"]
+__all__ = ["check_target", "delete", "is_temporary", "write", "writing"]
+
+_LONGEST_NAME = 200  # bytes, of the 255 that file systems take
 
 
 def write(uri: str, data: bytes, *, new: bool = False) -> None:
@@ -93,7 +95,7 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
     directory, name = os.path.split(path)
     directory = directory or "."
     os.makedirs(directory, exist_ok=True)
-    temporary = os.path.join(directory, f".{name}.tmp-{secrets.token_hex(4)}")
+    temporary = os.path.join(directory, f".{_shortened(name)}.tmp-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -107,6 +109,11 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
     _flush_directory(directory)
 
 
+def _shortened(name: str) -> str:
+    """The begin of a file's name that leaves room for the rest of a temporary file's name."""
+    return os.fsdecode(os.fsencode(name)[:_LONGEST_NAME])
+
+
 def _flush_directory(directory: str) -> None:
     """Makes a rename survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -118,6 +125,26 @@ def _flush_directory(directory: str) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_target(uri: str) -> None:
+    """Refuses a local file that cannot be written, before work whose result it is to hold.
+
+    Raises:
+        OutputError: it is a folder, or its folder cannot be made or written.
+    """
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return
+    if os.path.isdir(path):
+        raise OutputError(f"cannot write {uri}: it is a folder; name a file")
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise OutputError(f"cannot write {uri}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {uri}: no permission to write to {folder}")
 
 
 def is_temporary(name: str) -> bool:

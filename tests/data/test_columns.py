@@ -46,10 +46,10 @@ def test_columns_are_chosen_and_renamed(option, expected):
         ),
         (
             "caption",
-            r"column caption of list.csv has the same name as a column of the output; rename",
+            r"column caption of list.csv would have the name caption, .*; rename it",
         ),
         ("all", r"for example --keep all,caption=source_caption$"),
-        ("id=score", r"the column score of list.csv has the same name as a column of the output"),
+        ("id=score", r"the column id of list.csv would have the name score, .* of the output"),
         ("id=licence,licence", r"a column would be called licence twice; rename it, for example"),
         ("id=", r"a column would be without a name"),
     ],
@@ -107,6 +107,31 @@ def test_columns_of_json_lines_without_a_common_type_are_refused(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match=r"n: 'two' in line 2 has another type than 1; leave"):
         _kept(path, "n")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ('"x": {}', r"the column x holds \{\}, an object without names"),
+        ('"x": [{"y": {}}]', r"the column x holds \{\}, an object without names"),
+        ('"x": ' + "[" * 60 + "]" * 60, "the column x has lists or objects .* more than 40 deep"),
+        ('"x": "\\ud800"', "x: the text in line 1 is not valid Unicode"),
+        ('"x": 18446744073709551616', "x: 18446744073709551616 in line 1 has more than 64 bits"),
+        ('"x": 1' + "0" * 5000, "line 1: not valid JSON: a number has more than 4300 digits"),
+        ('"\\ud800": 1', r"the name of the column '\\ud800' .* is not valid Unicode"),
+    ],
+)
+def test_values_that_parquet_cannot_store_are_refused(tmp_path, column, message):
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"url": "a.jpg", ' + column + "}")
+    with pytest.raises(InputError, match=message):
+        _kept(path, "all")
+
+
+def test_views_of_strings_become_strings(tmp_path):
+    names = pa.array(["a", "b"], pa.string_view())
+    pq.write_table(pa.table({"url": ["a.jpg", "b.jpg"], "x": names}), tmp_path / "list.parquet")
+    assert _kept(tmp_path / "list.parquet", "x")["x"].to_pylist() == ["a", "b"]
 
 
 def test_columns_of_parquet_keep_their_types(tmp_path):

@@ -333,8 +333,9 @@ def test_images_that_differ_in_their_extension_alone_have_one_sidecar(model_dire
     run = RunConfig(engine="local")
     caption_images(str(tmp_path / "photos"), str(tmp_path / "out"), str(model_directory), run=run)
 
-    with pytest.raises(InputError, match="1 images written, 1 not exported"):
-        _export(str(tmp_path / "out"), str(tmp_path / "texts"), "sidecar")
+    for existing in ("keep", "overwrite"):
+        with pytest.raises(InputError, match=r"1 not exported because another image .* jsonl"):
+            _export(str(tmp_path / "out"), str(tmp_path / "texts"), "sidecar", existing=existing)
 
 
 def test_an_export_that_is_stopped_is_finished_by_the_next(own_output, tmp_path, monkeypatch):
@@ -407,6 +408,16 @@ def test_a_reviewed_output_gives_what_the_reviewer_wrote(own_output, tmp_path, r
         ({"where": "count(*) > 1"}, "not a condition on single rows"),
         ({"where": "row_number() OVER (ORDER BY score) < 3"}, "window functions"),
         ({"where": "score > (SELECT max(a) FROM read_csv('/etc/passwd') t(a))"}, "--where"),
+        ({"where": " "}, "--where is empty"),
+        ({"where": "true; DROP TABLE captions"}, "more than one statement"),
+        ({"where": "true) OR (true"}, "--where"),
+        ({"where": "true); SELECT (true"}, "--where"),
+        ({"where": "true, false"}, "--where"),
+        ({"columns": ","}, "--columns must be names"),
+        ({"id": "uri"}, "--id is for --format coco"),
+        ({"extension": "caption"}, "--extension is for --format sidecar"),
+        ({"root": "/"}, "--root is for --format sidecar"),
+        ({"shard_images": 5}, "--shard-images is for --format webdataset"),
         ({"columns": "uri,licence"}, "--columns licence: unknown column"),
         ({"existing": "append"}, "--existing append is for --format sidecar"),
     ],
@@ -417,6 +428,38 @@ def test_settings_that_do_not_fit_are_one_line(own_output, tmp_path, settings, m
 
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_condition_may_end_in_a_comment(own_output, tmp_path):
+    summary = _export(own_output, str(tmp_path / "x"), "jsonl", where="width = 80 -- all of them")
+    assert summary.written == 6
+
+
+@pytest.mark.parametrize("extension", ["", ".", "a/b", "../txt", "jpg", ".PNG", "x.webp"])
+def test_a_sidecar_replaces_no_image_and_stays_in_its_folder(extension):
+    with pytest.raises(InputError, match="extension must"):
+        ExportConfig(extension=extension)
+
+
+@pytest.mark.parametrize("name", ["part-000000.parquet", "__captioner/run.json", "__captioner"])
+def test_the_files_of_the_caption_job_are_not_replaced(own_output, tmp_path, name):
+    (tmp_path / "link").symlink_to(own_output)
+    for output in (own_output, str(tmp_path / "link")):
+        with pytest.raises(OutputError, match="belongs to the caption job"):
+            _export(own_output, f"{output}/{name}", "csv", existing="overwrite")
+    assert len(_rows(own_output)) == 6
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [("csv", "is a folder; name a file"), ("hf", "is a file: name a folder for --format hf")],
+)
+def test_a_file_is_no_folder_and_the_reverse(own_output, tmp_path, form, message):
+    target = tmp_path if form == "csv" else tmp_path / "file"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises((InputError, OutputError), match=message):
+        _export(own_output, str(target), form, existing="overwrite")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_the_command_exports_and_says_what_it_did(own_output, tmp_path):

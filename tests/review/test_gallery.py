@@ -15,9 +15,13 @@ from captioner import storage
 from captioner.caption.job import caption_images
 from captioner.cli import main
 from captioner.config import DecodeConfig, RunConfig
+from captioner.errors import InputError
 from captioner.output import attention
 from captioner.output.compaction import compact
+from captioner.output.directory import OutputDirectory
+from captioner.output.rows import read_rows
 from captioner.review.gallery import make_gallery
+from captioner.review.rows import refuse_listed
 from conftest import write_photos
 
 RUN = RunConfig(engine="local", shard_size=4, device="cpu", max_error_rate=1.0)
@@ -198,9 +202,20 @@ def test_the_command_writes_the_page(output, tmp_path):
             "--images must be at least 1, not 0",
         ),
         (["gallery", str(tmp_path), "-o", str(target)], "is not a caption job's output"),
-        (["gallery", str(output), "-o", str(tmp_path)], "cannot write"),
+        (["gallery", str(output), "-o", str(tmp_path)], "not an HTML file"),
     ):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 2, result.output
         [line] = result.output.splitlines()
         assert message in line
+
+
+def test_a_command_writes_over_no_image_and_no_part(output):
+    photo = next(read_rows(OutputDirectory(str(output))))["uri"][0].as_py()
+    with pytest.raises(InputError, match="is an image of"):
+        refuse_listed(str(output), photo)
+    for page in ("part-000000.parquet", "page.html"):
+        arguments = ["gallery", str(output), "--page", f"{output}/{page}", "--seed", "-1"]
+        result = CliRunner().invoke(main, arguments)
+        assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+    assert not (output / "page.html").exists()

@@ -182,3 +182,9 @@ def test_a_working_directory_that_is_deleted_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize("directory", ["s3://bucket/a", "s3://bucket/a/"])
 def test_a_name_is_joined_with_one_slash(directory):
     assert storage.join(directory, "b.jpg") == "s3://bucket/a/b.jpg"
+
+
+@pytest.mark.parametrize("scheme", ["zip", "dir", "reference", "data", "simplecache"])
+def test_a_file_within_another_is_refused(scheme):
+    with pytest.raises(InputError, match=f"^cannot open {scheme}:// URIs, which lead to files"):
+        storage.read(f"{scheme}://a.jpg::b.zip")

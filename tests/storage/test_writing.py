@@ -172,3 +172,19 @@ def test_what_cannot_be_deleted_is_an_error(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(OutputError, match=rf"^cannot delete {tmp_path}/a/b: Not a directory$"):
         storage.delete(f"{tmp_path}/a/b")
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127])
+def test_the_longest_name_is_written(tmp_path, name):
+    storage.write(f"{tmp_path}/{name}", b"1")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    storage.check_target(f"{tmp_path}/file")
+    storage.check_target(f"{tmp_path}/new/folder/file")
+    for name, problem in (("", "is a folder"), ("file/below", "file is not a folder")):
+        with pytest.raises(OutputError, match=problem):
+            storage.check_target(f"{tmp_path}/{name}")
+    assert os.listdir(tmp_path) == ["file"]

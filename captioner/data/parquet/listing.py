@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from captioner import storage
 from captioner.config import ListingConfig
-from captioner.data.columns import Keep, with_kept
+from captioner.data.columns import Keep, with_kept, without_views
 from captioner.data.lists import resolve_uri, uri_column
 from captioner.data.parquet.columns import image_column
 from captioner.data.source import list_files
@@ -247,7 +247,7 @@ def _read_kept(
 ) -> pa.Table:
     """The kept columns of a file, for some rows or all, by their new names."""
     own = [name for name in wanted.kept if name not in wanted.partitions]
-    table = parquet.read(own, use_threads=False) if own else pa.table({})
+    table = without_views(parquet.read(own, use_threads=False)) if own else pa.table({})
     if own and rows is not None:
         table = table.take(pa.array(rows, pa.int64()))
     count = parquet.metadata.num_rows if rows is None else len(rows)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.data.columns import Keep, infer_column
+from captioner.data.columns import Keep, infer_column, is_unicode, without_views
 from captioner.data.tar.members import Member
 from captioner.errors import InputError, one_line
 
@@ -61,7 +61,9 @@ def columns_of_tar(
             taken = taken.append_column(name, pa.nulls(len(keys)))
         return taken.append_column("key", of_keys)
     fields = [texts.get(key, {}) for key in keys]
-    names = dict.fromkeys(name for row in fields for name in row if name != "key")
+    names = dict.fromkeys(
+        name for row in fields for name in row if name != "key" and is_unicode(name)
+    )
     columns: dict[str, pa.Array] = {}
     for name in names:
         values = [row.get(name) for row in fields] if keep.may_keep(name) else []
@@ -84,7 +86,7 @@ def _read_beside(uri: str) -> pa.Table | None:
         raise InputError(f"cannot read {uri}: {one_line(error)}") from error
     try:
         with storage.open_binary(uri) as file:
-            table = pq.ParquetFile(file, pre_buffer=False).read(use_threads=False)
+            table = without_views(pq.ParquetFile(file, pre_buffer=False).read(use_threads=False))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {uri}: {one_line(error)}") from error
     return table if "key" in table.column_names else None

@@ -1,8 +1,10 @@
 """One export, from its settings to its summary."""
 
+import os
 from collections.abc import Callable
 from typing import Literal
 
+from captioner import storage
 from captioner.config import ExportConfig
 from captioner.errors import InputError
 from captioner.output.directory import OutputDirectory
@@ -55,9 +57,16 @@ def export(
     config = config or ExportConfig()
     if destination is None and form != "sidecar":
         raise InputError(f"--format {form} needs a DESTINATION to write to")
-    if config.existing in ("append", "prepend") and form != "sidecar":
-        raise InputError(f"--existing {config.existing} is for --format sidecar, not {form}")
+    _refuse_other_formats(form, config)
     directory = OutputDirectory(output)
+    if destination is not None:
+        directory.refuse_own(destination)
+        if (
+            form in _FOLDERS
+            and storage.is_local(destination)
+            and os.path.isfile(storage.as_path(destination))
+        ):
+            raise InputError(f"{destination} is a file: name a folder for --format {form}")
     rows = Rows(directory, where=config.where, columns=config.columns, reviewed=config.reviewed)
     ledger = Ledger(directory, destination or "")
     summary = ExportSummary(destination or output)
@@ -82,4 +91,37 @@ def export(
         raise InputError(
             f"{summary.describe()} ({examples}): to replace these files, add --existing overwrite"
         )
+    if summary.shared:
+        raise InputError(
+            f"{summary.describe()} ({summary.shared_example}): export to a table, such as --format "
+            "jsonl, or rename the images"
+        )
     return summary
+
+
+_FOLDERS = ("sidecar", "webdataset", "hf")  # formats of many files
+
+#: Settings that some formats do not use.
+_FORMATS_OF: dict[str, tuple[Format, ...]] = {
+    "columns": ("jsonl", "csv", "webdataset", "hf"),
+    "id": ("coco",),
+    "extension": ("sidecar",),
+    "root": ("sidecar",),
+    "shard_images": ("webdataset",),
+}
+
+
+def _refuse_other_formats(form: Format, config: ExportConfig) -> None:
+    """Refuses settings that would have no effect.
+
+    Raises:
+        InputError: a setting is for another format.
+    """
+    if config.existing in ("append", "prepend") and form != "sidecar":
+        raise InputError(f"--existing {config.existing} is for --format sidecar, not {form}")
+    for name, forms in _FORMATS_OF.items():
+        if form not in forms and getattr(config, name) != getattr(ExportConfig(), name):
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} is for --format {' or '.join(forms)}, not {form}: leave it out"
+            )

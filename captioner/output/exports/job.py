@@ -27,6 +27,8 @@ class ExportSummary:
     unreadable: int = 0
     kept: int = 0
     kept_examples: list[str] = field(default_factory=list)
+    shared: int = 0
+    shared_example: str = ""
 
     def describe(self) -> str:
         """One line for a person."""
@@ -37,6 +39,7 @@ class ExportSummary:
             "left out by --reviewed": self.not_reviewed,
             "left out because they cannot be read": self.unreadable,
             "not exported because a file is in the way": self.kept,
+            "not exported because another image has the same sidecar": self.shared,
         }
         rest = "".join(f", {count} {what}" for what, count in counts.items() if count)
         return f"{self.destination}: {self.written} images written{rest}"
@@ -46,6 +49,11 @@ class ExportSummary:
         self.kept += images
         if len(self.kept_examples) < _EXAMPLES:
             self.kept_examples.append(target)
+
+    def share(self, target: str) -> None:
+        """Counts an image whose sidecar is another image's too."""
+        self.shared += 1
+        self.shared_example = self.shared_example or target
 
 
 @dataclass(frozen=True)

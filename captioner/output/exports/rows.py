@@ -51,8 +51,8 @@ class Rows:
         columns: str | None,
         reviewed: Reviewed = "ignore",
     ):
-        if where is not None and _WINDOW.search(where):
-            raise InputError(f"--where {where}: window functions are not supported")
+        if where is not None:
+            _check_condition(where)
         directory.read_json("run.json")  # refuses what is not an output
         self._directory = directory
         self._where = where
@@ -65,7 +65,9 @@ class Rows:
         schema = next(read_rows(directory)).schema if directory.parts() else None
         if schema is None:
             raise InputError(f"{directory.uri} holds no captions yet: nothing to export")
-        self.columns = [name.strip() for name in columns.split(",")] if columns else None
+        self.columns = None if columns is None else [name.strip() for name in columns.split(",")]
+        if self.columns is not None and not all(self.columns):
+            raise InputError(f"--columns must be names separated by commas, not {columns!r}")
         for name in self.columns or []:
             if name not in schema.names:
                 known = ", ".join(schema.names)
@@ -121,13 +123,31 @@ class Rows:
             return table
         try:
             self._connection.register("captions", table)
-            # In parentheses, the condition cannot add clauses to the query.
-            query = f"SELECT ({self._where})::BOOLEAN AS selected FROM captions"  # noqa: S608
+            # It is a single expression, which may end in a comment.
+            query = f"SELECT ({self._where}\n)::BOOLEAN AS selected FROM captions"  # noqa: S608
             result: pa.Table = self._connection.sql(query).to_arrow_table()
         except duckdb.Error as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"--where {self._where}: {reason}") from error
+            raise InputError(f"--where {self._where}: {_reason(error)}") from error
         selected = result["selected"]
         if len(selected) != len(table):
             raise InputError(f"--where {self._where}: not a condition on single rows")
         return table.filter(selected)
+
+
+def _check_condition(where: str) -> None:
+    """Refuses text that is not one SQL expression, such as a second statement."""
+    if not where.strip():
+        raise InputError(
+            '--where is empty: leave it out, or give a condition, such as "score > -1"'
+        )
+    if _WINDOW.search(where):
+        raise InputError(f"--where {where}: window functions are not supported")
+    try:
+        duckdb.SQLExpression(where)
+    except duckdb.Error as error:
+        raise InputError(f"--where {where}: {_reason(error)}") from error
+
+
+def _reason(error: duckdb.Error) -> str:
+    """DuckDB's message without the query that it repeats, which is not what the user wrote."""
+    return " ".join(str(error).split("\nLINE ")[0].split())

@@ -22,13 +22,13 @@ def write(job: ExportJob) -> None:
     """Writes ``photo.txt`` for ``photo.jpg``, whose text is the caption.
 
     Two images whose names differ in their extension alone have one sidecar: the first in listing
-    order gets it, the others are counted as kept.
+    order gets it, the others are not exported.
 
     Raises:
         InputError: an image is not below the root, or is on the web and there is no destination.
         OutputError: a sidecar cannot be written.
     """
-    root = job.config.root
+    root = None if job.config.root is None else storage.absolute(job.config.root)
     if job.destination and root is None:
         tables = (table["uri"].to_pylist() for _, table in job.rows.tables())
         root = common_folder(uri for uris in tables for uri in uris)
@@ -41,7 +41,7 @@ def write(job: ExportJob) -> None:
             ):
                 target = _target(job, uri, root)
                 if hash(target) in taken:
-                    job.summary.keep(target)
+                    job.summary.share(target)
                     continue
                 taken.add(hash(target))
                 jobs.append((target, pool.submit(_write, job, target, job.text(caption))))

@@ -109,6 +109,7 @@ def _with_progress(job: ExportJob) -> Iterator[dict[str, Any]]:
 
 def _write(job: ExportJob, lines: Iterator[str]) -> None:
     """Writes the file, unless it would replace a file that the export did not write."""
+    storage.check_target(job.destination)
     if not job.may_write(job.destination):
         job.summary.keep(job.destination, job.rows.total)
         return
