@@ -1,7 +1,6 @@
 """A page of photos with their captions and the attention map of each word."""
 
 import base64
-import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,14 +10,13 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from captioner.errors import InputError, printable
-from captioner.output.attention import colour
 from captioner.output.directory import OutputDirectory
 from captioner.output.images import OutputImages
 from captioner.output.rows import lowest_ranked_rows
-from captioner.review.rows import attention_maps, read_photo
+from captioner.review.pictures import map_png, photo_jpeg
+from captioner.review.rows import attention_maps
 from captioner.runtime.progress import progress_bar
 
 __all__ = ["Order", "make_gallery"]
@@ -26,7 +24,6 @@ __all__ = ["Order", "make_gallery"]
 #: The rows to show: a random sample, the best or worst scores, or the first listed.
 Order = Literal["random", "best", "worst", "listed"]
 
-_LONGEST_SIDE = 320  # of a photo, in pixels
 _READERS = 8  # threads that read photos
 
 
@@ -98,24 +95,21 @@ def _card(photos: OutputImages, row: dict[str, Any], schema: pa.Schema) -> _Card
         card.problem = f"{row['status']}: {row['error']}"
         return card
     try:
-        photo = read_photo(photos, row["uri"], _LONGEST_SIDE)
-        card.photo = _data_uri(photo, "JPEG")
-        card.ratio = photo.width / photo.height
+        photo, card.ratio = photo_jpeg(photos, row["uri"], "small")
+        card.photo = _data_uri(photo, "jpeg")
     except InputError as error:
         card.problem = str(error)
     tokens = row["tokens"]
     maps: list[str | None] = [None] * len(tokens)
     if row["attention"]:
         maps_TGG = attention_maps(row, schema)
-        card.mean_map = _data_uri(colour(maps_TGG.mean(0)), "PNG")
+        card.mean_map = _data_uri(map_png(maps_TGG.mean(0)), "png")
         if len(maps_TGG) == len(tokens):  # one pixel per value; the page enlarges them
-            maps = [_data_uri(colour(map_GG), "PNG") for map_GG in maps_TGG]
+            maps = [_data_uri(map_png(map_GG), "png") for map_GG in maps_TGG]
     probabilities = np.exp(row["token_logprobs"]).tolist()
     card.words = list(zip(tokens, probabilities, maps, strict=True))
     return card
 
 
-def _data_uri(image: Image.Image, kind: str) -> str:
-    sink = io.BytesIO()
-    image.save(sink, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(sink.getvalue()).decode()}"
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Awaitable, Callable
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -21,9 +20,10 @@ from starlette.routing import Route
 from captioner.errors import CaptionerError, InputError, printable
 from captioner.output.decisions import ConflictError, Decision, Journal
 from captioner.output.images import OutputImages
+from captioner.review.pictures import SIZES, map_png, photo_jpeg
 from captioner.review.rows import attention_maps
 from captioner.review.web.index import RowIndex
-from captioner.review.web.pictures import SIZES, PictureCache, map_png, photo_jpeg
+from captioner.review.web.pictures import PictureCache
 from captioner.review.web.security import HEADERS, Guard
 from captioner.review.web.view import PAGE, SORTS, View
 from captioner.schema import COLUMNS
@@ -196,7 +196,10 @@ class _Review:
         if size not in SIZES:
             raise HTTPException(404, "Unknown size: use small or large.")
         uri = await run_in_threadpool(self._uri, number)
-        make = partial(photo_jpeg, self._photos, uri, size)
+
+        def make() -> bytes:
+            return photo_jpeg(self._photos, uri, size)[0]
+
         picture = await run_in_threadpool(self._pictures.get, (uri, size), make)
         return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private"})
 

@@ -1,21 +1,11 @@
-"""The pictures of the page, made on demand: photos in two sizes, and attention maps."""
+"""Keeps the pictures of the page, which are made on demand."""
 
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
-import numpy as np
-from PIL import Image
+__all__ = ["PictureCache"]
 
-from captioner.output.attention import colour
-from captioner.output.images import OutputImages
-from captioner.review.rows import read_photo
-
-__all__ = ["SIZES", "PictureCache", "map_png", "photo_jpeg"]
-
-#: Pixels of a photo's longest side, by the name of the size.
-SIZES = {"small": 320, "large": 1280}
 _CACHE_BYTES = 128_000_000  # bytes
 _AT_ONCE = 4  # pictures: a photo takes up to 1 GB while it is decoded
 
@@ -46,22 +36,3 @@ class PictureCache:
                 _, oldest = self._pictures.popitem(last=False)
                 self._bytes -= len(oldest)
         return picture
-
-
-def photo_jpeg(photos: OutputImages, uri: str, size: str) -> bytes:
-    """Reads a photo as JPEG in one of the :data:`SIZES`.
-
-    Raises:
-        InputError: it cannot be read or decoded.
-    """
-    sink = io.BytesIO()
-    read_photo(photos, uri, SIZES[size]).save(sink, "JPEG", quality=85)
-    return sink.getvalue()
-
-
-def map_png(map_HW: np.ndarray) -> bytes:
-    """Encodes an attention map as a PNG with one pixel per value; the page enlarges it."""
-    sink = io.BytesIO()
-    picture: Image.Image = colour(map_HW)
-    picture.save(sink, "PNG")
-    return sink.getvalue()
