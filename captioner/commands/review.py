@@ -101,10 +101,11 @@ def gallery(output: str, target: str, count: int, order: typing.Any, seed: int) 
         from captioner import storage
         from captioner.review.gallery import make_gallery
 
-    target = storage.absolute(target)
-    storage.check_target(target)
+    place = storage.absolute(target)
+    storage.check_target(place)
     page = make_gallery(storage.absolute(output), count=count, order=order, seed=seed)
-    storage.write(target, page.encode())
+    storage.write(place, page.encode())
+    click.echo(printable(f"wrote {target}"))
 
 
 @click.command(cls=GroupedCommand, short_help="Draw where the model looked in an image.")
@@ -130,11 +131,12 @@ def show(output: str, uri: str, target: str) -> None:
         from captioner import storage
         from captioner.review import rows
 
-    output, target = storage.absolute(output), storage.absolute(target)
+    output, place = storage.absolute(output), storage.absolute(target)
     row = rows.find_row(output, uri)
-    rows.refuse_listed(output, target)
-    storage.write(target, rows.draw(output, row))
+    rows.refuse_listed(output, place)
+    storage.write(place, rows.draw(output, row))
     click.echo(printable(row.caption))
+    click.echo(printable(f"wrote {target}"))
 
 
 @click.command(cls=GroupedCommand, short_help="Caption the photos that come with scikit-image.")

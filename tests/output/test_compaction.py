@@ -342,7 +342,7 @@ def test_a_job_goes_on_with_a_compact_output(engine, model_directory, tmp_path, 
     result = _run("show", output, paths[11].name, "-o", tmp_path / "drawn.png")
     assert result.exit_code == 0, result.output
     [expected] = before.filter(pc.equal(before["uri"], str(paths[11])))["caption"].to_pylist()
-    assert result.output == f"{expected}\n"
+    assert result.output == f"{expected}\nwrote {tmp_path / 'drawn.png'}\n"
     assert "17 ok" in _run("report", output).output
 
     write_photos(photos / "more", 4, seed=1)

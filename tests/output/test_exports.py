@@ -240,7 +240,8 @@ def test_sidecars_stand_beside_the_images_without_a_destination(photos, model_di
     run = RunConfig(engine="local", max_error_rate=1)
     caption_images(str(mine), str(tmp_path / "out"), str(model_directory), run=run)
 
-    _export(str(tmp_path / "out"), None, "sidecar", extension="caption")
+    summary = _export(str(tmp_path / "out"), None, "sidecar", extension="caption")
+    assert summary.describe().startswith("beside the images: ")
 
     written = sorted(path.relative_to(mine).as_posix() for path in mine.rglob("*.caption"))
     assert written[0] == "a/photo-0000.caption"

@@ -194,7 +194,7 @@ def test_the_command_writes_the_page(output, tmp_path):
     target = tmp_path / "new" / "page.html"
     arguments = ["gallery", str(output), "-o", str(target), "--images", "2", "--order", "best"]
     result = CliRunner().invoke(main, arguments)
-    assert (result.exit_code, result.output) == (0, "")
+    assert (result.exit_code, result.output) == (0, f"wrote {target}\n")
     assert target.read_text() == make_gallery(str(output), count=2, order="best")
     for arguments, message in (
         (

@@ -69,7 +69,7 @@ def export(
             raise InputError(f"{destination} is a file: name a folder for --format {form}")
     rows = Rows(directory, where=config.where, columns=config.columns, reviewed=config.reviewed)
     ledger = Ledger(directory, destination or "")
-    summary = ExportSummary(destination or output)
+    summary = ExportSummary(destination or "beside the images")
     with progress_bar(rows.total, unit="image") as progress:
         job = ExportJob(
             rows,
