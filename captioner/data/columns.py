@@ -25,7 +25,9 @@ class Keep:
     """
 
     def __init__(self, names: str | None, prompt: str | None = None, id_column: str | None = None):
-        self._names = [name.strip() for name in (names or "").split(",") if name.strip()]
+        self._names = [] if names is None else [name.strip() for name in names.split(",")]
+        if not all(self._names):
+            raise InputError(f"--keep must be names separated by commas, not {names!r}")
         self._prompt, self._id = prompt, id_column
         self._needed = columns_of(prompt or "")
 

@@ -18,6 +18,7 @@ __all__ = ["CsvTable", "Row", "decode_text"]
 
 _IMAGE = re.compile(r"\S.*\.(?:jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif|hei[cf]|jp2|jxl)", re.I)
 _ENDING = re.compile(r"\.[A-Za-z]\w{1,4}$")
+_GZIP = b"\x1f\x8b"
 _NAMES = {",": "comma", "\t": "tab"}
 _REMEDY = 'a quote that belongs to the text is doubled (""), and its whole field is in quotes'
 
@@ -154,6 +155,8 @@ def decode_text(uri: str, data: bytes) -> str:
     Raises:
         InputError: it is not UTF-8, or has a zero byte; with the line.
     """
+    if data.startswith(_GZIP):
+        raise InputError(f"{uri} is compressed by gzip: add .gz to its name")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

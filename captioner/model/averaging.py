@@ -49,6 +49,7 @@ def average_models(
         OutputError: ``output`` has a model already, or cannot be written.
     """
     output = storage.absolute(output)
+    storage.check_target(storage.join(output, "config.json"))
     if not overwrite and "config.json" in storage.names(output):
         raise OutputError(f"{output} has a model already; add --overwrite to replace it")
     loaded = [bundle.load(storage.absolute(model)) for model in models]

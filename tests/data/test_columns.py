@@ -52,6 +52,7 @@ def test_columns_are_chosen_and_renamed(option, expected):
         ("id=score", r"the column id of list.csv would have the name score, .* of the output"),
         ("id=licence,licence", r"a column would be called licence twice; rename it, for example"),
         ("id=", r"a column would be without a name"),
+        ("id,", r"^--keep must be names separated by commas, not 'id,'$"),
     ],
 )
 def test_columns_that_cannot_be_kept_are_refused(option, message):

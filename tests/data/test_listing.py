@@ -227,6 +227,12 @@ def test_a_damaged_compressed_list_is_refused(tmp_path, data):
         _uris(tmp_path / "list.csv.gz")
 
 
+def test_a_compressed_list_without_the_ending_is_refused(tmp_path):
+    (tmp_path / "list.csv").write_bytes(gzip.compress(b"uri\na.jpg\n"))
+    with pytest.raises(InputError, match=r"list\.csv is compressed by gzip: add \.gz to its name"):
+        _uris(tmp_path / "list.csv")
+
+
 def test_a_long_table_names_files_with_line_breaks(tmp_path):
     names = [f"line\nbreak {number}.jpg" for number in range(100_000)]
     (tmp_path / "list.csv").write_bytes(_as_csv(names))

@@ -107,3 +107,7 @@ def test_a_forgotten_output_replaces_no_model(tmp_path: Path, vocabulary):
     message = f"captioner: {tmp_path}/1 has a model already; add --overwrite to replace it\n"
     assert refused.output == message
     assert (tmp_path / "1" / "model.safetensors").read_bytes() == before
+    (tmp_path / "file").touch()
+    refused = _average(tmp_path / "0", tmp_path / "file")
+    assert refused.exit_code == 2
+    assert refused.output.startswith("captioner: cannot write ")

@@ -220,16 +220,21 @@ def _fetch_hub(location: Location) -> Path:
 
 @contextlib.contextmanager
 def hub_errors(uri: str) -> Iterator[None]:
-    """Turns an error of the hub's client into one line that says what to do."""
+    """Turns an error of the hub's client into one line that says what to do.
+
+    The client's own lines, one for each retry, are not shown meanwhile.
+    """
     try:
         from huggingface_hub import constants, errors
-        from huggingface_hub.utils import httpx
+        from huggingface_hub.utils import httpx, logging
     except ImportError as error:
         raise BundleError(
             f"there is no directory {uri}; a model of the Hugging Face hub needs captioner[hf]: "
             "pip install 'captioner[hf]'"
         ) from error
     name, revision = split_revision(uri)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except errors.GatedRepoError as error:
@@ -261,6 +266,8 @@ def hub_errors(uri: str) -> Iterator[None]:
         if isinstance(error, BundleError):
             raise
         raise BundleError(f"cannot download the model {uri}: {one_line(error)[:200]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _fetch_bucket(location: Location) -> Path:
