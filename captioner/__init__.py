@@ -55,7 +55,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-#: The directory of the model that comes with captioner, trained on Flickr8k.
+#: The directory of the model that comes with captioner, trained on Flickr8k and everyday photos.
 BUNDLED_MODEL = str(Path(__file__).parent / "bundled" / "flickr8k")
 
 _PLACES = {

@@ -4,6 +4,7 @@ The first comes from the click commands, the second from the docstrings of the p
 fails if either is out of date.
 """
 
+import importlib
 import inspect
 import re
 import sys
@@ -21,6 +22,22 @@ from captioner.cli import main as cli
 from captioner.options import group_options
 
 REFERENCE = ROOT / "docs" / "reference"
+#: The types that public functions return, and the types of their attributes.
+_RESULTS = (
+    "captioner.caption.summary:Summary",
+    "captioner.caption.timing:Timing",
+    "captioner.caption.plan:Plan",
+    "captioner.data.dataset:Dataset",
+    "captioner.data.splits:Split",
+    "captioner.data.splits:CaptionedImage",
+    "captioner.evaluation.captions:Captioned",
+    "captioner.evaluation.evaluation:Evaluation",
+    "captioner.evaluation.metrics:Scores",
+    "captioner.training.journal:Epoch",
+    "captioner.model.base:Model",
+    "captioner.model.base:LoadedModel",
+    "captioner.model.base:Caption",
+)
 _NOTE = "<!-- Written by docs/make_reference.py; do not edit. -->"
 
 
@@ -95,6 +112,14 @@ def python() -> str:
         signature = _signature(name, value)
         lines += ["", f"## `{name}`", "", "```python", signature, "```", ""]
         lines += _sections(inspect.getdoc(value) or "")
+    lines += [
+        "",
+        "## Results",
+        "",
+        "The types that the functions return, and the types of their attributes.",
+    ]
+    for place in _RESULTS:
+        lines += ["", *_result(place)]
     lines += ["", "## Settings, errors and constants", "", "| name | |", "|---|---|"]
     for name in others:
         value = _value(name)
@@ -107,6 +132,38 @@ def python() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _result(place: str) -> Iterator[str]:
+    """The attributes, properties and methods of a type."""
+    module, name = place.split(":")
+    kind = getattr(importlib.import_module(module), name)
+    yield f"### `{name}`"
+    yield ""
+    yield from _sections(inspect.getdoc(kind) or "")
+    members = {key: member for key, member in vars(kind).items() if not key.startswith("_")}
+    properties = {key: each for key, each in members.items() if isinstance(each, property)}
+    methods = {key: each for key, each in members.items() if inspect.isfunction(each)}
+    if properties and "Attributes:" not in (kind.__doc__ or ""):
+        yield ""
+        yield "**Attributes**"
+        yield ""
+    for key, member in properties.items():
+        text = _first(member)
+        yield f"- `{key}`: {text[:1].lower()}{text[1:]}"
+    if methods:
+        yield ""
+        yield "**Methods**"
+        yield ""
+    for key, method in methods.items():
+        parameters = [each for each in inspect.signature(method).parameters if each != "self"]
+        yield f"- `{key}({', '.join(parameters)})`: {_first(method)}"
+
+
+def _first(member: Any) -> str:
+    """The first paragraph of a member's docstring, on one line."""
+    first = (inspect.getdoc(member) or "").split("\n\n")[0].replace("\n", " ")
+    return _plain(first)
+
+
 def _value(name: str) -> Any:
     return getattr(captioner, name)
 
@@ -115,7 +172,10 @@ def _summary(name: str, value: Any) -> str:
     if name == "PRESETS":
         return "The presets of `captioner train`: `small` and `notebook`."
     if name == "BUNDLED_MODEL":
-        return "The directory of the model that comes with captioner, trained on Flickr8k."
+        return (
+            "The directory of the model that comes with captioner, trained on Flickr8k and "
+            "everyday photos."
+        )
     return _plain((inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " "))
 
 

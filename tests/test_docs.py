@@ -37,6 +37,16 @@ def test_the_reference_is_current(name: str):
     assert written == made, "run python docs/make_reference.py"
 
 
+def test_the_python_reference_refers_only_to_what_it_describes():
+    text = (ROOT / "docs" / "reference" / "python.md").read_text()
+    described = re.findall(r"^#+ `(\w+)`|^\| `(\w+)` \|", text, re.MULTILINE)
+    names = {name for names in described for name in names}
+    assert {"Summary", "Plan", "Dataset", "Captioned", "Evaluation", "RunConfig"} <= names
+    assert set(re.findall(r"\bsee `(\w+)`", text)) <= names
+    returned = set(re.findall(r"^\) -> (?:list\[)?(\w+)", text, re.MULTILINE))
+    assert returned - {"ndarray"} <= names
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_to_files_and_headings(page: Path):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)

@@ -93,8 +93,9 @@ def caption_images(
     """Captions the images of a source into an output directory; resumes where a run ended.
 
     Args:
-        source: a directory, or a file of URIs: see :func:`captioner.data.listing.list_source`.
-        output: see :class:`captioner.output.directory.OutputDirectory`.
+        source: a folder of images, tar files or Parquet files; one such file; or a list of URIs
+            (``.txt``, ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``). Local or in a bucket.
+        output: the directory for the Parquet files, local or in a bucket.
         model: a model's directory, or ``owner/name[@revision]`` on a model hub.
         decode: what decides the captions; a resumed job needs the same.
         run: how the job runs.

@@ -177,7 +177,7 @@ class Dataset:
         return text
 
     def listed(self, uri: str, *, allow_missing: bool = False) -> list[CaptionedImage]:
-        """The images that a file names, a line each: see :func:`named_images`."""
+        """The images that a file names, one name a line."""
         return named_images(uri, self.images, allow_missing=allow_missing)
 
 

@@ -20,7 +20,12 @@ __all__ = ["Evaluation", "evaluate"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Captions and their scores, as a table, JSON or Parquet."""
+    """Captions and their scores, as a table, JSON or Parquet.
+
+    Attributes:
+        captioned: the captions that are scored, with their images.
+        scores: the scores of all captions together and of each caption.
+    """
 
     captioned: Captioned
     scores: Scores
@@ -77,10 +82,21 @@ class Evaluation:
 
 
 def evaluate(captioned: Captioned, *, tokenizer: str = "auto", spice: bool = False) -> Evaluation:
-    """Scores captions; see :func:`captioner.evaluation.metrics.score`.
+    """Scores captions with BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
+
+    CIDEr weighs words by the number of images that have them in their references. Scores of
+    different sets of images therefore do not compare, and the CIDEr of a single image is 0.
+
+    Args:
+        captioned: captions and their references.
+        tokenizer: ``ptb``, which needs Java; ``simple``, which leaves out METEOR and SPICE; or
+            ``auto``: ``ptb`` if Java runs, else ``simple``.
+        spice: compute SPICE, which is slow and downloads its models at its first use.
 
     Raises:
-        InputError: there is nothing to score, or as :func:`captioner.evaluation.metrics.score`.
+        InputError: there is nothing to score, an image has no reference, no reference has a word,
+            pycocoevalcap is not installed, or ``ptb`` is chosen and Java does not run.
+        CaptionerError: PTBTokenizer failed.
     """
     if not captioned.images:
         raise InputError("no image has both a caption and references")

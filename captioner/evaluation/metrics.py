@@ -35,12 +35,12 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of captions, by the keys of :data:`NAMES`.
+    """Scores of captions by metric, for example ``bleu_4``, ``meteor`` or ``cider``.
 
     Attributes:
         corpus: the score of all captions together; between 0 and 1, CIDEr between 0 and 10.
         images: the score of each caption, in the captions' order.
-        tokenizer: what split the captions.
+        tokenizer: the tokenizer that split the captions into words.
         left_out: the metrics that could not be computed, with the reason.
     """
 

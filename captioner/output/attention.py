@@ -47,11 +47,11 @@ def decode(
     grid: tuple[int, int] | int | None = None,
     levels: int = 127,
 ) -> np.ndarray:
-    """The maps that :func:`encode` stored, as float32 ``(T, H, W)``.
+    """Decodes the maps of a row's column ``attention``, as float32 ``(T, H, W)``.
 
     Args:
-        data: ``T·H·W`` bytes.
-        peaks: the ``T`` largest values.
+        data: the row's ``attention``, ``T·H·W`` bytes.
+        peaks: the row's ``attention_peak``: the largest value of each of the ``T`` maps.
         grid: height and width of a map, or one number for a square. Maps are square by default.
         levels: ``captioner.attention.levels`` of the file's schema metadata.
 

@@ -48,15 +48,25 @@ class StepValidation:
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch's figures.
+    """The figures of an epoch.
 
-    ``train_loss`` and ``validation_loss`` are nats a word; a self-critical epoch has
-    ``train_cider``, the mean of its samples, in place of the first. CIDEr is as pycocoevalcap
-    computes it, times 100. ``samples`` are the captions of the first validation images, empty for
-    one that could not be read. Of several data sets, ``validation_loss`` and ``validation_cider``
-    are means by the weights of the data sets, and ``validation_by_data`` has the ``loss`` and the
-    ``cider`` of each. ``step`` counts the steps of the whole run at the end of the epoch, and
-    ``validations`` are those within it.
+    CIDEr is as pycocoevalcap computes it, times 100.
+
+    Attributes:
+        epoch: the number of the epoch.
+        train_loss: mean loss on the images to train on, in nats a word; None for a self-critical
+            epoch.
+        train_cider: mean CIDEr of a self-critical epoch's samples; None for other epochs.
+        validation_loss: mean loss on the validation images, in nats a word; with several data sets,
+            the mean by their weights.
+        validation_cider: CIDEr of the captions of the validation images; with several data sets,
+            the mean by their weights.
+        seconds: how long the epoch took.
+        images_per_second: the speed of training.
+        samples: captions of the first validation images; empty for an image that cannot be read.
+        validation_by_data: ``loss`` and ``cider`` of each data set, if there are several.
+        step: steps of the whole run at the end of the epoch.
+        validations: the validations within the epoch.
     """
 
     epoch: int

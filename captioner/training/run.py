@@ -50,8 +50,8 @@ def train(
 ) -> list[Epoch]:
     """Trains a model and writes the one with the highest validation CIDEr as a bundle.
 
-    Beside the bundle stand the last epoch's in ``last/``, and the files of
-    :mod:`captioner.training.journal`. Both bundles list the images that they have seen, those of
+    ``last/`` in the output holds the bundle of the last epoch, and ``training.json`` the figures of
+    each epoch. Both bundles list the images that they have seen, those of
     ``initial_model`` included. The same call resumes a run that was stopped. It may then have more
     epochs, another learning rate and schedule, and, before the first self-critical epoch, other
     settings of self-critical training.
@@ -64,7 +64,8 @@ def train(
             decide the size of its vocabulary.
         config: how to train.
         launch: where to train.
-        encoder_weights: see :func:`captioner.model.build.build_model`.
+        encoder_weights: a file of the encoder's published weights, local or in a bucket; None
+            downloads timm's weights.
         initial_model: a bundle with the weights and the vocabulary to start from.
         overwrite: replace a model in ``output``.
 
