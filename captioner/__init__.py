@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from captioner.data.dataset import read_dataset
+    from captioner.data.images import prepare_image
     from captioner.errors import CaptionerError
     from captioner.evaluation.captions import caption_dataset, join_output
     from captioner.evaluation.evaluation import evaluate
@@ -49,6 +50,7 @@ __all__ = [
     "join_output",
     "load_model",
     "plan_captioning",
+    "prepare_image",
     "read_dataset",
     "train",
 ]
@@ -67,6 +69,7 @@ _PLACES = {
     "join_output": "captioner.evaluation.captions:join_output",
     "load_model": "captioner.model.loading:load_model",
     "plan_captioning": "captioner.caption.job:plan_captioning",
+    "prepare_image": "captioner.data.images:prepare_image",
     "read_dataset": "captioner.data.dataset:read_dataset",
     "train": "captioner.training.run:train",
     **{

@@ -1,6 +1,7 @@
 """The public names of the package."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import captioner
 from conftest import write_photos
@@ -51,6 +53,21 @@ def test_functions_stay_functions_after_their_rooms_are_imported():
         "assert callable(captioner.train) and callable(captioner.evaluate)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_how_to_captions_images_in_memory(tmp_path: Path, monkeypatch, capsys):
+    first, second = write_photos(tmp_path, 2)
+    first.rename(tmp_path / "first.jpg")
+    second.rename(tmp_path / "second.jpg")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "how-to" / "caption-in-python.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    exec(code, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("map of '")
+    with Image.open("first.jpg") as photo, Image.open("map.png") as drawn:
+        assert drawn.size == photo.size
 
 
 def test_captions_and_their_maps_by_the_public_names(tmp_path: Path, model_directory: Path):

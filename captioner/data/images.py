@@ -7,18 +7,20 @@ each format is read stands in :mod:`captioner.data.formats`.
 """
 
 import contextlib
+import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from captioner.data.formats.limits import OverLimitError, admit
 from captioner.data.formats.opening import UnknownFormatError, open_picture
 from captioner.data.formats.pictures import Picture
 from captioner.data.preparation import Preparation
+from captioner.errors import InputError
 from captioner.schema import Status
 
-__all__ = ["PREPROCESSING_VERSION", "DecodedImage", "decode"]
+__all__ = ["PREPROCESSING_VERSION", "DecodedImage", "decode", "prepare_image"]
 
 #: Counts up when the same bytes would give other pixels: part of a job's fingerprint.
 PREPROCESSING_VERSION = 3
@@ -31,6 +33,7 @@ _REDUCING_GAP = 3.0
 # and rounds up.
 _AVERAGING_GAP = 6.0
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_LOSSLESS_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # that PNG has
 _STRIP = 1 << 20  # pixels that are converted at a time
 
 
@@ -73,6 +76,37 @@ def decode(
         preparation = Preparation(size=preparation)
     with contextlib.ExitStack() as alone:
         return _decoded(data, preparation, max_pixels, alone)
+
+
+def prepare_image(image: Image.Image | np.ndarray, preparation: Preparation) -> np.ndarray:
+    """Prepares an image in memory for a model, as a caption job prepares an image file.
+
+    Args:
+        image: a Pillow image, which is turned upright; or uint8 pixels ``(height, width, 3)``.
+        preparation: the ``preparation`` of the model that :func:`captioner.load_model` finds.
+
+    Returns:
+        uint8 RGB pixels ``(height, width, 3)`` in the model's size.
+
+    Raises:
+        InputError: the pixels have another type or shape, or the image cannot be decoded.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(
+                f"an array of {image.dtype} {image.shape} is not an image: use uint8 "
+                "(height, width, 3)"
+            )
+        image = Image.fromarray(image)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode not in _LOSSLESS_MODES:
+        upright = upright.convert("RGB")
+    file = io.BytesIO()
+    upright.save(file, "PNG", compress_level=1)
+    decoded = decode(file.getvalue(), preparation)
+    if decoded.pixels_HW3 is None:
+        raise InputError(f"the image cannot be prepared: {decoded.error}")
+    return decoded.pixels_HW3
 
 
 def _decoded(

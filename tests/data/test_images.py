@@ -19,6 +19,7 @@ from captioner.data import images
 from captioner.data.formats import jpeg, limits, pictures
 from captioner.data.images import DecodedImage
 from captioner.data.preparation import Preparation
+from captioner.errors import InputError
 
 SIZE = 16
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -969,3 +970,34 @@ with ThreadPoolExecutor(8) as pool:
         check=False,
     )
     assert ran.stdout.split() == ["None"] * 4 * len(files), ran.stderr
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+def test_an_image_in_memory_is_prepared_as_its_file_is(mode: str):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    expected = images.decode(file.getvalue(), 16).pixels_HW3
+    np.testing.assert_array_equal(images.prepare_image(image, Preparation(size=16)), expected)
+
+
+def test_an_image_in_memory_is_turned_upright():
+    image = Image.new("RGB", (40, 20))
+    image.getexif()[0x0112] = 6
+    prepared = images.prepare_image(image, Preparation(max_side=20, enlarge=False))
+    assert prepared.shape == (20, 10, 3)
+
+
+def test_a_cmyk_image_and_an_array_are_prepared():
+    red = np.full((4, 6, 3), (255, 0, 0), np.uint8)
+    for image in (red, Image.fromarray(red).convert("CMYK")):
+        prepared = images.prepare_image(image, Preparation(size=2))
+        assert prepared.dtype == np.uint8
+        assert prepared.tolist() == [[[255, 0, 0]] * 2] * 2
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((4, 6, 3)), np.zeros((4, 6), np.uint8)])
+def test_an_array_that_is_no_image_is_refused(pixels: np.ndarray):
+    with pytest.raises(InputError, match=r"use uint8 \(height, width, 3\)"):
+        images.prepare_image(pixels, Preparation(size=2))
