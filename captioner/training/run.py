@@ -50,7 +50,7 @@ def train(
 ) -> list[Epoch]:
     """Trains a model and writes the one with the highest validation CIDEr as a bundle.
 
-    ``last/`` in the output holds the bundle of the last epoch, and ``training.json`` the figures of
+    ``last/`` in the output holds the bundle of the last epoch, and ``metrics.jsonl`` the figures of
     each epoch. Both bundles list the images that they have seen, those of
     ``initial_model`` included. The same call resumes a run that was stopped. It may then have more
     epochs, another learning rate and schedule, and, before the first self-critical epoch, other
