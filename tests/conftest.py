@@ -23,9 +23,9 @@ from captioner.model.vocabulary import Vocabulary
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves the thorough tests out where nobody asks for them; slow ones come first.
 
-    So at the end no process of pytest waits for a long test of another one.
+    So at the end no process of pytest waits for a long test of another one. The longest start Ray.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "ray" not in item.nodeid))
     if "CAPTIONER_TEST_THOROUGH" not in os.environ:
         skipped = pytest.mark.skip(reason="thorough: .ci/run thorough runs it")
         for item in items:

@@ -48,7 +48,8 @@ def check_columns(template: str | None, columns: Sequence[str]) -> None:
     """
     missing = [name for name in columns_of(template or "") if name not in columns]
     if missing:
+        known = f"its columns are {first_of(columns, _SHOWN)}" if columns else "it has no columns"
         raise InputError(
-            f"--prompt {template!r}: the source has no column {missing[0]!r}; its columns are "
-            f"{first_of(columns, _SHOWN) or 'none'}; write {{{{ and }}}} for braces"
+            f"--prompt {template!r}: the source has no column {missing[0]!r}; {known}; write "
+            "{{ and }} for braces"
         )

@@ -196,7 +196,7 @@ def test_an_image_that_loses_the_device_is_set_aside_after_some_runs(
     arguments = str(tmp_path / "photos"), str(tmp_path / "out"), str(model_directory)
     run = RunConfig(engine="local", device="cpu", max_error_rate=1)
     for _ in range(3):
-        with pytest.raises(DeviceError, match=r" is lost: CUDA error: device-side ass"):
+        with pytest.raises(DeviceError, match=r" stopped working: CUDA error: device-side ass"):
             caption_images(*arguments, run=run)
     assert caption_images(*arguments, run=run).rows == {"ok": 4, "failed": 1}
 

@@ -41,7 +41,7 @@ def _rows(output: Path) -> int:
     return sum(pq.read_metadata(part).num_rows for part in output.glob("part-*"))
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.thorough)])
 def test_a_job_whose_first_images_all_fail_alike_stops_and_writes_no_row(
     engine, tmp_path, model_directory, request
 ):

@@ -270,6 +270,7 @@ def test_large_files_and_images_are_rejected_and_vanished_ones_unreadable(
         assert row["bytes"] == Path(row["uri"]).stat().st_size
 
 
+@pytest.mark.thorough
 def test_a_device_that_an_actor_lacks_is_one_line(photos, model_directory, tmp_path, local_ray):
     command = ["caption", str(photos), str(tmp_path / "out"), "--model", str(model_directory)]
     result = CliRunner().invoke(main, [*command, "--engine", "ray", "--device", "mps"])

@@ -244,7 +244,7 @@ def _kill_workers(
 def test_random_kills_lose_nothing_and_write_nothing_twice(model_directory, tmp_path):
     """A handful; CAPTIONER_TEST_KILLS in the environment sets another number."""
     kills = int(os.environ.get("CAPTIONER_TEST_KILLS", "3"))
-    on_ray = {"driver": max(1, kills // 10), "actor": max(1, kills // 5)}
+    on_ray = {"driver": kills // 10, "actor": max(1, kills // 5)}
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # with which a failure's moments can be drawn again
     generator = random.Random(seed)
@@ -409,9 +409,8 @@ def test_a_stopped_job_says_how_to_resume_and_leaves_no_process(
     assert _check(output, photos) == {"ok": count}
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_job_that_is_stopped_while_ray_starts_leaves_no_process(
     number, model_directory, tmp_path
 ):

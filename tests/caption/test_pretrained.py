@@ -87,10 +87,11 @@ def test_a_prompt_that_names_no_column_of_the_source_is_refused(
 ) -> None:
     decode = DecodeConfig(prompt="see {titel}")
     (tmp_path / "list.csv").write_text("url,title\nphotos/photo-0000.jpg,a car\n")
-    for source, known in ((photos, "no columns"), (tmp_path / "list.csv", "url, title")):
-        with pytest.raises(
-            InputError, match=f"the source has no column 'titel'; its columns are {known};"
-        ):
+    for source, known in (
+        (photos, "it has no columns"),
+        (tmp_path / "list.csv", "its columns are url, title"),
+    ):
+        with pytest.raises(InputError, match=f"the source has no column 'titel'; {known};"):
             caption_images(str(source), f"{tmp_path}/out", blip, decode=decode, run=RUN)
 
 

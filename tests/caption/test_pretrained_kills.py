@@ -29,9 +29,8 @@ def _rows(output: Path) -> list[dict[str, Any]]:
     return sorted(rows.to_pylist(), key=lambda row: row["uri"])
 
 
-@pytest.mark.parametrize(
-    ("engine", "runs"), [("local", 5), pytest.param("ray", 1, marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("engine", "runs"), [("local", 5), ("ray", 1)])
 def test_an_image_that_kills_a_pretrained_model_is_set_aside(
     engine: str, runs: int, directory_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_family_of_encoders_trains_tunes_and_captions(
         np.testing.assert_allclose(maps.sum((1, 2)), 1, atol=0.05)
 
 
+@pytest.mark.thorough
 def test_a_vision_transformer_captions_alike_with_both_engines(
     data: Path, tmp_path: Path, vocabulary, local_ray
 ):
