@@ -157,7 +157,10 @@ class _Loop:
     ) -> None:
         """Logs a step; validates after it where that is due."""
         progress.update(images)
-        progress.set_postfix(value=f"{figures.value:.3f}")
+        if epoch > self._job.config.epochs:  # self-critical
+            progress.set_postfix(CIDEr=f"{100 * figures.value:.1f}")
+        else:
+            progress.set_postfix(loss=f"{figures.value:.3f}")
         self._loggers.log_step(figures.step, vars(figures))
         every = self._job.config.validate_every
         # After the last step of an epoch it is validated in any case.
