@@ -92,7 +92,7 @@ class Cluster:
         before = self._joined()
         options = [f"--address={self.address}", "--num-cpus=2"]
         node = self._start(*options, f"--dashboard-agent-listen-port={agent}")
-        wait_until(lambda: self._joined() > before)
+        wait_until(lambda: self._joined() - before)
         return node
 
     def _ask(self, path: str) -> Any:
@@ -103,10 +103,11 @@ class Cluster:
         except OSError:
             return None
 
-    def _joined(self) -> int:
-        """The number of nodes that are alive."""
+    def _joined(self) -> set[str]:
+        """The ids of the nodes that are alive; a killed one is among them until Ray notices."""
         nodes = (self._ask("/nodes?view=summary") or {"data": {"summary": []}})["data"]["summary"]
-        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+        raylets = (node["raylet"] for node in nodes)
+        return {each["nodeId"] for each in raylets if each.get("state") == "ALIVE"}
 
     def submit(self, submission: str, script: str, *arguments: str) -> subprocess.Popen[str]:
         """`ray job submit` of a script in jobs/, from the checkout."""
