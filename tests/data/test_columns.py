@@ -131,7 +131,11 @@ def test_values_that_parquet_cannot_store_are_refused(tmp_path, column, message)
 
 def test_views_of_strings_become_strings(tmp_path):
     names = pa.array(["a", "b"], pa.string_view())
-    pq.write_table(pa.table({"url": ["a.jpg", "b.jpg"], "x": names}), tmp_path / "list.parquet")
+    table = pa.table({"url": ["a.jpg", "b.jpg"], "x": names})
+    try:
+        pq.write_table(table, tmp_path / "list.parquet")
+    except pa.ArrowNotImplementedError as error:
+        pytest.skip(f"pyarrow {pa.__version__}: {error}")
     assert _kept(tmp_path / "list.parquet", "x")["x"].to_pylist() == ["a", "b"]
 
 
