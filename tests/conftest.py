@@ -3,10 +3,12 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -98,6 +100,15 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("the Flickr8k photos are not here")
     return path
+
+
+@contextmanager
+def skips_what_pyarrow_cannot_write() -> Iterator[None]:
+    """Skips a test whose file needs a newer pyarrow than this one."""
+    try:
+        yield
+    except (TypeError, pa.ArrowNotImplementedError) as error:
+        pytest.skip(f"pyarrow {pa.__version__}: {error}")
 
 
 def tiny_model(seed: int = 0, **changes: object) -> CaptionModel:

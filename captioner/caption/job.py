@@ -18,13 +18,14 @@ from captioner.caption.local import run_local
 from captioner.caption.outcome import Outcome, check_error_rate
 from captioner.caption.plan import OnRay, Placement, Plan, make_plan, placed
 from captioner.caption.ray import run_on_ray
-from captioner.caption.steps import Results, ShardResult
+from captioner.caption.steps import CaptionJob, Results, ShardResult
 from captioner.caption.summary import Done, Summary
 from captioner.config import DecodeConfig, ListingConfig, RunConfig
 from captioner.errors import (
     StoppedError,
 )
-from captioner.output.audit import remaining_shards, shards_to_retry
+from captioner.model.base import Model
+from captioner.output.audit import count_finished, remaining_shards, shards_to_retry
 from captioner.output.compaction import isolate_shards
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import (
@@ -186,10 +187,11 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
             )
         return
     _logger.info(plan.describe())
-    failures, bad = EarlyFailures(inputs.job(plan)), 0
+    job = inputs.job(plan)
+    failures, bad = EarlyFailures(job), 0
     already = plan.images - plan.remaining
     bar = progress_bar(plan.images, unit="image", initial=already, description="captioning")
-    with bar as progress, closing(_engine(plan, inputs, progress)) as running:
+    with bar as progress, closing(_engine(plan, job, inputs.model, progress)) as running:
         for result in running:
             if bad := bad + sum(result.rows.values()) - result.rows["ok"]:
                 progress.set_postfix(bad=bad)
@@ -198,13 +200,13 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
         yield from failures.release()
 
 
-def _engine(plan: Plan, inputs: Inputs, progress: Progress) -> Results:
+def _engine(plan: Plan, job: CaptionJob, model: Model, progress: Progress) -> Results:
     """Captions the plan's shards where it says; counts images on the progress bar."""
-    job, shards, placement = inputs.job(plan), list(plan.shards), plan.placement
+    shards, placement = list(plan.shards), plan.placement
     if not isinstance(placement, OnRay):
-        yield from run_local(job, inputs.model, shards, progress.update)
+        yield from run_local(job, model, shards, progress.update)
         return
-    engine = run_on_ray(job, inputs.model, shards, placement.ray, placement.pool)
+    engine = run_on_ray(job, model, shards, placement.ray, placement.pool)
     with closing(engine) as running:
         for result in running:
             progress.update(sum(result.rows.values()))
@@ -217,7 +219,7 @@ def _stopped(directory: OutputDirectory | None, number: int) -> StoppedError:
     with suppress(Exception):  # a further error must not hide the signal
         if directory is not None:
             manifest = read_manifest(directory)
-            done = len(manifest) - sum(map(len, remaining_shards(directory, manifest)))
+            done = count_finished(directory, manifest)
     if not len(manifest):
         return StoppedError(f"stopped by {name} before the first image; {again}", number)
     return StoppedError(

@@ -17,7 +17,7 @@ from captioner.errors import (
     IncompleteError,
     counted,
 )
-from captioner.output.audit import audit, remaining_shards
+from captioner.output.audit import audit, count_finished
 from captioner.output.directory import OutputDirectory
 from captioner.output.manifest import read_manifest
 from captioner.output.rows import read_rows
@@ -49,8 +49,7 @@ class Outcome:
             first = ", ".join(accounts.missing_names[:_SHOWN])
             raise IncompleteError(
                 f"{counted(len(accounts.missing), 'image')} without a row; run the same command "
-                "again. "
-                f"Missing: {first}"
+                f"again. Missing: {first}"
             )
         self._crash_log.delete()
         return summary
@@ -59,21 +58,16 @@ class Outcome:
         """After an error or a signal, which leaves no time to read the parts."""
         self._directory.delete_leftovers()
         orderly = isinstance(problem, (CaptionerError, KeyboardInterrupt))
-        if orderly and not isinstance(
-            problem, DeviceError
-        ):  # its crash log names the image at fault
+        # After a lost device the crash log names the image at fault.
+        if orderly and not isinstance(problem, DeviceError):
             self._crash_log.clear_after_orderly_end()
         if signals.received is not None or isinstance(problem, KeyboardInterrupt):
-            self._write(done, {}, missing=self._images - self._finished(), error="stopped")
+            finished = count_finished(self._directory, read_manifest(self._directory))
+            self._write(done, {}, missing=self._images - finished, error="stopped")
             return
         accounts = audit(self._directory)
         error = str(problem) or type(problem).__name__
         self._write(done, accounts.rows, missing=len(accounts.missing), error=error)
-
-    def _finished(self) -> int:
-        manifest = read_manifest(self._directory)
-        left = sum(map(len, remaining_shards(self._directory, manifest)))
-        return len(manifest) - left
 
     def _write(
         self, done: Done, rows: dict[str, int], *, missing: int, error: str | None = None

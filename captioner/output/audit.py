@@ -18,7 +18,7 @@ from captioner.output.manifest import Shard, by_shard, parts_with_images, read_m
 from captioner.output.parts import Part, read_part
 from captioner.schema import STATUSES
 
-__all__ = ["Audit", "audit", "remaining_shards", "shards_to_retry"]
+__all__ = ["Audit", "audit", "count_finished", "remaining_shards", "shards_to_retry"]
 
 _READERS = 16  # threads that read parts: mostly waiting, for a bucket
 _READ_AHEAD = 65_536  # rows of parts in memory, unless a part has more
@@ -71,6 +71,11 @@ def remaining_shards(
     for number, table in by_shard(manifest):
         if number not in done:
             yield Shard(number, table.drop_columns(["shard", "row"]))
+
+
+def count_finished(directory: OutputDirectory, manifest: pa.Table) -> int:
+    """The number of images in shards that have a part; reads no part."""
+    return len(manifest) - sum(map(len, remaining_shards(directory, manifest)))
 
 
 def shards_to_retry(directory: OutputDirectory, manifest: pa.Table) -> Iterator[Shard]:

@@ -29,6 +29,17 @@ FORMATS: dict[str, Callable[[ExportJob], None]] = {
     "hf": imagefolder.write,
 }
 
+_FOLDERS = ("sidecar", "webdataset", "hf")  # formats of many files
+
+# Settings that some formats do not use.
+_FORMATS_OF: dict[str, tuple[Format, ...]] = {
+    "columns": ("jsonl", "csv", "webdataset", "hf"),
+    "id": ("coco",),
+    "extension": ("sidecar",),
+    "root": ("sidecar",),
+    "shard_images": ("webdataset",),
+}
+
 
 def export(
     output: str,
@@ -97,18 +108,6 @@ def export(
             "jsonl, or rename the images"
         )
     return summary
-
-
-_FOLDERS = ("sidecar", "webdataset", "hf")  # formats of many files
-
-#: Settings that some formats do not use.
-_FORMATS_OF: dict[str, tuple[Format, ...]] = {
-    "columns": ("jsonl", "csv", "webdataset", "hf"),
-    "id": ("coco",),
-    "extension": ("sidecar",),
-    "root": ("sidecar",),
-    "shard_images": ("webdataset",),
-}
 
 
 def _refuse_other_formats(form: Format, config: ExportConfig) -> None:

@@ -6,7 +6,6 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ from captioner.data.parquet import cells, chunks
 from captioner.data.parquet.shared import SharedCache
 from captioner.data.reading import groups, is_in_container, read_images
 from captioner.errors import StorageError
+from conftest import skips_what_pyarrow_cannot_write
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 LIMIT = 1_000_000
@@ -57,19 +57,11 @@ def _blobs(count: int, most: int = 3000) -> list[bytes]:
     return blobs
 
 
-@contextmanager
-def _skips_what_pyarrow_cannot_write() -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, pa.ArrowNotImplementedError) as error:
-        pytest.skip(f"pyarrow {pa.__version__}: {error}")
-
-
 def _write(path: object, blobs: list[bytes | None], **options: object) -> str:
     cells_of = pa.array([{"bytes": blob, "path": None} for blob in blobs], IMAGE)
     table = pa.table({"id": list(range(len(blobs))), "image": cells_of})
     sink = pa.BufferOutputStream()
-    with _skips_what_pyarrow_cannot_write():
+    with skips_what_pyarrow_cannot_write():
         pq.write_table(table, sink, **options)
     storage.write(str(path), sink.getvalue().to_pybytes())
     return str(path)
@@ -99,7 +91,7 @@ def test_every_way_to_write_is_read(way, place):
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
 def test_a_binary_column_is_read(kind, tmp_path):
     blobs = [*_blobs(20), None]
-    with _skips_what_pyarrow_cannot_write():
+    with skips_what_pyarrow_cannot_write():
         pq.write_table(pa.table({"jpg": pa.array(blobs, kind)}), tmp_path / "a.parquet")
     *read, nothing = _read(_list(tmp_path / "a.parquet"))
     assert read == blobs[:-1]
