@@ -201,7 +201,7 @@ def _results(plan: Plan, inputs: Inputs, signals: Signals) -> Iterator[ShardResu
 
 
 def _engine(plan: Plan, job: CaptionJob, model: Model, progress: Progress) -> Results:
-    """Captions the plan's shards where it says; counts images on the progress bar."""
+    """Captions the plan's shards, in this process or on Ray; counts images on the bar."""
     shards, placement = list(plan.shards), plan.placement
     if not isinstance(placement, OnRay):
         yield from run_local(job, model, shards, progress.update)

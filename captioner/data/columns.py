@@ -135,7 +135,7 @@ def with_kept(listing: pa.Table, kept: pa.Table) -> pa.Table:
 
 
 def without_views(table: pa.Table) -> pa.Table:
-    """A table without Arrow's views of strings, of which Arrow itself cannot take rows."""
+    """A table with strings in place of string views, which Arrow's ``take`` does not support."""
     fields = [each.with_type(_plain(each.type)) for each in table.schema]
     plain = pa.schema(fields, table.schema.metadata)
     return table if plain.equals(table.schema) else table.cast(plain)

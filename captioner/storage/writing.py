@@ -110,7 +110,7 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
 
 
 def _shortened(name: str) -> str:
-    """The begin of a file's name that leaves room for the rest of a temporary file's name."""
+    """The start of a file's name, short enough for what a temporary file's name adds."""
     return os.fsdecode(os.fsencode(name)[:_LONGEST_NAME])
 
 
