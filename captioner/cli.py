@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -81,7 +81,12 @@ class _Commands(click.Group):
             from captioner import storage
 
             arguments = [storage.from_operating_system(argument) for argument in arguments]
-        return super().parse_args(context, arguments)
+        if not arguments:
+            return super().parse_args(context, arguments)  # prints the help
+        try:
+            return super().parse_args(context, arguments)
+        except click.UsageError as error:
+            _exit_with_usage(context, error)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -89,11 +94,26 @@ class _Commands(click.Group):
         except CaptionerError as error:
             if context.params.get("debug"):
                 raise
-            click.echo(f"captioner: {printable(without_signatures(str(error)))}", err=True)
+            click.echo(_line_of(str(error)), err=True)
             context.exit(error.exit_code)
+        except click.UsageError as error:
+            _exit_with_usage(context, error)
         except KeyboardInterrupt:
             click.echo(INTERRUPTED, err=True)
             context.exit(130)
+
+
+def _line_of(message: str) -> str:
+    return f"captioner: {printable(without_signatures(message))}"
+
+
+def _exit_with_usage(context: click.Context, error: click.UsageError) -> NoReturn:
+    """Prints an error in the arguments as one line; click's own are three."""
+    message = error.format_message()
+    end = "" if message.endswith((".", "?")) else "."
+    command = (error.ctx or context).command_path
+    click.echo(_line_of(f"{message}{end} See {command} --help."), err=True)
+    context.exit(error.exit_code)
 
 
 def _silence_libraries() -> None:

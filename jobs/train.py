@@ -11,4 +11,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from captioner.cli import main
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]], prog_name="jobs")
+    main(["train", *sys.argv[1:]], prog_name="captioner")

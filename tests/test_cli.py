@@ -16,7 +16,7 @@ from conftest import write_photos
 
 
 def _run(*arguments: object):
-    return CliRunner().invoke(main, [str(each) for each in arguments])
+    return CliRunner().invoke(main, [str(each) for each in arguments], prog_name="captioner")
 
 
 COMMANDS = sorted(main.commands)
@@ -308,6 +308,24 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path: Path, model_directory: 
         assert result.exit_code == 2, (message, result.output)
         assert message in result.output
         assert len(result.output.splitlines()) == 1, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--no-such"], "See captioner --help."),
+        (["capt\nion"], r"No such command 'capt\nion'."),
+        (["caption"], "Missing argument 'SOURCE'. See captioner caption --help."),
+        (["caption", "a", "b", "c"], "extra argument (c). See captioner caption --help."),
+        (["caption", "a", "b", "--batch-size", "1e9"], "'1e9' is not a valid integer. See"),
+    ],
+)
+def test_unusable_arguments_get_one_line_that_names_the_help(arguments: list[str], line: str):
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    assert result.output.startswith("captioner: ")
+    assert line in result.output
 
 
 def test_train_reads_what_its_options_say(tmp_path: Path):
