@@ -120,7 +120,7 @@ def _silence_libraries() -> None:
     """Keeps warnings of libraries from the terminal; ``--debug`` and ``python -W`` show them."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.lastResort = None  # prints the warnings of loggers that nobody has set up
+    logging.lastResort = logging.NullHandler()  # it prints the warnings of loggers without handlers
 
 
 def _is_at_work() -> bool:

@@ -141,6 +141,16 @@ def test_python_m_captioner_is_the_command():
     assert ran.stderr.startswith("captioner: ")
 
 
+def test_warnings_of_libraries_stay_off_the_terminal():
+    code = (
+        "import logging; from captioner.cli import main\n"
+        "try: main(['report', 'nowhere'])\n"
+        "except SystemExit: logging.getLogger('gcsfs').warning('no credentials')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
 def test_after_its_imports_a_command_collects_garbage(tmp_path: Path, model_directory: Path):
     assert _run("caption", tmp_path / "no", tmp_path / "o", "--model", model_directory).exit_code
     assert gc.isenabled()
