@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,10 +107,13 @@ def _fetch(source: str) -> Path:
         import huggingface_hub as hub
 
         name, revision = split_revision(source)
-        config = Path(hub.hf_hub_download(name, "config.json", revision=revision))
-        commit = config.parent.name
-        siblings = hub.HfApi().model_info(name, revision=commit).siblings or []
-        for each in (sibling.rfilename for sibling in siblings):
+        get = partial(hub.hf_hub_download, name)
+        try:
+            found = hub.HfApi().model_info(name, revision=revision)
+        except (hub.errors.OfflineModeIsEnabled, hub.utils.httpx.TransportError):
+            return Path(get("config.json", revision=revision, local_files_only=True)).parent
+        config = Path(get("config.json", revision=revision))  # records the revision's commit
+        for each in (sibling.rfilename for sibling in found.siblings or []):
             if "/" not in each and any(fnmatch.fnmatch(each, pattern) for pattern in _FETCHED):
-                hub.hf_hub_download(name, each, revision=commit)
+                get(each, revision=config.parent.name)
         return config.parent

@@ -1,15 +1,19 @@
 """Finding and fetching models, against a server on this machine that answers as the hub does."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import pytest
+import safetensors.torch
+import torch
 
 from captioner.errors import BundleError, CaptionerError
 from captioner.model.huggingface.hub import is_hub_name, locate
@@ -24,6 +28,14 @@ def tiny(directory_of: Callable[[str], Path]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory_of("blip").iterdir()}
 
 
+def as_pickles(files: dict[str, bytes]) -> dict[str, bytes]:
+    """A model's files with its weights pickled."""
+    written = io.BytesIO()
+    torch.save(safetensors.torch.load(files["model.safetensors"]), written)
+    rest = {name: data for name, data in files.items() if name != "model.safetensors"}
+    return rest | {"pytorch_model.bin": written.getvalue()}
+
+
 @pytest.fixture
 def hub(tiny: dict[str, bytes]) -> Iterator[Hub]:
     files = tiny | {"onnx/model.onnx": b"", "code.py": b""}
@@ -32,6 +44,7 @@ def hub(tiny: dict[str, bytes]) -> Iterator[Hub]:
         "models/owner/tiny": Repository({MAIN: files, V1: files | {"extra.json": b"{}"}}),
         "models/owner/gated": Repository({MAIN: files}, gated=True),
         "models/owner/pickled": Repository({MAIN: pickled}),
+        "models/owner/old": Repository({MAIN: as_pickles(tiny) | {"code.py": b""}}),
     }
     with serving(repositories) as server:
         yield server
@@ -48,13 +61,22 @@ try:
 except CaptionerError as error:
     print("ERROR", error)
 """
+IMPORT = """
+import sys
+from captioner.errors import CaptionerError
+from captioner.model.huggingface.importing import import_model
+try:
+    print(import_model(*sys.argv[1:]))
+except CaptionerError as error:
+    print("ERROR", error)
+"""
 
 
 @pytest.fixture
-def fetch(hub: Hub, tmp_path: Path) -> Callable[..., list[str]]:
-    """Finds and fetches a model in a process of its own: the client reads its settings once."""
+def run(hub: Hub, tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs code in a process of its own: the client of the hub reads its settings once."""
 
-    def run(name: str, **environment: str) -> list[str]:
+    def run(code: str, *arguments: str, **environment: str) -> list[str]:
         settings = {
             "HF_ENDPOINT": hub.address,
             "HF_HOME": str(tmp_path / "home"),
@@ -63,7 +85,7 @@ def fetch(hub: Hub, tmp_path: Path) -> Callable[..., list[str]]:
             "HF_HUB_OFFLINE": "0",
         }
         done = subprocess.run(
-            [sys.executable, "-c", FETCH, name],
+            [sys.executable, "-c", code, *arguments],
             env=os.environ | settings | environment,
             capture_output=True,
             text=True,
@@ -74,6 +96,11 @@ def fetch(hub: Hub, tmp_path: Path) -> Callable[..., list[str]]:
         return done.stdout.splitlines()
 
     return run
+
+
+@pytest.fixture
+def fetch(run: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return partial(run, FETCH)
 
 
 def test_a_model_is_fetched_at_its_commit_without_code(hub, fetch, tiny) -> None:
@@ -134,6 +161,25 @@ def test_what_goes_wrong_is_one_line_that_says_what_to_do(
     [line] = fetch(name, **environment)
     assert line.startswith("ERROR ")
     assert re.search(message, line), line
+
+
+def test_pickled_weights_are_imported_from_the_hub(hub, run, tmp_path: Path, tiny) -> None:
+    [written] = run(IMPORT, "owner/old", str(tmp_path / "converted"))
+    weights = safetensors.torch.load_file(Path(written) / "model.safetensors")
+    expected = safetensors.torch.load(tiny["model.safetensors"])
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert not [each for each in hub.requests if "code.py" in each]
+    hub.requests.clear()
+    [again] = run(IMPORT, "owner/old", str(tmp_path / "again"), HF_HUB_OFFLINE="1")
+    assert (Path(again) / "config.json").read_bytes() == tiny["config.json"]
+    assert hub.requests == []
+
+
+def test_an_import_without_a_network_is_one_line(run, tmp_path: Path) -> None:
+    address = "http://127.0.0.1:9"
+    [line] = run(IMPORT, "owner/old", str(tmp_path / "converted"), HF_ENDPOINT=address)
+    assert re.search(r"^ERROR .*not in the cache, and the hub is not reached", line), line
 
 
 def test_names_of_the_hub_are_told_from_paths(tmp_path: Path, monkeypatch) -> None:
