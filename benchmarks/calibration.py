@@ -1,4 +1,4 @@
-"""Whether a model's score tells which of its captions are right; the last line is JSON.
+"""Whether a model's score and probabilities tell what is right; the last line is JSON.
 
 captioner evaluate DATA --model MODEL --per-image flickr8k.parquet
 python benchmarks/calibration.py flickr8k.parquet everyday.parquet --plot reliability.png
@@ -7,9 +7,14 @@ Each FILE has the images of one dataset, as ``captioner evaluate --per-image`` w
 tenths of the images, by score, it prints the mean CIDEr. A score is *low* where the captions with
 lower scores have half of their dataset's mean CIDEr, or less, on the mean of the datasets. With
 ``--write``, that goes into the config.json of a model, and whatever shows its captions marks them.
+
+For tenths of the words, by probability, it prints the mean probability and the share of the words
+that a reference of the image contains, and the expected calibration error, the mean difference of
+the two.
 """
 
 import json
+import math
 from pathlib import Path
 
 import click
@@ -21,8 +26,10 @@ from pyarrow import parquet as pq
 from captioner import storage
 from captioner.errors import CaptionerError, InputError
 from captioner.model.bundle import load_config
+from captioner.model.tokenization import scoring_words
 from captioner.runtime.plotting import prepare_matplotlib
 
+COLUMNS = ["score", "cider", "tokens", "token_logprobs", "references"]
 BINS = 10
 LEAST_SHARE = 0.02  # of a dataset's images, below the low score: fewer say nothing
 HALF = 0.5
@@ -30,7 +37,7 @@ _GIVE = "give a file that captioner evaluate --model MODEL --per-image FILE has 
 
 
 def read(path: str) -> pd.DataFrame:
-    """The images' scores and CIDEr, the lowest score first.
+    """The images' scores, CIDEr, words and references, the lowest score first.
 
     Raises:
         InputError: the file is not what ``captioner evaluate --per-image`` writes.
@@ -40,9 +47,11 @@ def read(path: str) -> pd.DataFrame:
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} cannot be read: {reason}; {_GIVE}") from error
-    columns = [name for name in ("score", "cider") if name in table.column_names]
-    frame = table.select(columns).to_pandas()
-    if len(columns) < 2 or set(frame.dtypes) != {np.dtype(float)} or frame.isna().any(axis=None):
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise InputError(f"{path} has no column {missing[0]}; {_GIVE}")
+    frame = table.select(COLUMNS).to_pandas()
+    numbers = frame[["score", "cider"]]
+    if set(numbers.dtypes) != {np.dtype(float)} or numbers.isna().any(axis=None):
         raise InputError(f"{path} lacks the score or the CIDEr of an image; {_GIVE}")
     if frame.empty:
         raise InputError(f"{path} has no images; {_GIVE}")
@@ -50,8 +59,28 @@ def read(path: str) -> pd.DataFrame:
 
 
 def tenths(frame: pd.DataFrame) -> pd.DataFrame:
-    """The mean score and CIDEr of each tenth of the images."""
+    """The means of each tenth of the rows."""
     return frame.groupby(np.arange(len(frame)) * BINS // len(frame)).mean()
+
+
+def read_words(frame: pd.DataFrame) -> pd.DataFrame:
+    """The words' ``probability``, lowest first; ``in_a_reference``: a reference contains the word.
+
+    Punctuation is left out, as COCO's evaluation does.
+    """
+    words = []
+    for image in frame.itertuples():
+        known = {word for reference in image.references for word in scoring_words(reference)}
+        for token, logprob in zip(image.tokens, image.token_logprobs, strict=True):
+            if parts := set(scoring_words(token)):
+                words.append((math.exp(logprob), parts <= known))
+    found = pd.DataFrame(words, columns=["probability", "in_a_reference"]).astype(float)
+    return found.sort_values("probability", kind="stable").reset_index(drop=True)
+
+
+def calibration_error(bins: pd.DataFrame) -> float:
+    """The mean difference of the probability and the share of words in a reference."""
+    return float((bins["probability"] - bins["in_a_reference"]).abs().mean())
 
 
 def rank_correlation(frame: pd.DataFrame) -> float:
@@ -87,7 +116,7 @@ def plot(frames: dict[str, pd.DataFrame], low: float | None, path: str) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, frame in frames.items():
-        bins = tenths(frame)
+        bins = tenths(frame[["score", "cider"]])
         axes.plot(bins["score"], 100 * bins["cider"], marker="o", label=name)
     if low is not None:
         axes.axvline(low, color="grey", linestyle="--", label=f"low score, {low:g}")
@@ -123,17 +152,22 @@ def _compare(files: tuple[str, ...], picture: str | None, model: str | None) -> 
     low = find_low_score(list(frames.values()))
     results = {}
     for name, frame in frames.items():
-        bins = tenths(frame)
+        bins = tenths(frame[["score", "cider"]])
+        words = tenths(read_words(frame))
         below = frame[frame["score"] < low] if low is not None else frame[:0]
         results[name] = {
             "images": len(frame),
             "cider": float(frame["cider"].mean()),
             "rank_correlation": rank_correlation(frame),
             "tenths": bins.round(3).to_dict("list"),
+            "words": words.round(3).to_dict("list"),
+            "calibration_error": calibration_error(words),
             "low": {"share": len(below) / len(frame), "cider": float(below["cider"].mean())},
         }
         click.echo(f"{name}: {len(frame)} images, rank correlation {rank_correlation(frame):.2f}")
         click.echo((bins * [1, 100]).round(2).to_string(index=False))
+        click.echo(f"words, expected calibration error {calibration_error(words):.3f}")
+        click.echo(words.round(2).to_string(index=False))
     click.echo(f"low score: {low}")
     if picture is not None:
         plot(frames, low, picture)

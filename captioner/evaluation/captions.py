@@ -26,6 +26,7 @@ from captioner.runtime.progress import progress_bar
 
 __all__ = ["Captioned", "caption_dataset", "join_output"]
 
+_ROW = ["uri", "caption", "score", "tokens", "token_logprobs"]  # of an output
 _SHOWN = 10  # URIs that a line names
 _ALWAYS_STATED = TEXT_SETTINGS[:4]  # the others where they are not the default
 
@@ -38,6 +39,8 @@ class Captioned:
         images: the images.
         captions: a caption for each image.
         scores: the model's own score of each caption, its mean log-probability.
+        tokens: the words of each caption.
+        token_logprobs: the natural log-probability of each word.
         settings: how the captions were made.
         left_out: the URIs of images and captions that are not scored, by reason.
     """
@@ -45,6 +48,8 @@ class Captioned:
     images: list[CaptionedImage]
     captions: list[str]
     scores: list[float]
+    tokens: list[list[str]]
+    token_logprobs: list[list[float]]
     settings: dict[str, Any]
     left_out: dict[str, list[str]]
 
@@ -97,6 +102,8 @@ def caption_dataset(
         images=kept,
         captions=[caption.text for caption in captions],
         scores=[caption.score for caption in captions],
+        tokens=[caption.tokens for caption in captions],
+        token_logprobs=[caption.token_logprobs for caption in captions],
         settings=settings,
         left_out=_without_empty(reasons),
     )
@@ -133,12 +140,11 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
     """
     directory = OutputDirectory(output)
     job = directory.read_json("run.json").get("settings", {})
-    captions: dict[str, tuple[str, float]] = {}
+    captions: dict[str, dict[str, Any]] = {}
     directory.finish_compaction()
-    for rows in read_rows(directory, ["uri", "caption", "score", "status"]):
+    for rows in read_rows(directory, [*_ROW, "status"]):
         ok = rows.filter(pc.equal(rows["status"], "ok"))
-        uris, texts, scores = (ok[name].to_pylist() for name in ("uri", "caption", "score"))
-        captions.update(zip(uris, zip(texts, scores, strict=True), strict=True))
+        captions.update((row["uri"], row) for row in ok.select(_ROW).to_pylist())
     found = {image.uri: image.uri for image in images if image.uri in captions}
     by_name = _by_name(uri for uri in captions if uri not in found)
     wanted = _by_name(image.uri for image in images if image.uri not in found)
@@ -149,10 +155,13 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
         "images without a caption": [image.uri for image in images if image.uri not in found],
         "captions without references": [uri for uri in captions if uri not in used],
     }
+    joined = [captions[found[image.uri]] for image in kept]
     return Captioned(
         images=kept,
-        captions=[captions[found[image.uri]][0] for image in kept],
-        scores=[captions[found[image.uri]][1] for image in kept],
+        captions=[row["caption"] for row in joined],
+        scores=[row["score"] for row in joined],
+        tokens=[row["tokens"] for row in joined],
+        token_logprobs=[row["token_logprobs"] for row in joined],
         settings={"output": output} | {name: job[name] for name in TEXT_SETTINGS if name in job},
         left_out=_without_empty(reasons),
     )

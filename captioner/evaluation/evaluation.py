@@ -61,13 +61,15 @@ class Evaluation:
     def to_parquet(self) -> bytes:
         """A Parquet file with a row per image, the lowest CIDEr first.
 
-        The columns are ``uri``, ``caption``, ``score`` (the model's own), ``references`` and all
-        scores except BLEU-1 to 3.
+        The columns are ``uri``, ``caption``, the model's own ``score``, ``tokens`` and
+        ``token_logprobs``, ``references``, and all scores except BLEU-1 to 3.
         """
         columns = {
             "uri": [image.uri for image in self.captioned.images],
             "caption": self.captioned.captions,
             "score": self.captioned.scores,
+            "tokens": self.captioned.tokens,
+            "token_logprobs": self.captioned.token_logprobs,
             "references": [image.captions for image in self.captioned.images],
         }
         shown = {

@@ -80,8 +80,11 @@ def test_a_model_on_a_list_of_a_dataset(data: Path, tmp_path: Path, model_direct
     }
     assert result.stderr.splitlines() == ["left out: METEOR: it needs Java and --tokenizer ptb"]
     rows = pq.read_table(tmp_path / "images.parquet")
-    names = ["uri", "caption", "score", "references", "bleu_4", "rouge_l", "cider"]
-    assert rows.column_names == names
+    names = ["uri", "caption", "score", "tokens", "token_logprobs", "references"]
+    assert rows.column_names == [*names, "bleu_4", "rouge_l", "cider"]
+    for row in rows.to_pylist():
+        assert " ".join(row["tokens"]) == row["caption"]
+        assert len(row["token_logprobs"]) == len(row["tokens"])
     assert all(score < 0 for score in rows["score"].to_pylist())
     assert rows["cider"].to_pylist() == sorted(expected.images["cider"])
     assert dict(zip(rows["uri"].to_pylist(), rows["caption"].to_pylist(), strict=True)) == captions
@@ -248,9 +251,12 @@ def test_an_output_against_references(data: Path, output: Path, tmp_path: Path, 
     assert len(rows) == 7
     for uri, caption in zip(rows["uri"], rows["caption"], strict=True):
         assert captions[uri] == caption
-    written = {Path(uri).name: s for uri, s in pd.read_parquet(output)[["uri", "score"]].values}
-    for uri, score in zip(rows["uri"], rows["score"], strict=True):
-        assert written[Path(uri).name] == score
+    written = {Path(row.uri).name: row for row in pd.read_parquet(output).itertuples()}
+    for row in rows.itertuples():
+        expected = written[Path(row.uri).name]
+        assert row.score == expected.score
+        assert list(row.tokens) == list(expected.tokens)
+        assert list(row.token_logprobs) == list(expected.token_logprobs)
     result = _run(output, "--references", data, "--tokenizer=simple", "--list", data / "list.txt")
     assert result.exit_code == 0, result.output
     assert "left out: 2 captions without references" in result.stderr
