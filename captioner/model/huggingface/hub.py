@@ -24,8 +24,10 @@ from captioner.errors import BundleError, one_line
 
 __all__ = [
     "Location",
+    "fetch_config",
     "hub_errors",
     "is_hub_name",
+    "list_hub",
     "locate",
     "parse_config",
     "split_revision",
@@ -183,27 +185,44 @@ def _locate_hub(uri: str) -> Location:
     """A model of the hub; without a network, as it was downloaded before."""
     name, revision = split_revision(uri)
     with hub_errors(uri):
-        import huggingface_hub as hub
-
-        get_config = partial(hub.hf_hub_download, name, "config.json", revision=revision)
-        try:
-            found = hub.HfApi().model_info(name, revision=revision)
-        except (hub.errors.OfflineModeIsEnabled, hub.utils.httpx.TransportError):
-            config = Path(get_config(local_files_only=True))
-            names = sorted(each.name for each in config.parent.iterdir())
-        else:
-            names = [each.rfilename for each in found.siblings or []]
-            _wanted(uri, names)  # may refuse
-            config = Path(get_config())  # records the revision's commit, for times without network
+        names, cached = list_hub(name, revision)
+        files = _wanted(uri, names)
+        config = fetch_config(name, revision, cached=cached)
         commit = config.parent.name
         return Location(
             uri=uri,
             kind="hub",
-            files=_wanted(uri, names),
+            files=files,
             identity=f"{name}@{commit}",
             revision=commit,
             config=parse_config(uri, config.read_bytes()),
         )
+
+
+def list_hub(name: str, revision: str | None) -> tuple[list[str], bool]:
+    """The names of a model's files; True: those in the cache, because the hub is not reached."""
+    import huggingface_hub as hub
+
+    try:
+        found = hub.HfApi().model_info(name, revision=revision)
+    except (hub.errors.OfflineModeIsEnabled, hub.utils.httpx.TransportError):
+        config = fetch_config(name, revision, cached=True)
+        return sorted(each.name for each in config.parent.iterdir()), True
+    return [each.rfilename for each in found.siblings or []], False
+
+
+def fetch_config(name: str, revision: str | None, *, cached: bool) -> Path:
+    """The path of config.json, whose folder is named after the commit.
+
+    Args:
+        name: ``owner/name``.
+        revision: a branch, a tag or a commit. The cache records its commit, for times without a
+            network.
+        cached: take the file from the cache only.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=cached))
 
 
 def _fetch_hub(location: Location) -> Path:

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +13,10 @@ from safetensors.torch import save_file
 from captioner.errors import BundleError, OutputError, one_line
 from captioner.model.huggingface.families import family_of
 from captioner.model.huggingface.hub import (
+    fetch_config,
     hub_errors,
     is_hub_name,
+    list_hub,
     parse_config,
     split_revision,
 )
@@ -104,16 +105,12 @@ def _fetch(source: str) -> Path:
     if not is_hub_name(source):
         return Path(source)
     with hub_errors(source):
-        import huggingface_hub as hub
+        from huggingface_hub import hf_hub_download
 
         name, revision = split_revision(source)
-        get = partial(hub.hf_hub_download, name)
-        try:
-            found = hub.HfApi().model_info(name, revision=revision)
-        except (hub.errors.OfflineModeIsEnabled, hub.utils.httpx.TransportError):
-            return Path(get("config.json", revision=revision, local_files_only=True)).parent
-        config = Path(get("config.json", revision=revision))  # records the revision's commit
-        for each in (sibling.rfilename for sibling in found.siblings or []):
+        names, cached = list_hub(name, revision)
+        directory = fetch_config(name, revision, cached=cached).parent
+        for each in names:
             if "/" not in each and any(fnmatch.fnmatch(each, pattern) for pattern in _FETCHED):
-                get(each, revision=config.parent.name)
-        return config.parent
+                hf_hub_download(name, each, revision=directory.name, local_files_only=cached)
+        return directory
