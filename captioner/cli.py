@@ -81,11 +81,12 @@ class _Commands(click.Group):
             from captioner import storage
 
             arguments = [storage.from_operating_system(argument) for argument in arguments]
-        if not arguments:
-            return super().parse_args(context, arguments)  # prints the help
+        given = bool(arguments)
         try:
             return super().parse_args(context, arguments)
         except click.UsageError as error:
+            if not given:
+                raise  # click prints the help
             _exit_with_usage(context, error)
 
     def invoke(self, context: click.Context) -> Any:
