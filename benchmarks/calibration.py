@@ -60,7 +60,7 @@ def read(path: str) -> pd.DataFrame:
 
 def tenths(frame: pd.DataFrame) -> pd.DataFrame:
     """The means of each tenth of the rows."""
-    return frame.groupby(np.arange(len(frame)) * BINS // len(frame)).mean()
+    return frame.groupby(np.arange(len(frame)) * BINS // len(frame)).mean(numeric_only=True)
 
 
 def read_words(frame: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +116,7 @@ def plot(frames: dict[str, pd.DataFrame], low: float | None, path: str) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, frame in frames.items():
-        bins = tenths(frame[["score", "cider"]])
+        bins = tenths(frame)
         axes.plot(bins["score"], 100 * bins["cider"], marker="o", label=name)
     if low is not None:
         axes.axvline(low, color="grey", linestyle="--", label=f"low score, {low:g}")
@@ -152,21 +152,21 @@ def _compare(files: tuple[str, ...], picture: str | None, model: str | None) -> 
     low = find_low_score(list(frames.values()))
     results = {}
     for name, frame in frames.items():
-        bins = tenths(frame[["score", "cider"]])
-        words = tenths(read_words(frame))
+        bins, words = tenths(frame), tenths(read_words(frame))
+        error, correlation = calibration_error(words), rank_correlation(frame)
         below = frame[frame["score"] < low] if low is not None else frame[:0]
         results[name] = {
             "images": len(frame),
             "cider": float(frame["cider"].mean()),
-            "rank_correlation": rank_correlation(frame),
+            "rank_correlation": correlation,
             "tenths": bins.round(3).to_dict("list"),
             "words": words.round(3).to_dict("list"),
-            "calibration_error": calibration_error(words),
+            "calibration_error": error,
             "low": {"share": len(below) / len(frame), "cider": float(below["cider"].mean())},
         }
-        click.echo(f"{name}: {len(frame)} images, rank correlation {rank_correlation(frame):.2f}")
+        click.echo(f"{name}: {len(frame)} images, rank correlation {correlation:.2f}")
         click.echo((bins * [1, 100]).round(2).to_string(index=False))
-        click.echo(f"words, expected calibration error {calibration_error(words):.3f}")
+        click.echo(f"words, expected calibration error {error:.3f}")
         click.echo(words.round(2).to_string(index=False))
     click.echo(f"low score: {low}")
     if picture is not None:

@@ -210,24 +210,8 @@ def matrix_speed(dtype: torch.dtype) -> float:
     matrix = torch.randn(size, size).to(dtype)
     pixels = torch.randn(size // 256, size, 16, 16).to(dtype, memory_format=torch.channels_last)
     weights = matrix[:, :, None, None].contiguous(memory_format=torch.channels_last)
-    return max(
-        2 * size**3 / _seconds(product)
-        for product in (
-            lambda: torch.mm(matrix, matrix),
-            lambda: torch.conv2d(pixels, weights),
-        )
-    )
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """The shortest of ten calls."""
-    call()
-    taken = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
+    products = (lambda: torch.mm(matrix, matrix), lambda: torch.conv2d(pixels, weights))
+    return max(timed(product, 2 * size**3) for product in products for _ in range(10))
 
 
 def operations(captioner: Captioner, images: np.ndarray) -> float:
