@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner import storage
@@ -23,6 +24,7 @@ from captioner.output.directory import OutputDirectory
 from captioner.output.rows import read_rows
 from captioner.runtime import prefetch
 from captioner.runtime.progress import progress_bar
+from captioner.schema import COLUMNS
 
 __all__ = ["Captioned", "caption_dataset", "join_output"]
 
@@ -140,11 +142,13 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
     """
     directory = OutputDirectory(output)
     job = directory.read_json("run.json").get("settings", {})
-    captions: dict[str, dict[str, Any]] = {}
     directory.finish_compaction()
-    for rows in read_rows(directory, [*_ROW, "status"]):
-        ok = rows.filter(pc.equal(rows["status"], "ok"))
-        captions.update((row["uri"], row) for row in ok.select(_ROW).to_pylist())
+    tables = [
+        rows.filter(pc.equal(rows["status"], "ok")).select(_ROW)
+        for rows in read_rows(directory, [*_ROW, "status"])
+    ]
+    rows = pa.concat_tables(tables or [COLUMNS.empty_table().select(_ROW)])
+    captions = {uri: place for place, uri in enumerate(rows["uri"].to_pylist())}
     found = {image.uri: image.uri for image in images if image.uri in captions}
     by_name = _by_name(uri for uri in captions if uri not in found)
     wanted = _by_name(image.uri for image in images if image.uri not in found)
@@ -155,13 +159,14 @@ def join_output(output: str, images: Sequence[CaptionedImage]) -> Captioned:
         "images without a caption": [image.uri for image in images if image.uri not in found],
         "captions without references": [uri for uri in captions if uri not in used],
     }
-    joined = [captions[found[image.uri]] for image in kept]
+    places = [captions[found[image.uri]] for image in kept]
+    joined = rows.take(pa.array(places, pa.int64()))
     return Captioned(
         images=kept,
-        captions=[row["caption"] for row in joined],
-        scores=[row["score"] for row in joined],
-        tokens=[row["tokens"] for row in joined],
-        token_logprobs=[row["token_logprobs"] for row in joined],
+        captions=joined["caption"].to_pylist(),
+        scores=joined["score"].to_pylist(),
+        tokens=joined["tokens"].to_pylist(),
+        token_logprobs=joined["token_logprobs"].to_pylist(),
         settings={"output": output} | {name: job[name] for name in TEXT_SETTINGS if name in job},
         left_out=_without_empty(reasons),
     )

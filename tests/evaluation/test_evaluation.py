@@ -263,6 +263,13 @@ def test_an_output_against_references(data: Path, output: Path, tmp_path: Path, 
     assert re.search(r"^images +6$", result.stdout, re.MULTILINE)
 
 
+def test_an_output_without_the_wanted_images_is_one_line(data: Path, output: Path, tmp_path: Path):
+    (tmp_path / "list.txt").write_text("photo-0000.jpg\n")  # it cannot be decoded
+    result = _run(output, "--references", data, "--list", tmp_path / "list.txt")
+    assert result.exit_code == 2, result.output
+    assert "no image has both a caption and references" in result.stderr
+
+
 def test_a_file_name_that_several_share_joins_nothing(data: Path, output: Path, model_directory):
     table = pq.read_table(output / "part-000000.parquet")
     uris = table["uri"].to_pylist()
